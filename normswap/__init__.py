@@ -1,0 +1,26 @@
+"""Swap the normalization of a trained PyTorch model, and keep the trained function.
+
+    model, report = normswap.convert(model, "gn-ws")
+"""
+
+from normswap.convert import Conversion, convert, fold
+from normswap.errors import FileError, ModelError, NormswapError, OptionError, UnsafeFileError
+from normswap.files import convert_file, load, save
+from normswap.report import Report
+from normswap.targets import TARGETS
+
+__all__ = [
+    "TARGETS",
+    "Conversion",
+    "FileError",
+    "ModelError",
+    "NormswapError",
+    "OptionError",
+    "Report",
+    "UnsafeFileError",
+    "convert",
+    "convert_file",
+    "fold",
+    "load",
+    "save",
+]

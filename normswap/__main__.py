@@ -1,0 +1,5 @@
+"""`python -m normswap`."""
+
+from normswap.cli import main
+
+main()

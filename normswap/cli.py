@@ -1,0 +1,190 @@
+"""The command line: arguments, progress, exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from normswap.errors import NormswapError, OptionError
+from normswap.targets import NORMS, WEIGHTS
+
+_PHASES = 9  # words of progress that a conversion gives: the length of the bar
+_PATIENCE = 1.0  # seconds before the bar shows
+
+app = typer.Typer(
+    name="normswap", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Swap the normalization of a trained PyTorch model, and keep the trained function.",
+)  # fmt: skip
+
+
+class Transfer(str, Enum):
+    match = "match"
+    copy = "copy"
+    reset = "reset"
+
+
+class Ws(str, Enum):
+    preserve = "preserve"
+    strict = "strict"
+
+
+class WsScope(str, Enum):
+    normed = "normed"
+    all = "all"
+
+
+Input = Annotated[str, typer.Argument(metavar="INPUT", help="A file with a whole model, or torchvision:NAME.")]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Where to write; model.TARGET.pt beside the input by default.")]
+Allow = Annotated[list[str] | None, typer.Option(help="A class that the file may hold, by full name. Repeatable.", metavar="PKG.CLASS")]
+Trust = Annotated[bool, typer.Option("--trust", help="Run whatever code the file holds.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")]
+Full = Annotated[bool, typer.Option("--full", help="Print a line for every layer.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+
+
+@app.command()
+def convert(
+    input: Input,
+    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="What to convert to: a norm, a weight form, or both (gn-ws).")],
+    out: Out = None,
+    weights: Annotated[str | None, typer.Option(help="Published weights of a torchvision model, by name.")] = None,
+    groups: Annotated[str, typer.Option(metavar="auto|N|Nc", help="Groups of gn: auto, their number, or channels in each.")] = "auto",
+    transfer: Annotated[Transfer, typer.Option(help="What becomes of the learnt gain, bias and statistics.")] = Transfer.match,
+    ws: Annotated[Ws, typer.Option(help="Keep each filter's std and mean, or take the paper's form.")] = Ws.preserve,
+    ws_scope: Annotated[WsScope, typer.Option(help="Standardize convolutions that a norm follows, or all.")] = WsScope.normed,
+    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Convert only layers on these paths. Repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave layers on these paths. Repeatable.")] = None,
+    input_shape: Annotated[str | None, typer.Option(metavar="1,3,224,224", help="Shape of an input batch.")] = None,
+    fold: Annotated[bool, typer.Option("--fold", help="Bake the result into plain torch layers.")] = False,
+    allow: Allow = None,
+    trust: Trust = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report, and write nothing.")] = False,
+    as_json: Json = False,
+    full: Full = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a model: swap its norms, standardize its convolutions.
+
+    Example: normswap convert torchvision:resnet50 --to gn-ws
+    """
+    from normswap import files
+
+    with _speaking(_PHASES, quiet or as_json) as progress:
+        shape = _parse_shape(input_shape)
+        report = files.convert_file(
+            input, to, out, weights=weights, input_shape=shape, fold=fold, allow=_importable(allow), trust=trust,
+            overwrite=overwrite, dry_run=dry_run, progress=progress, groups=groups, transfer=transfer.value,
+            ws=ws.value, ws_scope=ws_scope.value, include=include or None, exclude=exclude or None,
+        )  # fmt: skip
+    _print(report, input, "" if dry_run else str(out or files.default_out(input, to)), as_json, full, quiet)
+
+
+@app.command()
+def fold(
+    input: Input,
+    out: Out = None,
+    allow: Allow = None,
+    trust: Trust = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    full: Full = False,
+    quiet: Quiet = False,
+) -> None:
+    """Bake a converted model into plain torch layers, for deployment.
+
+    Example: normswap fold resnet50.gn-ws.pt
+    """
+    from normswap import files
+
+    with _speaking(2, quiet or as_json) as progress:
+        progress(f"folding {input}")
+        report = files.fold_file(input, out, allow=_importable(allow), trust=trust, overwrite=overwrite)
+    _print(report, input, str(out or files.default_out(input, "fold")), as_json, full, quiet)
+
+
+@app.command()
+def targets() -> None:
+    """List the targets, and when to choose which."""
+    console = Console()
+    for title, forms in (("a normalization becomes", NORMS), ("and a weight becomes", WEIGHTS)):
+        table = Table("name", title, "in eval mode", "paper", "choose it for", box=None, pad_edge=False)
+        for form in forms.values():
+            table.add_row(form.name, form.becomes, form.exactness, form.paper, form.choose_when)
+        console.print(table, "")
+    console.print("Any of the first with any of the second: " + ", ".join(f"{n}-{w}" for n in NORMS for w in WEIGHTS))
+
+
+@contextmanager
+def _speaking(phases: int, silent: bool) -> Iterator[Callable[[str], None]]:
+    """Progress on stderr where the run takes more than a moment; errors of ours as one line and exit code 1."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=silent or not console.is_terminal)
+    task, started = bar.add_task("starting", total=phases), time.monotonic()
+
+    def step(phase: str) -> None:
+        bar.update(task, description=phase, advance=1)
+        if time.monotonic() - started > _PATIENCE:
+            bar.start()
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the report repeats ours; torch's are not the user's doing
+            yield step
+    except NormswapError as error:
+        bar.stop()
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    finally:
+        bar.stop()
+
+
+def _parse_shape(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise OptionError(f"--input-shape: {text!r} is no shape; write numbers from 1 with commas, such as 1,3,224,224")
+    return shape
+
+
+def _importable(allow: list[str] | None) -> list[str]:
+    """Allowed classes may stand in the folder where the command runs."""
+    if allow and "" not in sys.path:
+        sys.path.insert(0, "")
+    return allow or []
+
+
+def _print(report: Any, source: str, out: str, as_json: bool, full: bool, quiet: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(report.to_dict(), indent=2) + "\n")
+    elif not quiet:
+        from normswap.render import ReportView
+
+        Console().print(ReportView(report, source, out, full))
+
+
+def main() -> None:
+    """The command `normswap`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,406 @@
+"""The story of a conversion: find, decide, build all, swap once, prove."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from normswap import probe
+from normswap.errors import ModelError, NormswapError, OptionError
+from normswap.graph import TRANSPOSED, Site, find_flow, find_sites, hidden_modules, own_attributes
+from normswap.layers import PLAIN
+from normswap.report import Change, Drift, Left, Report, Totals
+from normswap.targets import (
+    PLAIN_TARGET,
+    Absorb,
+    Context,
+    Swap,
+    Target,
+    parse_groups,
+    parse_target,
+    plan_norm,
+    plan_weight,
+    strict_rescaling,
+)
+from normswap.trace import clone
+from normswap.transfer import scale_filters_, widen
+
+Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+Progress = Callable[[str], None]
+
+TRANSFERS = ("match", "copy", "reset")
+WS = ("preserve", "strict")
+WS_SCOPES = ("normed", "all")
+_MODULE_STATE = frozenset(vars(nn.Module()))
+_CONTENTS = {"_parameters", "_buffers", "_modules"}
+
+
+class Conversion(NamedTuple):
+    """The converted model, and the report of what changed."""
+
+    model: nn.Module
+    report: Report
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `convert`, checked on their own; see there."""
+
+    groups: str | int = "auto"
+    transfer: str = "match"
+    ws: str = "preserve"
+    ws_scope: str = "normed"
+    include: Pattern = None
+    exclude: Pattern = None
+
+    def __post_init__(self) -> None:
+        parse_groups(self.groups)
+        for name, known in (("transfer", TRANSFERS), ("ws", WS), ("ws_scope", WS_SCOPES)):
+            if getattr(self, name) not in known:
+                raise OptionError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(known)}")
+
+
+def convert(
+    model: nn.Module,
+    to: str,
+    *,
+    groups: str | int = "auto",
+    transfer: str = "match",
+    ws: str = "preserve",
+    ws_scope: str = "normed",
+    include: Pattern = None,
+    exclude: Pattern = None,
+    example_inputs: Any = None,
+    inplace: bool = False,
+) -> Conversion:
+    """Swap the normalization of `model`, and standardize its convolutions, keeping what it has learnt.
+
+    Args:
+        model: any module; it is left untouched unless `inplace`.
+        to: a name in `normswap.TARGETS`: `gn`, `ln`, `in`, `frozen`, `fold`, `ws`, or a pair (`gn-ws`).
+        groups: for `gn`: `auto` (at most 8 groups, at least 4 channels in each), a number of
+            groups (`32`), or channels a group (`"16c"`).
+        transfer: `match` moves the running statistics into gain and bias, `copy` keeps gain and
+            bias as they stand, `reset` makes them 1 and 0.
+        ws: `preserve` starts from each filter's own std and mean, which is exact; `strict` takes the
+            paper's form, which is not.
+        ws_scope: `normed` standardizes convolutions that a norm follows, `all` every one.
+        include, exclude: glob patterns on module paths, or a function `(path, module) -> bool`.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With it, group
+            counts regard the sizes of feature maps, and the report tells the drift of the output.
+        inplace: change `model` itself; nothing changes unless all of it can.
+
+    Returns:
+        The converted model and the report. Every norm and every convolution is in the report, as a change
+        or with the reason why it was left.
+
+    Raises:
+        OptionError: an unknown target or option, or a pattern that matches no layer.
+        ModelError: nothing to convert, a lazy module without weights, a distributed wrapper.
+    """
+    options = Options(groups, transfer, ws, ws_scope, include, exclude)
+    return run(model, parse_target(to), options, example_inputs, inplace=inplace)
+
+
+def fold(model: nn.Module) -> Conversion:
+    """The same function in plain torch layers, for deployment: a copy of `model` that does without normswap.
+
+    Standardized weights are baked in. A `FrozenBatchNorm` goes into the layer before it, or becomes a
+    torch batch norm in eval mode where there is none. A model without either comes back as it is.
+    """
+    return run(model, PLAIN_TARGET, Options(), may_be_idle=True)
+
+
+def run(
+    model: nn.Module,
+    target: Target,
+    options: Options,
+    example_inputs: Any = None,
+    probe_name: str = "example inputs",
+    *,
+    probe_only: bool = False,
+    may_be_idle: bool = False,
+    inplace: bool = False,
+    progress: Progress = lambda phase: None,
+) -> Conversion:
+    """`convert` with its options in one value, and word of each phase to `progress`.
+
+    With `probe_only` the inputs serve the drift alone, and a model that does not run on them is no error;
+    with `may_be_idle` nothing to convert is none either.
+    """
+    _check_model(model)
+    progress("copying the model")
+    work = model if inplace else _copy(model)
+    progress("finding norms and convolutions")
+    sites = find_sites(work)
+    chosen = _select(sites, options)
+    progress("tracing what feeds what")
+    flow = find_flow(work, sites)
+    before, elements, problem = None, {}, ""
+    if example_inputs is not None:
+        progress("running the model before")
+        try:
+            before, elements = probe.run(work, example_inputs, [site for site in sites if site.kind == "norm"])
+        except ModelError as error:
+            if not probe_only:
+                raise
+            problem = str(error)
+    context = Context(
+        groups=options.groups, transfer=options.transfer, ws=options.ws, ws_scope=options.ws_scope, flow=flow,
+        sites={site.path: site for site in sites}, elements={} if probe_only else elements, shared=_shared(work),
+    )  # fmt: skip
+
+    progress("working out the new layers")
+    swaps, left = _decide(chosen, target, context)
+    left += [Left(path, site.kind, site.name, "not selected") for site in sites if site not in chosen for path in site.paths]
+    left += [Left(where, "norm", name, "is a function call that no module holds") for where, name in flow.functional.items()]
+    hidden, notices = _hidden(work)
+    if not swaps and not may_be_idle:
+        raise ModelError(_nothing(target, left + hidden))
+    _check_groups(target, swaps, options)
+    counts = _count(work)
+    changes = _changes(swaps)
+
+    progress("swapping")
+    _apply(swaps)
+    _prove(work, changes, left)
+
+    moved = None
+    if example_inputs is not None:
+        progress("running the model after")
+        moved = _drift(work, before, example_inputs, probe_name, problem)
+    for notice in notices:
+        warnings.warn(notice, stacklevel=3)
+    left = sorted(left + hidden, key=lambda entry: entry.path)
+    report = Report(
+        target.name, tuple(changes), tuple(left), _totals(changes, left, counts, _count(work)), moved,
+        _recipe(target, options, changes), tuple(notices),
+    )  # fmt: skip
+    return Conversion(work, report)
+
+
+# ---- find ----
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, not {type(model).__name__}; for a file, use normswap.convert_file")
+    for path, module in model.named_modules():
+        where, name = path or "the model", type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"{where} is TorchScript, whose layers cannot be exchanged; convert the model that it was made from")
+        if name in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise ModelError(f"{where} is wrapped in {name}; convert first, then wrap: convert(model.module, ...)")
+        for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and is_lazy(tensor):
+                raise ModelError(
+                    f"{where} ({name}) is lazy and its {tensor_name} has no shape yet; run the model once on an input, then convert"
+                )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return clone(model)
+    except Exception as error:  # an attribute of the model that cannot be copied
+        raise ModelError(f"the model cannot be copied ({type(error).__name__}: {error}); convert with inplace=True") from error
+
+
+def _select(sites: Sequence[Site], options: Options) -> list[Site]:
+    included = sites if options.include is None else _matching(sites, options.include, "include")
+    excluded = [] if options.exclude is None else _matching(sites, options.exclude, "exclude")
+    return [site for site in sites if site in included and site not in excluded]
+
+
+def _matching(sites: Sequence[Site], pattern: Pattern, option: str) -> set[Site]:
+    if callable(pattern):
+        return {site for site in sites if any(pattern(path, site.module) for path in site.paths)}
+    found: set[Site] = set()
+    for glob in [pattern] if isinstance(pattern, str) else pattern or ():
+        matched = {site for site in sites if any(fnmatch.fnmatchcase(path, glob) for path in site.paths)}
+        if not matched:
+            inside = any(path.startswith(f"{glob}.") for site in sites for path in site.paths)
+            hint = f"; it holds some: write '{glob}.*'" if inside else "; patterns are globs on module paths, such as 'layer1.*'"
+            raise OptionError(f"{option}: {glob!r} matches no norm and no convolution{hint}")
+        found |= matched
+    return found
+
+
+def _shared(model: nn.Module) -> frozenset[int]:
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return frozenset(key for key, count in owners.items() if count > 1)
+
+
+def _hidden(model: nn.Module) -> tuple[list[Left], list[str]]:
+    left, notices = [], []
+    for where, module in hidden_modules(model):
+        reason = "is not registered (a plain list or attribute): its parameters are neither saved nor trained"
+        inside = find_sites(module)
+        left += [Left(f"{where}.{path}".rstrip("."), site.kind, site.name, reason) for site in inside for path in site.paths]
+        if inside:
+            notices.append(f"{where} {reason}; use nn.ModuleList or nn.ModuleDict")
+    return left, notices
+
+
+# ---- decide and build ----
+
+
+def _decide(sites: Sequence[Site], target: Target, context: Context) -> tuple[list[Swap], list[Left]]:
+    """A swap, built, or a reason for every site; norms first, since what they fold into changes the weights."""
+    plans: dict[Site, Swap | str] = {}
+    if target.weight is not None and context.ws == "strict":
+        for site in sites:
+            feeder = context.flow.feeder(site.path)[0] if site.kind == "norm" else None
+            into = context.sites[feeder] if feeder else None
+            if into in sites and isinstance(plan_weight(into, target, context), Swap):
+                context.rescaled[site.path] = strict_rescaling(into)
+    for site in sites:
+        if site.kind == "norm":
+            swap = plans[site] = plan_norm(site, target, context)
+            if isinstance(swap, Swap) and swap.absorb:
+                context.absorbed[swap.absorb.site.path] = swap.absorb.affine.scale
+    for site in sites:
+        if site.kind == "weight":
+            plans[site] = plan_weight(site, target, context)
+    swaps = [plans[site] for site in sites if isinstance(plans[site], Swap)]
+    left = [
+        Left(path, site.kind, site.name, reason)
+        for site in sites
+        if isinstance(reason := plans[site], str) and site.path not in context.absorbed and _reported(site)
+        for path in site.paths
+    ]
+    return swaps, left  # type: ignore[return-value]  # the type checker does not follow isinstance on an item
+
+
+def _reported(site: Site) -> bool:
+    return site.base is not nn.Linear
+
+
+def _nothing(target: Target, left: Sequence[Left]) -> str:
+    if not left:
+        return "the model has no normalization and no convolution: there is nothing to convert"
+    reasons = Counter((entry.module, entry.reason) for entry in left)
+    listed = "; ".join(f"{count} {module}: {reason}" for (module, reason), count in reasons.most_common(4))
+    return f"nothing to convert to {target.name}: {listed}"
+
+
+def _check_groups(target: Target, swaps: Sequence[Swap], options: Options) -> None:
+    kind, number = parse_groups(options.groups)
+    widths = [swap.site.channels for swap in swaps if swap.site.kind == "norm"]
+    if target.norm and target.norm.name == "gn" and widths and number > max(widths):
+        raise OptionError(f"groups: {options.groups} is more than the {max(widths)} channels of the widest layer")
+
+
+# ---- swap once ----
+
+
+def _apply(swaps: Sequence[Swap]) -> None:
+    """Put built swaps into the model. Nothing here can fail for a reason that planning could have seen."""
+    with torch.no_grad():
+        for swap in swaps:
+            if swap.absorb is not None:
+                _take_in(swap.absorb)
+        for swap in swaps:
+            values = [(tensor, value() if callable(value) else value) for tensor, value in swap.writes]
+            if swap.module is not swap.site.module:
+                become(swap.site, swap.module)
+            for tensor, value in values:
+                tensor.copy_(value)
+
+
+def _take_in(absorb: Absorb) -> None:
+    layer, affine = absorb.site.module, absorb.affine
+    if absorb.site.base in PLAIN:
+        layer.weight_gain.mul_(affine.scale)  # type: ignore[union-attr, operator]
+        layer.weight_shift.mul_(affine.scale)  # type: ignore[union-attr, operator]
+    else:
+        transposed = layer.groups if absorb.site.base in TRANSPOSED else None
+        scale_filters_(layer.weight, affine.scale, transposed)  # type: ignore[arg-type]
+    if layer.bias is None:
+        layer.register_parameter("bias", absorb.bias)
+    layer.bias.copy_(widen(layer.bias) * affine.scale + affine.shift)  # type: ignore[union-attr, arg-type, operator]
+
+
+def become(site: Site, new: nn.Module) -> None:
+    """Turn a site's module into `new` where it stands, so that every alias, reference and the root itself follow.
+
+    Mode, hooks, and whatever was set from outside stay; the rest is `new`'s.
+    """
+    old = site.module
+    kept: dict[str, Any] = {}
+    if new._parameters is not old._parameters:  # `new` is no retyped view of `old`: carry over what is not the class's own
+        assert site.base is not None  # for the type checker: a site without a known class is never swapped
+        own = own_attributes(site.base)
+        kept = {k: v for k, v in vars(old).items() if k in _MODULE_STATE - _CONTENTS or k not in own[""]}
+        for kind in _CONTENTS:
+            extra = {k: v for k, v in getattr(old, kind).items() if k not in own[kind] | {"weight", "bias"}}
+            getattr(new, kind).update(extra)
+        kept["_non_persistent_buffers_set"] = old._non_persistent_buffers_set & set(new._buffers)
+    state = {**vars(new), **kept}
+    old.__class__ = type(new)
+    old.__dict__.clear()
+    old.__dict__.update(state)
+
+
+# ---- prove and report ----
+
+
+def _prove(model: nn.Module, changes: Sequence[Change], left: Sequence[Left]) -> None:
+    """A second walk: each norm and convolution that the model has now is one the report names."""
+    named = {path for change in changes for path in change.paths} | {entry.path for entry in left}
+    missed = [path for site in find_sites(model) if _reported(site) for path in site.paths if path not in named]
+    if missed:
+        raise NormswapError(f"{missed[0]}: neither changed nor left; this is a bug in normswap, please report it")
+
+
+def _changes(swaps: Sequence[Swap]) -> list[Change]:
+    taken_in = {swap.absorb.site: swap.site.path for swap in swaps if swap.absorb}
+    changes = []
+    for swap in swaps:
+        site, partner = swap.site, swap.absorb.site.path if swap.absorb else taken_in.pop(swap.site, None)
+        how = swap.how if partner is None or swap.absorb else f"{swap.how}; took in the norm after it"
+        changes.append(
+            Change(site.paths, site.kind, site.name, swap.after, how, swap.exact, swap.note, swap.groups, partner)
+        )
+    for swap in swaps:
+        if swap.absorb and swap.absorb.site in taken_in:
+            into, how = swap.absorb.site, "took in the norm after it"
+            taken_in.pop(into)
+            changes.append(Change(into.paths, "weight", into.name, into.name, how, swap.exact, partner=swap.site.path))
+    return changes
+
+
+def _count(model: nn.Module) -> tuple[int, int]:
+    return sum(p.numel() for p in model.parameters()), sum(b.numel() for b in model.buffers())
+
+
+def _totals(
+    changes: Sequence[Change], left: Sequence[Left], before: tuple[int, int], after: tuple[int, int]
+) -> Totals:
+    kinds = Counter(change.kind for change in changes)
+    return Totals(kinds["norm"], kinds["weight"], len(left), before[0], after[0], before[1], after[1])
+
+
+def _drift(model: nn.Module, before: Any, inputs: Any, name: str, problem: str) -> Drift:
+    if problem:
+        return Drift(name, note=problem)
+    try:
+        return probe.drift(before, probe.run(model, inputs)[0], name)
+    except ModelError as error:
+        return Drift(name, note=str(error))
+
+
+def _recipe(target: Target, options: Options, changes: Sequence[Change]) -> dict[str, Any]:
+    choices = {name: "a function" if callable(value) else value for name, value in vars(options).items()}
+    choices = {k: list(v) if isinstance(v, Iterable) and not isinstance(v, str) else v for k, v in choices.items()}
+    layers = {c.paths[0]: {"from": c.before, "to": c.after, "groups": c.groups} for c in changes}
+    versions = {"normswap": version("normswap"), "torch": torch.__version__.split("+")[0]}
+    return {"format": 1, "target": target.name, "options": choices, "versions": versions, "layers": layers}

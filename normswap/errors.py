@@ -1,0 +1,28 @@
+"""What normswap raises: a message of its own says what, where and what to do.
+
+    NormswapError
+    ├── OptionError          a target or an option that does not exist or does not fit
+    ├── ModelError           a model that cannot be converted
+    └── FileError            a file that cannot be read or written
+        └── UnsafeFileError  a pickle that names a class outside the allowed ones
+"""
+
+
+class NormswapError(Exception):
+    """Base of all errors that normswap raises on purpose."""
+
+
+class OptionError(NormswapError, ValueError):
+    """A target or an option that does not exist, or does not fit the model."""
+
+
+class ModelError(NormswapError):
+    """A model that cannot be converted; it is left as it was."""
+
+
+class FileError(NormswapError):
+    """A file that cannot be read or written; nothing was written."""
+
+
+class UnsafeFileError(FileError):
+    """A pickle that asks for a class outside the allowed ones; its code did not run."""

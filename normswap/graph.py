@@ -1,0 +1,376 @@
+"""Read-only: which norms and weights a model has, under which names, and what feeds what."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from normswap.layers import PLAIN, STANDARDIZED, FrozenBatchNorm
+from normswap.trace import clone, strip_hooks, trace
+
+BATCH_NORMS: dict[type[nn.Module], int | None] = {
+    nn.BatchNorm1d: 1,
+    nn.BatchNorm2d: 2,
+    nn.BatchNorm3d: 3,
+    nn.SyncBatchNorm: None,
+    FrozenBatchNorm: None,
+}
+"""The sources of a conversion, and how many spatial dimensions each takes (None: any)."""
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (*STANDARDIZED, *PLAIN, *TRANSPOSED)
+WEIGHTS = (*CONVOLUTIONS, nn.Linear)
+_OTHER_NORMS = tuple(
+    getattr(nn, name)
+    for name in "GroupNorm LayerNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d LocalResponseNorm CrossMapLRN2d RMSNorm".split()
+)
+_LINEAR_MAPS = (*WEIGHTS, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Embedding)
+_FUNCTIONAL_NORMS = {F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, torch.batch_norm, torch.group_norm}
+_FUNCTIONAL_MAPS = {
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, torch.bmm, torch.einsum,
+}  # fmt: skip
+_HARMLESS_READS = {"shape", "dtype", "device", "ndim", "size", "dim", "is_cuda"}
+
+
+def batch_norms() -> dict[type[nn.Module], int | None]:
+    """`BATCH_NORMS` with torchvision's frozen one; a model can hold that only if torchvision is imported."""
+    misc = sys.modules.get("torchvision.ops.misc")
+    return BATCH_NORMS if misc is None else {**BATCH_NORMS, misc.FrozenBatchNorm2d: 2}
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place in the model: one normalization or weight layer, with every path that leads to it.
+
+    `base` is the known class that it behaves as (None: none), `obstacle` why it must not be
+    touched (empty: it may be).
+    """
+
+    module: nn.Module
+    paths: tuple[str, ...]
+    kind: str
+    base: type[nn.Module] | None
+    obstacle: str = ""
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
+
+    @property
+    def name(self) -> str:
+        """The class as the report writes it."""
+        return type(self.module).__name__
+
+    @property
+    def channels(self) -> int:
+        """Channels that a batch norm normalizes or that a weight layer puts out."""
+        for attribute in ("num_features", "out_channels", "out_features"):
+            if isinstance(size := getattr(self.module, attribute, None), int):
+                return size
+        return int(self.module.running_mean.numel())  # type: ignore[union-attr, operator]  # torchvision's frozen norm
+
+    @property
+    def spatial_dims(self) -> int | None:
+        if isinstance(self.module, FrozenBatchNorm):
+            return self.module.spatial_dims
+        return batch_norms().get(self.base) if self.base else None
+
+    @property
+    def is_batch_norm(self) -> bool:
+        return self.base in batch_norms()
+
+
+def _classify(module: nn.Module) -> tuple[str, type[nn.Module] | None, str] | None:
+    """(kind, base, obstacle) of a module that a report must name, or None for any other."""
+    norms, name = (*batch_norms(), *_OTHER_NORMS), type(module).__name__
+    base = next((cls for cls in type(module).__mro__ if cls in norms or cls in WEIGHTS), None)
+    if base is None:
+        looks_normed = isinstance(getattr(module, "running_mean", None), torch.Tensor)
+        leaf = not any(True for _ in module.children())
+        if looks_normed or (leaf and re.search("norm", name, re.IGNORECASE)):
+            return "norm", None, f"{name} is not a class that normswap knows"
+        weight = module._parameters.get("weight")
+        if leaf and weight is not None and re.search("conv", name, re.IGNORECASE):
+            return "weight", None, f"{name} is not a class that normswap knows"
+        return None
+    return "norm" if base in norms else "weight", base, _obstacle(module, base)
+
+
+def _obstacle(module: nn.Module, base: type[nn.Module]) -> str:
+    for method in ("forward", "_conv_forward", "__call__", "_call_impl"):
+        if method in vars(module) or getattr(type(module), method, None) is not getattr(base, method, None):
+            return f"has a {method} of its own, so it may do more than {base.__name__}"
+    if parametrize.is_parametrized(module):
+        return "has a parametrization on it"
+    if "weight" not in module._parameters and "weight" not in module._buffers and hasattr(module, "weight"):
+        return "has a weight that is computed (weight_norm, spectral_norm or a pruning mask)"
+    return ""
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every norm and weight layer of `model`, in order of registration, each with all its paths."""
+    paths: dict[int, list[str]] = defaultdict(list)
+    modules: dict[int, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths[id(module)].append(path)
+        modules[id(module)] = module
+    found = ((module, tuple(paths[key]), _classify(module)) for key, module in modules.items())
+    return [Site(module, where, *what) for module, where, what in found if what is not None]
+
+
+def hidden_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that stand in plain attributes, lists, tuples or dicts, where torch does not see them."""
+    registered = {id(module) for module in model.modules()}
+
+    def search(path: str, value: Any, depth: int) -> Iterator[tuple[str, nn.Module]]:
+        if isinstance(value, nn.Module):
+            if id(value) not in registered:
+                registered.add(id(value))
+                yield path, value
+        elif depth and isinstance(value, list | tuple | set | frozenset):
+            for index, item in enumerate(value):
+                yield from search(f"{path}[{index}]", item, depth - 1)
+        elif depth and isinstance(value, dict):
+            for key, item in value.items():
+                yield from search(f"{path}[{key!r}]", item, depth - 1)
+
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in _MODULE_STATE:
+                yield from search(f"{path}.{name}".lstrip("."), value, 2)
+
+
+_MODULE_STATE = set(vars(nn.Module()))
+
+
+@dataclass
+class Flow:
+    """What feeds what, as far as the forward could be traced. Sites are named by their first path.
+
+    `readers[w]` lists the norm behind each use of a weight layer's output, None for any other
+    use; `writers[n]` likewise the weight layer before each call of a norm. `single` and `spatial` are
+    norms whose input has one element a channel, or more. `complete` are sites all of whose
+    uses are known, `touched` those whose tensors some forward reads directly, `functional` norms that
+    no module holds, `problems` what stood in the way, by module path.
+    """
+
+    readers: dict[str, list[str | None]] = field(default_factory=lambda: defaultdict(list))
+    writers: dict[str, list[str | None]] = field(default_factory=lambda: defaultdict(list))
+    normed: set[str] = field(default_factory=set)
+    single: set[str] = field(default_factory=set)
+    spatial: set[str] = field(default_factory=set)
+    touched: set[str] = field(default_factory=set)
+    complete: set[str] = field(default_factory=set)
+    functional: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def seen(self, path: str) -> bool:
+        return path in self.readers or path in self.writers
+
+    def feeder(self, norm: str) -> tuple[str | None, str]:
+        """The one layer whose output the norm reads and nothing else does; or None, and why."""
+        if norm not in self.complete:
+            return None, "what comes before it could not be traced"
+        writers = set(self.writers[norm])
+        if None in writers:
+            return None, "no convolution or linear layer directly before it"
+        if len(writers) > 1:
+            return None, "more than one layer before it"
+        (writer,) = writers
+        assert writer is not None  # for the type checker: None was excluded above
+        if writer not in self.complete or set(self.readers[writer]) != {norm}:
+            return None, "the layer before it has other readers"
+        return writer, ""
+
+
+def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
+    """Trace `model`, or its largest parts that can be traced, and read off what feeds what."""
+    flow, sites = Flow(), list(sites)
+    first = {path: site.path for site in sites for path in site.paths}
+    try:
+        skeleton = strip_hooks(clone(model, share_tensors=True))
+    except Exception as error:  # an attribute of the model that cannot be copied: no dataflow, and the report says so
+        flow.problems[""] = f"cannot be copied for tracing: {error}"
+        return flow
+    leaves = {id(skeleton.get_submodule(path)) for path in first}
+    below: dict[str, set[str]] = defaultdict(set)  # the sites below each module that holds some
+    for path, name in first.items():
+        parts = path.split(".")
+        for end in range(len(parts)):
+            below[".".join(parts[:end])].add(name)
+
+    def visit(module: nn.Module, path: str) -> None:
+        """Trace a module none of whose sites is known yet, then the parts that it does not reach."""
+        if not below[path] & flow.complete and type(module).forward is not nn.Module.forward:
+            traced = trace(module, lambda m: id(m) in leaves)
+            if traced.problem:
+                flow.problems[path] = traced.problem
+            for graph in traced.graphs:
+                _Reader(graph, module, path, first, flow).read(traced.complete)
+        for name, child in module.named_children():
+            inner = f"{path}.{name}".lstrip(".")
+            if inner not in first and not below[inner] <= flow.complete:
+                visit(child, inner)
+
+    if "" not in first:
+        visit(skeleton, "")
+    _guess_unseen(flow, sites)
+    return flow
+
+
+def _guess_unseen(flow: Flow, sites: list[Site]) -> None:
+    """A convolution that no trace reached counts as normed when its next sibling is a norm of its width."""
+    for site, following in zip(sites, sites[1:], strict=False):
+        siblings = site.path.rpartition(".")[0] == following.path.rpartition(".")[0]
+        if not flow.seen(site.path) and site.kind == "weight" and siblings and following.is_batch_norm:
+            if site.channels == following.channels:
+                flow.normed.add(site.path)
+
+
+class _Reader:
+    """Reads one traced graph into a `Flow`."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, prefix: str, first: dict[str, str], flow: Flow):
+        self.nodes = list(graph.nodes)
+        self.prefix, self.first, self.flow = prefix, first, flow
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self.behind: dict[fx.Node, bool] = {}  # whether a norm comes before the next weight layer
+        self.single: dict[fx.Node, bool | None] = {}
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
+    def _site(self, node: fx.Node) -> str | None:
+        if node.op != "call_module":
+            return None
+        return self.first.get(f"{self.prefix}.{node.target}".lstrip("."))
+
+    def _is_norm(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        if module is None:
+            return node.op == "call_function" and node.target in _FUNCTIONAL_NORMS
+        what = _classify(module)
+        return what is not None and what[0] == "norm"
+
+    def _is_map(self, node: fx.Node) -> bool:
+        if node.op == "call_function":
+            return node.target in _FUNCTIONAL_MAPS
+        return isinstance(self._module(node), _LINEAR_MAPS)
+
+    def read(self, complete: bool) -> None:
+        for node in self.nodes:
+            self._read_access(node)
+            self.single[node] = self._is_single(node)
+        for node in reversed(self.nodes):
+            users = node.users
+            self.behind[node] = any(self._is_norm(u) or (not self._is_map(u) and self.behind[u]) for u in users)
+        for node in self.nodes:
+            path = self._site(node)
+            if path is None:
+                continue
+            if complete:
+                self.flow.complete.add(path)
+            if self._is_norm(node):
+                self.flow.writers[path].append(self._writer(node))
+                if (single := self.single[node]) is not None:
+                    (self.flow.single if single else self.flow.spatial).add(path)
+            else:
+                self.flow.readers[path] += self._readers(node)
+                if self.behind[node]:
+                    self.flow.normed.add(path)
+
+    def _read_access(self, node: fx.Node) -> None:
+        """Note tensors of sites that a forward reads itself, and norms called as functions."""
+        if node.op == "get_attr":
+            owner = f"{self.prefix}.{str(node.target).rpartition('.')[0]}".strip(".")
+            if owner in self.first:
+                self.flow.touched.add(self.first[owner])
+        elif node.op == "call_function" and node.target in _FUNCTIONAL_NORMS:
+            stack = node.meta.get("nn_module_stack") or {}
+            inner = next(reversed(stack), "")
+            where = f"{self.prefix}.{inner}".strip(".")
+            self.flow.functional[where] = getattr(node.target, "__name__", str(node.target))
+
+    def _writer(self, node: fx.Node) -> str | None:
+        """The weight layer whose output is the whole input of this call of a norm."""
+        source = _input(node)
+        while source is not None and type(self._module(source)) is nn.Identity:
+            source = _input(source)
+        return self._site(source) if source is not None and not self._is_norm(source) else None
+
+    def _readers(self, node: fx.Node) -> list[str | None]:
+        """The norm behind each use of a weight layer's output; None for every other use."""
+        found: list[str | None] = []
+        for user in node.users:
+            if type(self._module(user)) is nn.Identity:
+                found += self._readers(user)
+            elif not _reads_shape_only(user):
+                found.append(self._site(user) if self._is_norm(user) and _input(user) is node else None)
+        return found
+
+    def _is_single(self, node: fx.Node) -> bool | None:
+        """Whether the value has one element per sample and channel (None: not known)."""
+        module = self._module(node)
+        inputs = [self.single[source] for source in node.all_input_nodes if source in self.single]
+        before = True if inputs and all(inputs) else (False if False in inputs else None)
+        if isinstance(module, nn.Linear | nn.Flatten) or node.target in (torch.flatten, "flatten"):
+            return True
+        if isinstance(module, nn.modules.pooling._AdaptiveAvgPoolNd | nn.modules.pooling._AdaptiveMaxPoolNd):
+            return _all_ones(module.output_size)
+        if node.target in _ADAPTIVE_POOLS and len(node.args) > 1:
+            return _all_ones(node.args[1])
+        if node.target in ("mean", torch.mean):
+            dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+            return True if dims in ([2, 3], (2, 3), [-2, -1], (-2, -1), [-1, -2], (-1, -2)) else None
+        if isinstance(module, CONVOLUTIONS):
+            pointwise = _all_ones(module.kernel_size) and not isinstance(module, TRANSPOSED)
+            return True if before and pointwise else False
+        if node.target in _RESHAPES or isinstance(module, nn.Unflatten | nn.Upsample):
+            return None
+        return before
+
+
+_ADAPTIVE_POOLS = {
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
+}  # fmt: skip
+_RESHAPES: set[Any] = {
+    "view", "reshape", "permute", "transpose", "unsqueeze", "expand", "repeat", "size",
+    torch.reshape, torch.permute, torch.transpose, torch.unsqueeze, F.interpolate,
+}  # fmt: skip
+
+
+def _all_ones(size: Any) -> bool:
+    return all(length == 1 for length in (size if isinstance(size, tuple | list) else (size,)))
+
+
+def _input(node: fx.Node) -> fx.Node | None:
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    return source if isinstance(source, fx.Node) else None
+
+
+def _reads_shape_only(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _HARMLESS_READS
+    return node.op == "call_function" and node.target is getattr and node.args[1] in _HARMLESS_READS
+
+
+@functools.cache
+def own_attributes(base: type[nn.Module]) -> dict[str, frozenset[str]]:
+    """The names that an instance of a batch norm class has by itself, as attributes, parameters and buffers."""
+    fresh = base(1)
+    return {"": frozenset(vars(fresh))} | {
+        kind: frozenset(getattr(fresh, kind)) for kind in ("_parameters", "_buffers", "_modules")
+    }
+
+

@@ -1,0 +1,125 @@
+"""Running a model on example inputs: the sizes that its norms see, and how far its output drifts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from normswap.errors import ModelError
+from normswap.graph import Site
+from normswap.report import Drift
+
+_SEED = 0
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """`model` on `inputs`: a tuple or list as positional arguments, a dict as keywords, else the one argument."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def run(model: nn.Module, inputs: Any, sites: Iterable[Site] = ()) -> tuple[Any, dict[str, int]]:
+    """The output of `model` in eval mode, and for each of `sites` it reached the least elements a channel had.
+
+    Raises `ModelError` where the forward fails.
+    """
+    elements: dict[str, int] = {}
+
+    def watch(site: Site) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].dim() >= 2:
+                size = args[0].shape[2:].numel()
+                elements[site.path] = min(size, elements.get(site.path, size))
+
+        return site.module.register_forward_pre_hook(note)
+
+    handles = [watch(site) for site in sites]
+    try:
+        with evaluating(model):
+            return call(model, inputs), elements
+    except Exception as error:  # the forward is anybody's code
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ModelError(f"the model does not run on the example inputs: {type(error).__name__}: {reason}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def drift(before: Any, after: Any, probe: str) -> Drift:
+    """How far `after` is from `before`, two outputs of the same structure; see `Drift`."""
+    old, new = _tensors(before), _tensors(after)
+    if [t.shape for t in old] != [t.shape for t in new]:
+        return Drift(probe, note="the outputs differ in shape, so they cannot be compared")
+    if not old:
+        return Drift(probe, note="the output holds no floating-point tensor")
+    a, b = (torch.cat([t.flatten().double() for t in tensors]) for tensors in (old, new))
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return Drift(probe, note="the output is not finite")
+    top1 = None
+    if old[0].dim() in (2, 4) and old[0].shape[1] > 1:
+        top1 = (old[0].argmax(1) == new[0].argmax(1)).double().mean().item()
+    if not a.norm() > 0:
+        return Drift(probe, top1_agreement=top1, note="the output before was zero")
+    relative = ((b - a).norm() / a.norm()).item()
+    cosine = nn.functional.cosine_similarity(a, b, dim=0).item() if b.norm() > 0 else None
+    return Drift(probe, relative, cosine, top1)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(output)
+    return [leaf.detach().cpu() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def noise(shape: tuple[int, ...]) -> Tensor:
+    """Seeded standard normal noise of a shape: the probe where no data is at hand."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(_SEED))
+
+
+def guess_inputs(model: nn.Module, shape: tuple[int, ...] | None = None) -> tuple[Any, str] | None:
+    """Noise that the model may take, and its name; None where no convolution or linear layer tells a size.
+
+    `shape` is that of one input batch; without it, it is made up from the first layer.
+    torchvision's detection models take a list of pictures, its optical flow models two.
+    """
+    first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)), None)
+    family = type(model).__module__
+    if shape is None:
+        if first is None:
+            return None
+        if isinstance(first, nn.Linear):
+            shape = (2, first.in_features)
+        else:
+            dims = len(first.kernel_size)
+            shape = (2, first.in_channels, *{1: (1024,), 2: (224, 224), 3: (16, 112, 112)}[dims])
+        if family.startswith("torchvision.models.detection"):
+            shape = (1, 3, 320, 320)
+        elif family.startswith("torchvision.models.optical_flow"):
+            shape = (1, 3, 128, 128)
+    name = f"noise {'×'.join(map(str, shape))}, seed {_SEED}"
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    value = noise(shape).to(like.device, like.dtype)
+    if family.startswith("torchvision.models.detection"):
+        return (list(value),), name
+    if family.startswith("torchvision.models.optical_flow"):
+        return (value, value.flip(-1)), name
+    return (value,), name

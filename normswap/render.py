@@ -1,0 +1,164 @@
+"""A report to the terminal: lines folded into patterns of paths, or every line."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from normswap.report import Change, Drift, Left, Report
+
+_MOST_NOTES = 8
+_ROOT = "(root)"
+Key = TypeVar("Key", bound=Hashable)
+
+
+def fold_paths(paths: Iterable[str]) -> list[tuple[str, int]]:
+    """Module paths as patterns, each with the number of paths it stands for.
+
+    Paths that differ in numbers alone fall together: `layer1.0.bn1` to `layer4.2.bn3` are
+    `layer[1-4].*.bn[1-3]`. A pattern sums up; it may cover paths that were not given.
+    """
+    shapes: dict[tuple[str, ...], list[list[int | None]]] = defaultdict(list)
+    for path in paths:
+        parts = [re.fullmatch(r"(.*?)(\d*)", part) for part in path.split(".")]
+        stems = tuple(f"{part[1]}#" if part[2] else part[1] for part in parts if part)
+        shapes[stems].append([int(part[2]) if part[2] else None for part in parts if part])
+    folded = []
+    for stems, rows in shapes.items():
+        columns = zip(*rows, strict=True)
+        written = (_segment(stem, set(column)) for stem, column in zip(stems, columns, strict=True))
+        folded.append((".".join(written) or _ROOT, len(rows)))
+    return folded
+
+
+def _segment(stem: str, numbers: set[int | None]) -> str:
+    if not stem.endswith("#"):
+        return stem
+    found = sorted(number for number in numbers if number is not None)
+    if len(found) == 1:
+        return f"{stem[:-1]}{found[0]}"
+    if stem == "#":
+        return "*"
+    together = found[-1] - found[0] == len(found) - 1
+    return f"{stem[:-1]}[{found[0]}-{found[-1]}]" if together else f"{stem[:-1]}[{','.join(map(str, found))}]"
+
+
+def _grouped(pairs: Iterable[tuple[Key, str]]) -> Iterator[tuple[Key, str, int]]:
+    """(key, pattern, count) for paths that are folded apart for each key, keys in order of appearance."""
+    paths: dict[Key, list[str]] = defaultdict(list)
+    for key, path in pairs:
+        paths[key].append(path)
+    for key, members in paths.items():
+        for pattern, count in fold_paths(members):
+            yield key, pattern, count
+
+
+class ReportView:
+    """A `Report` for rich: folded into patterns, or with `full` a line for every layer."""
+
+    def __init__(self, report: Report, title: str = "", out: str = "", full: bool = False):
+        self.report, self.title, self.out, self.full = report, title, out, full
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        report = self.report
+        parts: list[Table | Text] = [Text.from_markup(f"[bold]{escape(self.title)} → {report.target}[/]"), Text()]
+        if report.changes:
+            parts += [_changes(report.changes, self.full), Text()]
+        notes = _notes(report.changes, self.full)
+        if notes:
+            parts += [Text("differs from what was asked", style="bold"), *notes, Text()]
+        if report.left:
+            parts += [Text(f"left as it was: {len(report.left)}", style="bold"), _left(report.left, self.full), Text()]
+        parts += [*_summary(report), *(Text(f"warning: {notice}", style="yellow") for notice in report.warnings)]
+        if self.out:
+            parts.append(Text.from_markup(f"[bold]written to[/] {escape(self.out)}", overflow="fold"))
+        yield Group(*parts)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name in columns:
+        number = name == "count"
+        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
+    return table
+
+
+def _changes(changes: Sequence[Change], full: bool) -> Table:
+    table = _table("path", "change", "count", "how")
+    for change in changes if full else ():
+        became = Text(f"{change.before} → {change.after}")
+        table.add_row(Text(" = ".join(path or _ROOT for path in change.paths)), became, "", _how(change.how, change.exact))
+    if full:
+        return table
+    numbers: dict[tuple[str, str, str, bool], set[int]] = defaultdict(set)
+    pairs = []
+    for change in changes:
+        key = (change.before, change.after.partition("(")[0], change.how, change.exact)
+        if "(" in change.after and change.groups:
+            numbers[key].add(change.groups)
+        pairs.append((key, change.paths[0]))
+    for key, pattern, count in _grouped(pairs):
+        groups = sorted(numbers[key])
+        written = f"({groups[0]})" if len(groups) == 1 else f"({groups[0]}-{groups[-1]})" if groups else ""
+        table.add_row(Text(pattern), Text(f"{key[0]} → {key[1]}{written}"), f"×{count}", _how(key[2], key[3]))
+    return table
+
+
+def _how(how: str, exact: bool) -> Text:
+    return Text.assemble(("exact" if exact else "approximate", "green" if exact else "yellow"), f": {how}")
+
+
+def _notes(changes: Sequence[Change], full: bool) -> list[Text]:
+    lines = []
+    for note, pattern, count in _grouped((change.note, change.paths[0]) for change in changes if change.note):
+        lines.append(Text(f"{pattern}{f' ×{count}' if count > 1 else ''}: {note}"))
+    if len(lines) > _MOST_NOTES and not full:
+        hidden = len(lines) - _MOST_NOTES
+        return [*lines[:_MOST_NOTES], Text(f"and {hidden} more lines (--full)", style="dim")]
+    return lines
+
+
+def _left(left: Sequence[Left], full: bool) -> Table:
+    table = _table("path", "module", "count", "reason")
+    if full:
+        for entry in left:
+            table.add_row(Text(entry.path or _ROOT), entry.module, "", Text(entry.reason))
+        return table
+    for (module, reason), pattern, count in _grouped(((entry.module, entry.reason), entry.path) for entry in left):
+        table.add_row(Text(pattern), module, f"×{count}", Text(reason))
+    return table
+
+
+def _summary(report: Report) -> list[Text]:
+    totals = report.totals
+    verdict = ("exact", "green") if report.exact else ("approximate", "yellow")
+    return [
+        Text.assemble(
+            f"{totals.norms_changed} norms, {totals.weights_changed} weights changed: ", verdict, f"; {totals.left} left"
+        ),
+        Text(
+            f"parameters {totals.parameters_before:,} → {totals.parameters_after:,}, "
+            f"buffers {totals.buffers_before:,} → {totals.buffers_after:,}"
+        ),
+        Text(_drift(report.drift)),
+    ]
+
+
+def _drift(drift: Drift | None) -> str:
+    if drift is None:
+        return "drift not measured: no probe input"
+    measured = [
+        f"relative L2 {drift.relative_l2:.2g}" if drift.relative_l2 is not None else "",
+        f"cosine {drift.cosine:.4f}" if drift.cosine is not None else "",
+        f"top-1 agreement {drift.top1_agreement:.0%}" if drift.top1_agreement is not None else "",
+        drift.note,
+    ]
+    caution = " (noise says little about accuracy)" if drift.probe.startswith("noise") else ""
+    return f"drift on {drift.probe}{caution}: {', '.join(part for part in measured if part)}"

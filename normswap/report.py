@@ -1,0 +1,102 @@
+"""What changed, as frozen plain data: the terminal, `--json` and every other view read this."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happened at one place of the model.
+
+    A module that stands under several names has them all in `paths`. `kind` is "norm" or
+    "weight", `before` and `after` are layers as they are written (`GroupNorm(8)`), `how` says what
+    became of the learnt values, `exact` whether the function in eval mode is the same up to
+    rounding, `note` whatever differs from what was asked, `groups` the number of groups where the new layer has
+    some, and `partner` the other layer where a norm was folded into one.
+    """
+
+    paths: tuple[str, ...]
+    kind: str
+    before: str
+    after: str
+    how: str
+    exact: bool
+    note: str = ""
+    groups: int | None = None
+    partner: str | None = None
+
+
+@dataclass(frozen=True)
+class Left:
+    """One path of a normalization or a weight layer that stayed as it was, and why."""
+
+    path: str
+    kind: str
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts: of modules changed, of paths left, and of elements in parameters and buffers."""
+
+    norms_changed: int
+    weights_changed: int
+    left: int
+    parameters_before: int
+    parameters_after: int
+    buffers_before: int
+    buffers_after: int
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the output moved on a probe input, in eval mode.
+
+    `relative_l2` is ‖after − before‖ / ‖before‖ over all floating-point outputs, `cosine` the
+    cosine between them, `top1_agreement` the share of argmaxes over dimension 1 that agree. A value
+    is None where it has no meaning, and `note` says why. `probe` names the input: noise says
+    little about accuracy.
+    """
+
+    probe: str
+    relative_l2: float | None = None
+    cosine: float | None = None
+    top1_agreement: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a conversion did and did not do.
+
+    `recipe` is what a converted checkpoint carries: target, options, versions, and what
+    each changed layer became.
+    """
+
+    target: str
+    changes: tuple[Change, ...]
+    left: tuple[Left, ...]
+    totals: Totals
+    drift: Drift | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether the converted model is the same function in eval mode, up to rounding."""
+        return all(change.exact for change in self.changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-able data: what `--json` prints."""
+        return {**dataclasses.asdict(self), "exact": self.exact}
+
+    def __str__(self) -> str:
+        totals = self.totals
+        return (
+            f"{self.target}: {totals.norms_changed} norms and {totals.weights_changed} weights changed"
+            f" ({'exact' if self.exact else 'approximate'}), {totals.left} left"
+        )

@@ -1,0 +1,123 @@
+"""Symbolic runs of a module's forward: dataflow without data, along every branch.
+
+Nothing here touches the module that it is given: it runs a copy that shares the tensors, without
+hooks. `torch.fx` does the tracing; what this file adds are branches on data (each is followed both
+ways), loops over sequences of unknown length (two rounds), and train mode beside eval mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+_MAX_RUNS = 32  # runs of one forward; a forward with more branches than these cover counts as incomplete
+_MAX_ROUNDS = 100  # answers alike at one place in the code: ends a loop whose condition is data
+_WRONG_WAY = (AssertionError, ValueError, NotImplementedError)  # a branch that only refuses its input
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The graphs of one module's forward, one for each mode and branch, and whether these are all."""
+
+    graphs: tuple[fx.Graph, ...]
+    complete: bool
+    problem: str = ""
+
+
+def clone(model: nn.Module, share_tensors: bool = False) -> nn.Module:
+    """A deep copy of `model`; with `share_tensors` its parameters and buffers are the model's own.
+
+    Process groups are handles, not data, and stay shared. Raises whatever an attribute raises that cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        group = getattr(module, "process_group", None)
+        if group is not None:
+            memo[id(group)] = group
+        if share_tensors:
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                memo[id(tensor)] = tensor
+    return copy.deepcopy(model, memo)
+
+
+def strip_hooks(model: nn.Module) -> nn.Module:
+    """Remove every forward hook of `model`, in place: hooks are made for tensors, not for proxies."""
+    for module in model.modules():
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            getattr(module, name).clear()
+    return model
+
+
+class _Tracer(fx.Tracer):
+    """Follows one combination of branches; a place in the code is decided once a run."""
+
+    proxy_buffer_attributes = True  # a buffer that a forward reads directly must show in the graph
+
+    def __init__(self, is_leaf: Callable[[nn.Module], bool], decisions: dict[Any, bool]):
+        super().__init__()
+        self._is_leaf = is_leaf
+        self.decisions = dict(decisions)
+        self._asked: Counter[Any] = Counter()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self._is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(fx.__path__[0]):
+            frame = frame.f_back
+        place = (frame.f_code, frame.f_lasti)
+        self._asked[place] += 1
+        decided = self.decisions.setdefault(place, True)
+        return decided if self._asked[place] <= _MAX_ROUNDS else not decided
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        return iter([obj[0], obj[1]])
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    """Arguments that a caller usually leaves out, at their defaults; flags are left open, as branches."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is None or type(p.default) in (int, float, str)}
+
+
+def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
+    """The graphs of `module.forward`, in which modules for which `is_leaf` holds are single nodes.
+
+    `module` is trained and evaluated in turn and may be left with proxies in its attributes: pass a copy.
+    """
+    graphs: list[fx.Graph] = []
+    problem = ""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        for training in (True, False):
+            module.train(training)
+            pending: list[dict[Any, bool]] = [{}]
+            for _ in range(_MAX_RUNS):
+                if not pending:
+                    break
+                asked = pending.pop()
+                tracer = _Tracer(is_leaf, asked)
+                try:
+                    graphs.append(tracer.trace(module, concrete_args=_defaults(module)))
+                except Exception as error:  # a forward is anybody's code: whatever it raises means "not traceable"
+                    refused = isinstance(error, _WRONG_WAY) and not isinstance(error, fx.proxy.TraceError)
+                    if not (refused and tracer.decisions):
+                        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+                # Flip each new decision, keeping those before it: every branch is entered once.
+                taken = list(tracer.decisions.items())
+                for index in range(len(asked), len(taken)):
+                    place, way = taken[index]
+                    pending.append({**dict(taken[:index]), place: not way})
+            if pending:
+                problem = f"more than {_MAX_RUNS} branches"
+    return Traced(tuple(graphs), not problem and bool(graphs), problem)

@@ -1,0 +1,90 @@
+"""The mathematics of moving a learnt normalization: tensors to tensors.
+
+All vectors have one element a channel, shape (C,). They are computed in float64 where the device
+has it, and rounded once, by the caller, to the dtype of the tensor that they are written to.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 20  # elements of a weight that are widened at once: bounds the memory beside a large model
+
+
+class Statistics(NamedTuple):
+    """What a batch norm has learnt: `y = weight · (x − mean) / √(var + eps) + bias`, all of shape (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+
+class Affine(NamedTuple):
+    """`y = scale · x + shift` per channel, both of shape (C,)."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """`tensor`, detached, in float64, or in float32 on a device without float64."""
+    return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def as_affine(stats: Statistics) -> Affine:
+    """Batch norm in eval mode as one multiplication and one addition a channel (Ioffe & Szegedy 2015)."""
+    scale = stats.weight / (stats.var + stats.eps).sqrt()
+    return Affine(scale, stats.bias - scale * stats.mean)
+
+
+def match_groups(stats: Statistics, groups: int) -> Affine:
+    """The gain and bias of a group norm that stands in for a batch norm, moment-matched.
+
+    Over the data, a group's mean is `m = mean_c μ_c` and its total variance `s² = mean_c(σ²_c + μ²_c) − m²`:
+    the spread of the channel means is part of it. Where a sample's statistics equal
+    the data's, group norm with the returned affine equals the batch norm. Exact for one channel a group
+    in that same case, when it returns the batch norm's own gain and bias.
+    """
+    mean = stats.mean.view(groups, -1)
+    var = stats.var.view(groups, -1)
+    group_mean = mean.mean(1, keepdim=True)
+    # mean(σ² + μ²) − m², in the form that does not cancel when the means are large.
+    group_var = var.mean(1, keepdim=True) + (mean - group_mean).square().mean(1, keepdim=True)
+    scale = as_affine(stats).scale.view(groups, -1)
+    weight = scale * (group_var + stats.eps).sqrt()
+    bias = stats.bias.view(groups, -1) + scale * (group_mean - mean)
+    return Affine(weight.flatten(), bias.flatten())
+
+
+def rescale_input(stats: Statistics, scale: Tensor, bias: Tensor | None) -> Statistics:
+    """Statistics of a channel whose convolution is multiplied by `scale`, its bias `bias` apart."""
+    offset = torch.zeros_like(stats.mean) if bias is None else widen(bias)
+    return stats._replace(mean=(stats.mean - offset) * scale + offset, var=stats.var * scale.square())
+
+
+def filter_moments(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each filter of a weight of shape (out, in, *kernel): two of shape (out,)."""
+    rows = max(1, _CHUNK // max(1, weight[0].numel()))
+    moments = [torch.var_mean(widen(part).flatten(1), dim=1, correction=0) for part in weight.detach().split(rows)]
+    variances, means = zip(*moments, strict=True)
+    return torch.cat(means), torch.cat(variances)
+
+
+def scale_filters_(weight: Tensor, scale: Tensor, transposed_groups: int | None = None) -> None:
+    """Multiply each filter of `weight` in place by its element of `scale`, of shape (out_channels,).
+
+    A weight has the shape (out, in, *kernel); a transposed convolution's, of `transposed_groups` groups, has
+    (in, out / groups, *kernel).
+    """
+    scale = scale.to(weight.dtype)
+    with torch.no_grad():
+        if transposed_groups is None:
+            weight.mul_(scale.view(-1, *[1] * (weight.dim() - 1)))
+        else:
+            blocks = weight.view(transposed_groups, -1, *weight.shape[1:])
+            blocks.mul_(scale.view(transposed_groups, 1, -1, *[1] * (weight.dim() - 2)))
