@@ -1,6 +1,6 @@
 """Swap the normalization of a trained PyTorch model, and keep the trained function.
 
-    model, report = normswap.convert(model, "gn-ws")
+model, report = normswap.convert(model, "gn-ws")
 """
 
 from normswap.convert import Conversion, convert, fold

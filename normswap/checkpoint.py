@@ -63,7 +63,9 @@ def read(path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[s
         except pickle.UnpicklingError as error:
             match = _UNSUPPORTED_GLOBAL.search(str(error))
             if match is None:
-                raise FileError(f"{path}: is damaged, or no pickle that can be read safely ({_first_line(error)})") from None
+                raise FileError(
+                    f"{path}: is damaged, or no pickle that can be read safely ({_first_line(error)})"
+                ) from None
             allowed.append(_safe_class(match[1], path))
 
 
@@ -108,9 +110,13 @@ def _check_readable(path: Path) -> bool:
     if head.startswith(b"PK\x03\x04"):
         return _check_archive(path)
     if path.suffix == ".onnx":
-        raise FileError(f"{path}: is an ONNX file, whose layers are compiled; convert the torch model that it was exported from")
+        raise FileError(
+            f"{path}: is an ONNX file, whose layers are compiled; convert the torch model that it was exported from"
+        )
     if re.match(rb".{8}\{\s*\"", head, re.DOTALL):
-        raise FileError(f"{path}: is a safetensors file, which holds tensors without their model; give a file with a whole model")
+        raise FileError(
+            f"{path}: is a safetensors file, which holds tensors without their model; give a file with a whole model"
+        )
     if not head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         text = "a text file" if _is_text(head) else "of another kind"
         raise FileError(f"{path}: is {text}, not one that torch.save wrote")
@@ -130,10 +136,16 @@ def _check_archive(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
-        raise FileError(f"{path}: is truncated or damaged: its table of contents cannot be read; copy or save it again") from None
+        raise FileError(
+            f"{path}: is truncated or damaged: its table of contents cannot be read; copy or save it again"
+        ) from None
     if "constants.pkl" in names:
-        raise FileError(f"{path}: is a TorchScript archive, whose code is compiled; convert the model that it was made from")
-    if any(name.endswith(("serialized_exported_program.json", "models/model.json")) for name in names) or "archive_format" in names and "data.pkl" not in names:
+        raise FileError(
+            f"{path}: is a TorchScript archive, whose code is compiled; convert the model that it was made from"
+        )
+    if any(name.endswith(("serialized_exported_program.json", "models/model.json")) for name in names) or (
+        "archive_format" in names and "data.pkl" not in names
+    ):
         raise FileError(f"{path}: is an exported program; convert the model that it was exported from")
     if "data.pkl" not in names:
         raise FileError(f"{path}: is a zip archive, but not one that torch.save wrote")
@@ -146,7 +158,11 @@ def _safe_class(name: str, path: Path) -> Any:
         return _import(name, path)
     if name.startswith(_SAFE_PACKAGES) and not any(part.startswith("__") for part in name.split(".")):
         found = _import(name, path)
-        if isinstance(found, type) and issubclass(found, nn.Module) and not issubclass(found, torch.fx.GraphModule | torch.jit.ScriptModule):
+        if (
+            isinstance(found, type)
+            and issubclass(found, nn.Module)
+            and not issubclass(found, torch.fx.GraphModule | torch.jit.ScriptModule)
+        ):
             return found
     raise UnsafeFileError(
         f"{path}: holds {name}, which is not a class of torch, torchvision, timm or normswap. "

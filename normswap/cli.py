@@ -46,8 +46,13 @@ class WsScope(str, Enum):
 
 
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="A file with a whole model, or torchvision:NAME.")]
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Where to write; model.TARGET.pt beside the input by default.")]
-Allow = Annotated[list[str] | None, typer.Option(help="A class that the file may hold, by full name. Repeatable.", metavar="PKG.CLASS")]
+Out = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Where to write; model.TARGET.pt beside the input by default.")
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(help="A class that the file may hold, by full name. Repeatable.", metavar="PKG.CLASS"),
+]
 Trust = Annotated[bool, typer.Option("--trust", help="Run whatever code the file holds.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")]
@@ -58,15 +63,27 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors."
 @app.command()
 def convert(
     input: Input,
-    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="What to convert to: a norm, a weight form, or both (gn-ws).")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="TARGET", help="What to convert to: a norm, a weight form, or both (gn-ws).")
+    ],
     out: Out = None,
     weights: Annotated[str | None, typer.Option(help="Published weights of a torchvision model, by name.")] = None,
-    groups: Annotated[str, typer.Option(metavar="auto|N|Nc", help="Groups of gn: auto, their number, or channels in each.")] = "auto",
-    transfer: Annotated[Transfer, typer.Option(help="What becomes of the learnt gain, bias and statistics.")] = Transfer.match,
+    groups: Annotated[
+        str, typer.Option(metavar="auto|N|Nc", help="Groups of gn: auto, their number, or channels in each.")
+    ] = "auto",
+    transfer: Annotated[
+        Transfer, typer.Option(help="What becomes of the learnt gain, bias and statistics.")
+    ] = Transfer.match,
     ws: Annotated[Ws, typer.Option(help="Keep each filter's std and mean, or take the paper's form.")] = Ws.preserve,
-    ws_scope: Annotated[WsScope, typer.Option(help="Standardize convolutions that a norm follows, or all.")] = WsScope.normed,
-    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Convert only layers on these paths. Repeatable.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave layers on these paths. Repeatable.")] = None,
+    ws_scope: Annotated[
+        WsScope, typer.Option(help="Standardize convolutions that a norm follows, or all.")
+    ] = WsScope.normed,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Convert only layers on these paths. Repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Leave layers on these paths. Repeatable.")
+    ] = None,
     input_shape: Annotated[str | None, typer.Option(metavar="1,3,224,224", help="Shape of an input batch.")] = None,
     fold: Annotated[bool, typer.Option("--fold", help="Bake the result into plain torch layers.")] = False,
     allow: Allow = None,

@@ -18,19 +18,9 @@ from normswap import probe
 from normswap.errors import ModelError, NormswapError, OptionError
 from normswap.graph import TRANSPOSED, Site, find_flow, find_sites, hidden_modules, own_attributes
 from normswap.layers import PLAIN
+from normswap.plan import Absorb, Context, Swap, parse_groups
 from normswap.report import Change, Drift, Left, Report, Totals
-from normswap.targets import (
-    PLAIN_TARGET,
-    Absorb,
-    Context,
-    Swap,
-    Target,
-    parse_groups,
-    parse_target,
-    plan_norm,
-    plan_weight,
-    strict_rescaling,
-)
+from normswap.targets import PLAIN_TARGET, Target, parse_target, plan_norm, plan_weight, strict_rescaling
 from normswap.trace import clone
 from normswap.transfer import scale_filters_, widen
 
@@ -145,7 +135,9 @@ def run(
     chosen = _select(sites, options)
     progress("tracing what feeds what")
     flow = find_flow(work, sites)
-    before, elements, problem = None, {}, ""
+    before: Any = None
+    elements: dict[str, int] = {}
+    problem = ""
     if example_inputs is not None:
         progress("running the model before")
         try:
@@ -161,12 +153,21 @@ def run(
 
     progress("working out the new layers")
     swaps, left = _decide(chosen, target, context)
-    left += [Left(path, site.kind, site.name, "not selected") for site in sites if site not in chosen for path in site.paths]
-    left += [Left(where, "norm", name, "is a function call that no module holds") for where, name in flow.functional.items()]
+    left += [
+        Left(path, site.kind, site.name, "not selected") for site in sites if site not in chosen for path in site.paths
+    ]
+    left += [
+        Left(where, "norm", name, "is a function call that no module holds") for where, name in flow.functional.items()
+    ]
     hidden, notices = _hidden(work)
+    for notice in notices:
+        warnings.warn(notice, stacklevel=3)
     if not swaps and not may_be_idle:
         raise ModelError(_nothing(target, left + hidden))
     _check_groups(target, swaps, options)
+    batch_norms = [site.module for site in chosen if site.is_batch_norm]
+    if batch_norms and all(_untrained(norm) for norm in batch_norms):
+        notices.append("the running statistics were never trained: there is no function to keep")
     counts = _count(work)
     changes = _changes(swaps)
 
@@ -178,8 +179,6 @@ def run(
     if example_inputs is not None:
         progress("running the model after")
         moved = _drift(work, before, example_inputs, probe_name, problem)
-    for notice in notices:
-        warnings.warn(notice, stacklevel=3)
     left = sorted(left + hidden, key=lambda entry: entry.path)
     report = Report(
         target.name, tuple(changes), tuple(left), _totals(changes, left, counts, _count(work)), moved,
@@ -193,11 +192,15 @@ def run(
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module, not {type(model).__name__}; for a file, use normswap.convert_file")
+        raise ModelError(
+            f"expected a torch.nn.Module, not {type(model).__name__}; for a file, use normswap.convert_file"
+        )
     for path, module in model.named_modules():
         where, name = path or "the model", type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(f"{where} is TorchScript, whose layers cannot be exchanged; convert the model that it was made from")
+            raise ModelError(
+                f"{where} is TorchScript, whose layers cannot be exchanged; convert the model that it was made from"
+            )
         if name in ("DistributedDataParallel", "FullyShardedDataParallel"):
             raise ModelError(f"{where} is wrapped in {name}; convert first, then wrap: convert(model.module, ...)")
         for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -211,7 +214,9 @@ def _copy(model: nn.Module) -> nn.Module:
     try:
         return clone(model)
     except Exception as error:  # an attribute of the model that cannot be copied
-        raise ModelError(f"the model cannot be copied ({type(error).__name__}: {error}); convert with inplace=True") from error
+        raise ModelError(
+            f"the model cannot be copied ({type(error).__name__}: {error}); convert with inplace=True"
+        ) from error
 
 
 def _select(sites: Sequence[Site], options: Options) -> list[Site]:
@@ -228,7 +233,11 @@ def _matching(sites: Sequence[Site], pattern: Pattern, option: str) -> set[Site]
         matched = {site for site in sites if any(fnmatch.fnmatchcase(path, glob) for path in site.paths)}
         if not matched:
             inside = any(path.startswith(f"{glob}.") for site in sites for path in site.paths)
-            hint = f"; it holds some: write '{glob}.*'" if inside else "; patterns are globs on module paths, such as 'layer1.*'"
+            hint = (
+                f"; it holds some: write '{glob}.*'"
+                if inside
+                else "; patterns are globs on module paths, such as 'layer1.*'"
+            )
             raise OptionError(f"{option}: {glob!r} matches no norm and no convolution{hint}")
         found |= matched
     return found
@@ -244,7 +253,9 @@ def _hidden(model: nn.Module) -> tuple[list[Left], list[str]]:
     for where, module in hidden_modules(model):
         reason = "is not registered (a plain list or attribute): its parameters are neither saved nor trained"
         inside = find_sites(module)
-        left += [Left(f"{where}.{path}".rstrip("."), site.kind, site.name, reason) for site in inside for path in site.paths]
+        left += [
+            Left(f"{where}.{path}".rstrip("."), site.kind, site.name, reason) for site in inside for path in site.paths
+        ]
         if inside:
             notices.append(f"{where} {reason}; use nn.ModuleList or nn.ModuleDict")
     return left, notices
@@ -259,8 +270,8 @@ def _decide(sites: Sequence[Site], target: Target, context: Context) -> tuple[li
     if target.weight is not None and context.ws == "strict":
         for site in sites:
             feeder = context.flow.feeder(site.path)[0] if site.kind == "norm" else None
-            into = context.sites[feeder] if feeder else None
-            if into in sites and isinstance(plan_weight(into, target, context), Swap):
+            into = context.sites.get(feeder or "")
+            if into is not None and into in sites and isinstance(plan_weight(into, target, context), Swap):
                 context.rescaled[site.path] = strict_rescaling(into)
     for site in sites:
         if site.kind == "norm":
@@ -284,6 +295,11 @@ def _reported(site: Site) -> bool:
     return site.base is not nn.Linear
 
 
+def _untrained(norm: nn.Module) -> bool:
+    seen, mean = (norm._buffers.get(name) for name in ("num_batches_tracked", "running_mean"))
+    return seen is not None and mean is not None and not seen.is_meta and not seen.any() and not mean.any()
+
+
 def _nothing(target: Target, left: Sequence[Left]) -> str:
     if not left:
         return "the model has no normalization and no convolution: there is nothing to convert"
@@ -293,7 +309,7 @@ def _nothing(target: Target, left: Sequence[Left]) -> str:
 
 
 def _check_groups(target: Target, swaps: Sequence[Swap], options: Options) -> None:
-    kind, number = parse_groups(options.groups)
+    _, number = parse_groups(options.groups)
     widths = [swap.site.channels for swap in swaps if swap.site.kind == "norm"]
     if target.norm and target.norm.name == "gn" and widths and number > max(widths):
         raise OptionError(f"groups: {options.groups} is more than the {max(widths)} channels of the widest layer")
@@ -336,9 +352,11 @@ def become(site: Site, new: nn.Module) -> None:
     """
     old = site.module
     kept: dict[str, Any] = {}
-    if new._parameters is not old._parameters:  # `new` is no retyped view of `old`: carry over what is not the class's own
+    if (
+        new._parameters is not old._parameters
+    ):  # `new` is no retyped view of `old`: carry over what is not the class's own
         assert site.base is not None  # for the type checker: a site without a known class is never swapped
-        own = own_attributes(site.base)
+        own = own_attributes(site.base)  # type: ignore[arg-type]
         kept = {k: v for k, v in vars(old).items() if k in _MODULE_STATE - _CONTENTS or k not in own[""]}
         for kind in _CONTENTS:
             extra = {k: v for k, v in getattr(old, kind).items() if k not in own[kind] | {"weight", "bias"}}
@@ -382,9 +400,7 @@ def _count(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), sum(b.numel() for b in model.buffers())
 
 
-def _totals(
-    changes: Sequence[Change], left: Sequence[Left], before: tuple[int, int], after: tuple[int, int]
-) -> Totals:
+def _totals(changes: Sequence[Change], left: Sequence[Left], before: tuple[int, int], after: tuple[int, int]) -> Totals:
     kinds = Counter(change.kind for change in changes)
     return Totals(kinds["norm"], kinds["weight"], len(left), before[0], after[0], before[1], after[1])
 

@@ -1,10 +1,10 @@
 """What normswap raises: a message of its own says what, where and what to do.
 
-    NormswapError
-    ├── OptionError          a target or an option that does not exist or does not fit
-    ├── ModelError           a model that cannot be converted
-    └── FileError            a file that cannot be read or written
-        └── UnsafeFileError  a pickle that names a class outside the allowed ones
+NormswapError
+├── OptionError          a target or an option that does not exist or does not fit
+├── ModelError           a model that cannot be converted
+└── FileError            a file that cannot be read or written
+    └── UnsafeFileError  a pickle that names a class outside the allowed ones
 """
 
 

@@ -125,7 +125,9 @@ def load(path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[s
     raise FileError(f"{path}: holds {kind}; load it into the model, then save that whole: torch.save(model, ...)")
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, report: Report | None = None, overwrite: bool = False) -> Path:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], *, report: Report | None = None, overwrite: bool = False
+) -> Path:
     """Save `model` whole, with the recipe of `report` as its attribute `normswap_recipe`.
 
     Raises `FileError`, with nothing written: the file exists and `overwrite` is not set, its folder cannot be written,

@@ -6,8 +6,9 @@ import functools
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,10 +30,10 @@ BATCH_NORMS: dict[type[nn.Module], int | None] = {
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (*STANDARDIZED, *PLAIN, *TRANSPOSED)
 WEIGHTS = (*CONVOLUTIONS, nn.Linear)
-_OTHER_NORMS = tuple(
-    getattr(nn, name)
-    for name in "GroupNorm LayerNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d LocalResponseNorm CrossMapLRN2d RMSNorm".split()
-)
+_OTHER_NORMS = (
+    nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+    nn.LocalResponseNorm, nn.CrossMapLRN2d,
+)  # fmt: skip
 _LINEAR_MAPS = (*WEIGHTS, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Embedding)
 _FUNCTIONAL_NORMS = {F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, torch.batch_norm, torch.group_norm}
 _FUNCTIONAL_MAPS = {
@@ -230,11 +231,11 @@ def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
 
 def _guess_unseen(flow: Flow, sites: list[Site]) -> None:
     """A convolution that no trace reached counts as normed when its next sibling is a norm of its width."""
-    for site, following in zip(sites, sites[1:], strict=False):
+    for site, following in pairwise(sites):
         siblings = site.path.rpartition(".")[0] == following.path.rpartition(".")[0]
-        if not flow.seen(site.path) and site.kind == "weight" and siblings and following.is_batch_norm:
-            if site.channels == following.channels:
-                flow.normed.add(site.path)
+        pair = site.kind == "weight" and following.is_batch_norm and siblings
+        if pair and not flow.seen(site.path) and site.channels == following.channels:
+            flow.normed.add(site.path)
 
 
 class _Reader:
@@ -334,7 +335,7 @@ class _Reader:
             return True if dims in ([2, 3], (2, 3), [-2, -1], (-2, -1), [-1, -2], (-1, -2)) else None
         if isinstance(module, CONVOLUTIONS):
             pointwise = _all_ones(module.kernel_size) and not isinstance(module, TRANSPOSED)
-            return True if before and pointwise else False
+            return bool(before and pointwise)
         if node.target in _RESHAPES or isinstance(module, nn.Unflatten | nn.Upsample):
             return None
         return before
@@ -366,11 +367,9 @@ def _reads_shape_only(node: fx.Node) -> bool:
 
 
 @functools.cache
-def own_attributes(base: type[nn.Module]) -> dict[str, frozenset[str]]:
+def own_attributes(base: Any) -> dict[str, frozenset[str]]:
     """The names that an instance of a batch norm class has by itself, as attributes, parameters and buffers."""
     fresh = base(1)
     return {"": frozenset(vars(fresh))} | {
         kind: frozenset(getattr(fresh, kind)) for kind in ("_parameters", "_buffers", "_modules")
     }
-
-

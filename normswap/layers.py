@@ -31,9 +31,7 @@ class FrozenBatchNorm(_NormBase):
         self.spatial_dims = spatial_dims
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
 def standardize_weight(weight: Tensor, gain: Tensor, shift: Tensor, eps: float = STANDARDIZE_EPS) -> Tensor:
@@ -65,7 +63,7 @@ class _Standardized:
         return standardize_weight(self.weight, self.weight_gain, self.weight_shift)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.standardized_weight(), self.bias)  # type: ignore[attr-defined]
+        return self._conv_forward(input, self.standardized_weight(), self.bias)  # type: ignore[attr-defined, no-any-return]
 
 
 class StandardizedConv1d(_Standardized, nn.Conv1d):

@@ -70,7 +70,7 @@ class ReportView:
         report = self.report
         parts: list[Table | Text] = [Text.from_markup(f"[bold]{escape(self.title)} → {report.target}[/]"), Text()]
         if report.changes:
-            parts += [_changes(report.changes, self.full), Text()]
+            parts += _changes(report.changes, self.full)
         notes = _notes(report.changes, self.full)
         if notes:
             parts += [Text("differs from what was asked", style="bold"), *notes, Text()]
@@ -90,29 +90,40 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _changes(changes: Sequence[Change], full: bool) -> Table:
-    table = _table("path", "change", "count", "how")
-    for change in changes if full else ():
-        became = Text(f"{change.before} → {change.after}")
-        table.add_row(Text(" = ".join(path or _ROOT for path in change.paths)), became, "", _how(change.how, change.exact))
+def _changes(changes: Sequence[Change], full: bool) -> Iterator[Table | Text]:
+    """A heading for each way of changing, and below it what became what."""
+    ways: dict[tuple[str, bool], list[Change]] = defaultdict(list)
+    for change in changes:
+        ways[change.how, change.exact].append(change)
+    lines = {way: list(_change_lines(members, full)) for way, members in ways.items()}
+    width = max(len(path) for members in lines.values() for path, _, _ in members)
+    for (how, exact), members in lines.items():
+        verdict = ("exact", "green") if exact else ("approximate", "yellow")
+        yield Text.assemble((how, "bold"), " (", verdict, ")")
+        table = _table("path", "change", "count")
+        table.columns[0].min_width = min(width + 2, 50)
+        for path, became, count in members:
+            table.add_row(Text(f"  {path}"), Text(became), Text(count))
+        yield table
+        yield Text()
+
+
+def _change_lines(changes: Sequence[Change], full: bool) -> Iterator[tuple[str, str, str]]:
     if full:
-        return table
-    numbers: dict[tuple[str, str, str, bool], set[int]] = defaultdict(set)
+        for change in changes:
+            yield " = ".join(path or _ROOT for path in change.paths), f"{change.before} → {change.after}", ""
+        return
+    numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
     pairs = []
     for change in changes:
-        key = (change.before, change.after.partition("(")[0], change.how, change.exact)
+        key = (change.before, change.after.partition("(")[0])
         if "(" in change.after and change.groups:
             numbers[key].add(change.groups)
         pairs.append((key, change.paths[0]))
     for key, pattern, count in _grouped(pairs):
         groups = sorted(numbers[key])
         written = f"({groups[0]})" if len(groups) == 1 else f"({groups[0]}-{groups[-1]})" if groups else ""
-        table.add_row(Text(pattern), Text(f"{key[0]} → {key[1]}{written}"), f"×{count}", _how(key[2], key[3]))
-    return table
-
-
-def _how(how: str, exact: bool) -> Text:
-    return Text.assemble(("exact" if exact else "approximate", "green" if exact else "yellow"), f": {how}")
+        yield pattern, f"{key[0]} → {key[1]}{written}", f"×{count}"
 
 
 def _notes(changes: Sequence[Change], full: bool) -> list[Text]:
@@ -141,7 +152,9 @@ def _summary(report: Report) -> list[Text]:
     verdict = ("exact", "green") if report.exact else ("approximate", "yellow")
     return [
         Text.assemble(
-            f"{totals.norms_changed} norms, {totals.weights_changed} weights changed: ", verdict, f"; {totals.left} left"
+            f"{totals.norms_changed} norms, {totals.weights_changed} weights changed: ",
+            verdict,
+            f"; {totals.left} left",
         ),
         Text(
             f"parameters {totals.parameters_before:,} → {totals.parameters_after:,}, "

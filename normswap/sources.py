@@ -48,7 +48,9 @@ def build(spec: str, weights: str | None = None) -> nn.Module:
             warnings.simplefilter("ignore")  # of initializations that will change: the weights are random or replaced
             model = models.get_model(name, **arguments)
     except OSError as error:
-        raise ModelError(f"{spec}: the weights {weights} cannot be fetched: {error}; check the network, or convert a file") from error
+        raise ModelError(
+            f"{spec}: the weights {weights} cannot be fetched: {error}; check the network, or convert a file"
+        ) from error
     assert isinstance(model, nn.Module)  # for the type checker: torchvision's registry is not typed
     return model.eval()
 

@@ -7,72 +7,29 @@ A new target is one function and one row. A function gets a site and the context
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from normswap.errors import OptionError
-from normswap.graph import CONVOLUTIONS, TRANSPOSED, Flow, Site
+from normswap.graph import CONVOLUTIONS, Site
 from normswap.layers import PLAIN, STANDARDIZE_EPS, STANDARDIZED, FrozenBatchNorm
-from normswap.transfer import Affine, Statistics, as_affine, filter_moments, match_groups, rescale_input, widen
-
-AUTO_GROUPS, AUTO_CHANNELS, AUTO_ELEMENTS = 8, 4, 16
-"""`groups="auto"`: at most so many groups, with at least so many channels, and elements, in each."""
-_LEAST_ELEMENTS = 2  # one element a group is its own mean: the norm would erase it
-
-
-@dataclass(frozen=True)
-class Absorb:
-    """A norm goes into the layer before it: its filters times `scale`, its bias times `scale` plus `shift`."""
-
-    site: Site
-    affine: Affine
-    bias: nn.Parameter | None  # a new one, where the layer has none
-
-
-@dataclass(frozen=True)
-class Swap:
-    """A replacement that is built but not yet in the model.
-
-    `writes` are tensors of the model that take new values in place, so that optimizers and
-    other holders of a parameter keep it; a large value is a function, computed when its turn comes.
-    """
-
-    site: Site
-    module: nn.Module
-    after: str
-    how: str
-    exact: bool
-    note: str = ""
-    groups: int | None = None
-    writes: tuple[tuple[Tensor, Tensor | Callable[[], Tensor]], ...] = ()
-    absorb: Absorb | None = None
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the target functions read: the options, the dataflow, and what is known of the model's tensors.
-
-    `elements` has, for norms that an example input reached, the elements a channel had; `shared`
-    the ids of parameters that stand in more than one module; `sites` all sites by first path;
-    `rescaled` the norms whose convolution is standardized strictly, with its change of scale;
-    `absorbed` the layers that a norm is folded into, with the scale of their filters.
-    """
-
-    groups: str | int
-    transfer: str
-    ws: str
-    ws_scope: str
-    flow: Flow
-    sites: Mapping[str, Site]
-    elements: Mapping[str, int] = field(default_factory=dict)
-    shared: frozenset[int] = frozenset()
-    rescaled: dict[str, Tensor] = field(default_factory=dict)
-    absorbed: dict[str, Tensor] = field(default_factory=dict)
-
+from normswap.plan import (
+    LEAST_ELEMENTS,
+    Absorb,
+    Context,
+    Swap,
+    carry,
+    choose_groups,
+    elements_of,
+    eps_of,
+    place,
+    read_statistics,
+    retyped,
+)
+from normswap.transfer import Statistics, as_affine, filter_moments
 
 Plan = Callable[[Site, Context], "Swap | str"]
 
@@ -98,128 +55,6 @@ class Target:
     weight: Form | None
 
 
-# ---- statistics and parameters ----
-
-
-def read_statistics(site: Site, context: Context) -> Statistics | None:
-    """What the batch norm has learnt, widened; None where it keeps no running statistics."""
-    norm = site.module
-    mean, var = norm.running_mean, norm.running_var
-    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
-        return None
-    reset = context.transfer == "reset"
-    weight = torch.ones_like(mean) if norm.weight is None or reset else norm.weight
-    bias = torch.zeros_like(mean) if norm.bias is None or reset else norm.bias
-    stats = Statistics(widen(weight), widen(bias), widen(mean), widen(var), _eps(norm))  # type: ignore[arg-type]
-    scale = context.rescaled.get(site.path)
-    if scale is None or context.transfer != "match":
-        return stats
-    feeder = context.sites[str(context.flow.feeder(site.path)[0])].module
-    return rescale_input(stats, scale, feeder.bias)  # type: ignore[arg-type]
-
-
-def _eps(norm: nn.Module) -> float:
-    return float(norm.eps)  # type: ignore[arg-type]
-
-
-def _place(site: Site, name: str, value: Tensor, context: Context) -> tuple[nn.Parameter, list[tuple[Tensor, Tensor]]]:
-    """The parameter `name` with `value`: the old one where it may be kept, with the write it needs.
-
-    A parameter that two layers share gets a successor of its own in each, since their values
-    part. One that the layer did not have is not trained, like the statistics that it carries.
-    """
-    old = getattr(site.module, name)
-    if isinstance(old, nn.Parameter) and id(old) not in context.shared:
-        return old, [(old, value)]
-    like = old if old is not None else site.module.weight if site.module.weight is not None else site.module.running_mean
-    assert isinstance(like, Tensor)  # for the type checker: a norm without any tensor carries no value
-    trained = isinstance(old, nn.Parameter) and old.requires_grad
-    return nn.Parameter(value.to(like.dtype), requires_grad=trained), []
-
-
-def _carry(site: Site, new: nn.Module, stats: Statistics | None, groups: int, context: Context, note: str) -> Swap:
-    """`new`, a group or instance norm, with the affine that `transfer` asks for."""
-    old = site.module
-    values: dict[str, Tensor | None] = {name: getattr(old, name) for name in ("weight", "bias")}
-    how = {"copy": "gain and bias copied as they stand", "reset": "gain 1, bias 0"}.get(context.transfer, "")
-    if context.transfer == "reset":
-        values = {k: None if v is None else (torch.ones_like if k == "weight" else torch.zeros_like)(v) for k, v in values.items()}
-    elif context.transfer == "match" and stats is not None:
-        values = dict(match_groups(stats, groups)._asdict())
-        values = {"weight": values["scale"], "bias": values["shift"]}
-        how = "running statistics moved into gain and bias"
-        if old.weight is None or old.bias is None:
-            note = _join(note, "gain and bias added, not trained, to carry the statistics")
-    elif not how:
-        how = "gain and bias copied as they stand"
-        note = _join(note, "no running statistics to match")
-    writes: list[tuple[Tensor, Tensor]] = []
-    for name, value in values.items():
-        if value is None:
-            new.register_parameter(name, None)
-            continue
-        parameter, write = _place(site, name, value, context)
-        new.register_parameter(name, parameter)
-        writes += write
-    shared = [name for name in ("weight", "bias") if id(getattr(old, name)) in context.shared]
-    if shared:
-        note = _join(note, f"{' and '.join(shared)} no longer shared with another layer")
-    name = f"{type(new).__name__}({groups})" if isinstance(new, nn.GroupNorm) else type(new).__name__
-    return Swap(site, new, name, how, False, note, groups, tuple(writes))
-
-
-def _join(*notes: str) -> str:
-    return "; ".join(note for note in notes if note)
-
-
-# ---- groups ----
-
-
-def parse_groups(groups: str | int) -> tuple[str, int]:
-    """("auto", 0), ("groups", 32) or ("channels", 16) for `auto`, `32`, `16c`."""
-    text = str(groups).strip()
-    if text == "auto":
-        return "auto", 0
-    match = re.fullmatch(r"(\d+)(c?)", text)
-    if match is None or int(match[1]) < 1 or isinstance(groups, bool):
-        raise OptionError(f"groups: {groups!r} is not possible; give auto, a number of groups from 1 (32), or channels a group (16c)")
-    return ("channels" if match[2] else "groups"), int(match[1])
-
-
-def choose_groups(site: Site, context: Context) -> tuple[int, str] | str:
-    """The number of groups for a layer, and a note where it is not what was asked; or why none will do."""
-    channels, elements = site.channels, _elements(site, context)
-    kind, number = parse_groups(context.groups)
-    if elements is not None and channels * elements < _LEAST_ELEMENTS:
-        return "has one element a sample, which any norm within a sample would erase"
-    auto = max(1, min(AUTO_GROUPS, channels // AUTO_CHANNELS))
-    asked = {"auto": auto, "groups": number, "channels": max(1, channels // number if number else 1)}[kind]
-    limit = asked
-    if elements is not None:
-        least = AUTO_ELEMENTS if kind == "auto" else _LEAST_ELEMENTS
-        limit = max(1, min(asked, channels * elements // least))
-    chosen = next(n for n in range(min(limit, channels), 0, -1) if channels % n == 0)
-    if kind == "channels" and channels % number == 0 and chosen == asked:
-        return chosen, ""
-    if chosen == asked and kind != "channels":
-        return chosen, ""
-    if limit < asked:
-        few = "one element" if elements == 1 else f"{elements} elements"
-        return chosen, f"{chosen} groups, not {asked}: {few} a channel"
-    wanted = f"{number} channels a group" if kind == "channels" else f"{asked} groups"
-    return chosen, f"{chosen} groups: {channels} channels do not divide into {wanted}"
-
-
-def _elements(site: Site, context: Context) -> int | None:
-    """Elements a channel in the norm's input: measured, or 1 where the graph or the class says so, else None."""
-    if site.path in context.elements:
-        return context.elements[site.path]
-    if site.path in context.flow.single:
-        return 1
-    flat = site.spatial_dims == 1 and site.path not in context.flow.spatial
-    return 1 if flat else None  # BatchNorm1d takes (N, C) as well as (N, C, L)
-
-
 # ---- normalizations ----
 
 
@@ -231,32 +66,28 @@ def to_group_norm(site: Site, context: Context) -> Swap | str:
 
 def to_layer_norm(site: Site, context: Context) -> Swap | str:
     """Layer norm over (C, *spatial) (Ba et al. 2016): `torch.nn.GroupNorm` with one group."""
-    if _elements(site, context) == 1 and site.channels < _LEAST_ELEMENTS:
+    if elements_of(site, context) == 1 and site.channels < LEAST_ELEMENTS:
         return "has one element a sample, which any norm within a sample would erase"
     return _group_norm(site, context, 1, "")
 
 
 def to_instance_norm(site: Site, context: Context) -> Swap | str:
     """Instance norm (Ulyanov et al. 2016): every channel a group; fewer groups where a channel has one element."""
-    if _elements(site, context) == 1:
-        chosen = choose_groups(site, _with_auto_groups(context))
+    if elements_of(site, context) == 1:
+        chosen = choose_groups(site, replace(context, groups="auto"))
         if isinstance(chosen, str):
             return chosen
         return _group_norm(site, context, chosen[0], f"{chosen[0]} groups, not {site.channels}: one element a channel")
     norms = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
     if site.spatial_dims not in norms:
         return _group_norm(site, context, site.channels, "")
-    new = norms[site.spatial_dims](site.channels, eps=_eps(site.module), affine=True, device="meta")
-    return _carry(site, _affine_flag(new, site, context), read_statistics(site, context), site.channels, context, "")
-
-
-def _with_auto_groups(context: Context) -> Context:
-    return Context(**{**vars(context), "groups": "auto"})
+    new = norms[site.spatial_dims](site.channels, eps=eps_of(site.module), affine=True, device="meta")
+    return carry(site, _affine_flag(new, site, context), read_statistics(site, context), site.channels, context, "")
 
 
 def _group_norm(site: Site, context: Context, groups: int, note: str) -> Swap:
-    new = nn.GroupNorm(groups, site.channels, eps=_eps(site.module), affine=True, device="meta")
-    return _carry(site, _affine_flag(new, site, context), read_statistics(site, context), groups, context, note)
+    new = nn.GroupNorm(groups, site.channels, eps=eps_of(site.module), affine=True, device="meta")
+    return carry(site, _affine_flag(new, site, context), read_statistics(site, context), groups, context, note)
 
 
 def _affine_flag(new: nn.Module, site: Site, context: Context) -> nn.Module:
@@ -274,17 +105,16 @@ def to_frozen(site: Site, context: Context) -> Swap | str:
     if stats is None:
         return "has no running statistics to fix (track_running_stats=False)"
     old = site.module
-    new = FrozenBatchNorm(site.channels, _eps(old), affine=False, spatial_dims=site.spatial_dims)
+    new = FrozenBatchNorm(site.channels, eps_of(old), affine=False, spatial_dims=site.spatial_dims)
     writes: list[tuple[Tensor, Tensor]] = []
     for name in ("weight", "bias"):
         new.register_parameter(name, getattr(old, name))
         if getattr(old, name) is not None and context.transfer == "reset":
-            parameter, write = _place(site, name, getattr(stats, name), context)
+            parameter, write = place(site, name, getattr(stats, name), context)
             new.register_parameter(name, parameter)
             writes += write
     new.affine = old.weight is not None
-    new._buffers.update(running_mean=old.running_mean, running_var=old.running_var)  # type: ignore[dict-item]
-    new._buffers["num_batches_tracked"] = old.num_batches_tracked  # type: ignore[assignment]
+    new._buffers.update((name, old._buffers[name]) for name in new._buffers)
     exact, how = context.transfer != "reset", "statistics fixed"
     if site.path in context.rescaled and context.transfer == "match":
         writes += _statistics_writes(site, stats)
@@ -350,7 +180,11 @@ def to_standardized(site: Site, context: Context) -> Swap | str:
     if not weight.is_floating_point():
         return "has a weight that is not real"
     if context.ws_scope == "normed" and site.path not in context.flow.normed:
-        return "has no normalization after it" if context.flow.seen(site.path) else "was not traced, and no norm stands beside it"
+        return (
+            "has no normalization after it"
+            if context.flow.seen(site.path)
+            else "was not traced, and no norm stands beside it"
+        )
     strict = context.ws == "strict"
     gain, shift = torch.ones(len(weight), device=weight.device), torch.zeros(len(weight), device=weight.device)
     if not strict:
@@ -358,17 +192,12 @@ def to_standardized(site: Site, context: Context) -> Swap | str:
         if (scale := context.absorbed.get(site.path)) is not None:
             shift, variance = shift * scale, variance * scale.square()
         gain = (variance + STANDARDIZE_EPS).sqrt()
-    new = retyped(site.module, STANDARDIZED[site.base], weight_gain=gain.to(weight.dtype), weight_shift=shift.to(weight.dtype))
+    new = retyped(
+        site.module, STANDARDIZED[site.base], weight_gain=gain.to(weight.dtype), weight_shift=shift.to(weight.dtype)
+    )
     how = "gain 1, shift 0" if strict else "gain and shift keep each filter's own std and mean"
     note = "" if context.flow.seen(site.path) else "not traced: a norm of its width stands beside it"
     return Swap(site, new, type(new).__name__, how, not strict, note)
-
-
-def retyped(old: nn.Module, cls: type[nn.Module], **buffers: Tensor) -> nn.Module:
-    """`old` as an instance of `cls`, with more buffers; parameters, hooks and attributes are the same objects."""
-    new = cls.__new__(cls)
-    new.__dict__ = {**vars(old), "_buffers": {**old._buffers, **buffers}}
-    return new
 
 
 def strict_rescaling(site: Site) -> Tensor:
@@ -400,11 +229,13 @@ def to_plain_norm(site: Site, context: Context) -> Swap | str:
     old = site.module
     classes = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
     cls = classes.get(site.spatial_dims or 0, nn.SyncBatchNorm)
-    new = cls(site.channels, eps=_eps(old), momentum=0.0, device="meta").eval()
+    new = cls(site.channels, eps=eps_of(old), momentum=0.0, device="meta").eval()
     new._parameters.update(old._parameters)
     new._buffers.update(old._buffers)
     new.affine = old.weight is not None
-    return Swap(site, new, cls.__name__, "statistics fixed as long as it is in eval mode", True, f"not folded: {folded}")
+    return Swap(
+        site, new, cls.__name__, "statistics fixed as long as it is in eval mode", True, f"not folded: {folded}"
+    )
 
 
 def to_plain_weight(site: Site, context: Context) -> Swap | str:
@@ -419,7 +250,14 @@ def to_plain_weight(site: Site, context: Context) -> Swap | str:
     if id(weight) in context.shared:
         weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         new._parameters["weight"] = old._parameters["weight"] = weight
-    return Swap(site, new, PLAIN[site.base].__name__, "standardized weight baked in", True, writes=((weight, old.standardized_weight),))  # type: ignore[arg-type]
+    return Swap(
+        site,
+        new,
+        PLAIN[site.base].__name__,
+        "standardized weight baked in",
+        True,
+        writes=((weight, old.standardized_weight),),
+    )  # type: ignore[arg-type]
 
 
 # ---- the tables ----
@@ -427,17 +265,59 @@ def to_plain_weight(site: Site, context: Context) -> Swap | str:
 NORMS: dict[str, Form] = {
     form.name: form
     for form in (
-        Form("gn", "GroupNorm", "approximate, moment-matched", "Wu & He 2018", "small batches, private or federated training", to_group_norm),
-        Form("ln", "GroupNorm with one group", "approximate, moment-matched", "Ba et al. 2016", "the most of the function before training", to_layer_norm),
-        Form("in", "InstanceNorm", "approximate, moment-matched", "Ulyanov et al. 2016", "style transfer, contrast that should not matter", to_instance_norm),
-        Form("frozen", "FrozenBatchNorm", "exact", "He et al. 2017", "short fine-tuning near the original data", to_frozen),
-        Form("fold", "nothing: into the layer before it", "exact", "Ioffe & Szegedy 2015", "deployment, or training without norms", to_folded),
+        Form(
+            "gn",
+            "GroupNorm",
+            "approximate, moment-matched",
+            "Wu & He 2018",
+            "small batches, private or federated training",
+            to_group_norm,
+        ),
+        Form(
+            "ln",
+            "GroupNorm with one group",
+            "approximate, moment-matched",
+            "Ba et al. 2016",
+            "the most of the function before training",
+            to_layer_norm,
+        ),
+        Form(
+            "in",
+            "InstanceNorm",
+            "approximate, moment-matched",
+            "Ulyanov et al. 2016",
+            "style transfer, contrast that should not matter",
+            to_instance_norm,
+        ),
+        Form(
+            "frozen",
+            "FrozenBatchNorm",
+            "exact",
+            "He et al. 2017",
+            "short fine-tuning near the original data",
+            to_frozen,
+        ),
+        Form(
+            "fold",
+            "nothing: into the layer before it",
+            "exact",
+            "Ioffe & Szegedy 2015",
+            "deployment, or training without norms",
+            to_folded,
+        ),
     )
 }
 WEIGHTS: dict[str, Form] = {
     form.name: form
     for form in (
-        Form("ws", "StandardizedConv", "exact; approximate with ws=strict", "Qiao et al. 2019", "GroupNorm at batch 1 and 2", to_standardized),
+        Form(
+            "ws",
+            "StandardizedConv",
+            "exact; approximate with ws=strict",
+            "Qiao et al. 2019",
+            "GroupNorm at batch 1 and 2",
+            to_standardized,
+        ),
     )
 }
 TARGETS: dict[str, Target] = {
@@ -485,6 +365,3 @@ def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:
     if site.obstacle:
         return site.obstacle
     return target.weight.plan(site, context)
-
-
-__all__ = ["NORMS", "TARGETS", "TRANSPOSED", "WEIGHTS", "Context", "Form", "Swap", "Target", "parse_groups", "parse_target"]

@@ -81,7 +81,7 @@ class _Tracer(fx.Tracer):
         return decided if self._asked[place] <= _MAX_ROUNDS else not decided
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        return iter([obj[0], obj[1]])
+        return iter([obj[0], obj[1]])  # type: ignore[index]
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:

@@ -70,7 +70,9 @@ def rescale_input(stats: Statistics, scale: Tensor, bias: Tensor | None) -> Stat
 def filter_moments(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each filter of a weight of shape (out, in, *kernel): two of shape (out,)."""
     rows = max(1, _CHUNK // max(1, weight[0].numel()))
-    moments = [torch.var_mean(widen(part).flatten(1), dim=1, correction=0) for part in weight.detach().split(rows)]
+    moments = [
+        torch.var_mean(widen(part).flatten(1), dim=1, correction=0) for part in torch.split(weight.detach(), rows)
+    ]
     variances, means = zip(*moments, strict=True)
     return torch.cat(means), torch.cat(variances)
 

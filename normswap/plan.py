@@ -1,0 +1,204 @@
+"""What a plan is made of: the options and facts it reads, the swap it builds, and the parts that targets share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import OptionError
+from normswap.graph import Flow, Site
+from normswap.transfer import Affine, Statistics, match_groups, rescale_input, widen
+
+AUTO_GROUPS, AUTO_CHANNELS, AUTO_ELEMENTS = 8, 4, 16
+"""`groups="auto"`: at most so many groups, with at least so many channels, and elements, in each."""
+LEAST_ELEMENTS = 2  # one element a group is its own mean: the norm would erase it
+
+
+@dataclass(frozen=True)
+class Absorb:
+    """A norm goes into the layer before it: its filters times `scale`, its bias times `scale` plus `shift`."""
+
+    site: Site
+    affine: Affine
+    bias: nn.Parameter | None  # a new one, where the layer has none
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A replacement that is built but not yet in the model.
+
+    `writes` are tensors of the model that take new values in place, so that optimizers and
+    other holders of a parameter keep it; a large value is a function, computed when its turn comes.
+    """
+
+    site: Site
+    module: nn.Module
+    after: str
+    how: str
+    exact: bool
+    note: str = ""
+    groups: int | None = None
+    writes: tuple[tuple[Tensor, Tensor | Callable[[], Tensor]], ...] = ()
+    absorb: Absorb | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the target functions read: the options, the dataflow, and what is known of the model's tensors.
+
+    `elements` has, for norms that an example input reached, the elements a channel had; `shared`
+    the ids of parameters that stand in more than one module; `sites` all sites by first path;
+    `rescaled` the norms whose convolution is standardized strictly, with its change of scale;
+    `absorbed` the layers that a norm is folded into, with the scale of their filters.
+    """
+
+    groups: str | int
+    transfer: str
+    ws: str
+    ws_scope: str
+    flow: Flow
+    sites: Mapping[str, Site]
+    elements: Mapping[str, int] = field(default_factory=dict)
+    shared: frozenset[int] = frozenset()
+    rescaled: dict[str, Tensor] = field(default_factory=dict)
+    absorbed: dict[str, Tensor] = field(default_factory=dict)
+
+
+# ---- statistics and parameters ----
+
+
+def read_statistics(site: Site, context: Context) -> Statistics | None:
+    """What the batch norm has learnt, widened; None where it keeps no running statistics."""
+    norm = site.module
+    mean, var = norm.running_mean, norm.running_var
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        return None
+    reset = context.transfer == "reset"
+    weight = torch.ones_like(mean) if norm.weight is None or reset else norm.weight
+    bias = torch.zeros_like(mean) if norm.bias is None or reset else norm.bias
+    stats = Statistics(widen(weight), widen(bias), widen(mean), widen(var), eps_of(norm))  # type: ignore[arg-type]
+    scale = context.rescaled.get(site.path)
+    if scale is None or context.transfer != "match":
+        return stats
+    feeder = context.sites[str(context.flow.feeder(site.path)[0])].module
+    return rescale_input(stats, scale, feeder.bias)  # type: ignore[arg-type]
+
+
+def eps_of(norm: nn.Module) -> float:
+    return float(norm.eps)  # type: ignore[arg-type]
+
+
+def place(site: Site, name: str, value: Tensor, context: Context) -> tuple[nn.Parameter, list[tuple[Tensor, Tensor]]]:
+    """The parameter `name` with `value`: the old one where it may be kept, with the write it needs.
+
+    A parameter that two layers share gets a successor of its own in each, since their values
+    part. One that the layer did not have is not trained, like the statistics that it carries.
+    """
+    old = getattr(site.module, name)
+    if isinstance(old, nn.Parameter) and id(old) not in context.shared:
+        return old, [(old, value)]
+    like = (
+        old if old is not None else site.module.weight if site.module.weight is not None else site.module.running_mean
+    )
+    assert isinstance(like, Tensor)  # for the type checker: a norm without any tensor carries no value
+    trained = isinstance(old, nn.Parameter) and old.requires_grad
+    return nn.Parameter(value.to(like.dtype), requires_grad=trained), []
+
+
+def carry(site: Site, new: nn.Module, stats: Statistics | None, groups: int, context: Context, note: str) -> Swap:
+    """`new`, a group or instance norm, with the affine that `transfer` asks for."""
+    old = site.module
+    values: dict[str, Tensor | None] = {name: getattr(old, name) for name in ("weight", "bias")}
+    how = {"copy": "gain and bias copied as they stand", "reset": "gain 1, bias 0"}.get(context.transfer, "")
+    if context.transfer == "reset":
+        values = {
+            k: None if v is None else (torch.ones_like if k == "weight" else torch.zeros_like)(v)
+            for k, v in values.items()
+        }
+    elif context.transfer == "match" and stats is not None:
+        values = dict(match_groups(stats, groups)._asdict())
+        values = {"weight": values["scale"], "bias": values["shift"]}
+        how = "running statistics moved into gain and bias"
+        if old.weight is None or old.bias is None:
+            note = join_notes(note, "gain and bias added, not trained, to carry the statistics")
+    elif not how:
+        how = "gain and bias copied as they stand"
+        note = join_notes(note, "no running statistics to match")
+    writes: list[tuple[Tensor, Tensor]] = []
+    for name, value in values.items():
+        if value is None:
+            new.register_parameter(name, None)
+            continue
+        parameter, write = place(site, name, value, context)
+        new.register_parameter(name, parameter)
+        writes += write
+    shared = [name for name in ("weight", "bias") if id(getattr(old, name)) in context.shared]
+    if shared:
+        note = join_notes(note, f"{' and '.join(shared)} no longer shared with another layer")
+    name = f"{type(new).__name__}({groups})" if isinstance(new, nn.GroupNorm) else type(new).__name__
+    return Swap(site, new, name, how, False, note, groups, tuple(writes))
+
+
+def join_notes(*notes: str) -> str:
+    return "; ".join(note for note in notes if note)
+
+
+# ---- groups ----
+
+
+def parse_groups(groups: str | int) -> tuple[str, int]:
+    """("auto", 0), ("groups", 32) or ("channels", 16) for `auto`, `32`, `16c`."""
+    text = str(groups).strip()
+    if text == "auto":
+        return "auto", 0
+    match = re.fullmatch(r"(\d+)(c?)", text)
+    if match is None or int(match[1]) < 1 or isinstance(groups, bool):
+        raise OptionError(
+            f"groups: {groups!r} is not possible; give auto, a number of groups from 1 (32), or channels a group (16c)"
+        )
+    return ("channels" if match[2] else "groups"), int(match[1])
+
+
+def choose_groups(site: Site, context: Context) -> tuple[int, str] | str:
+    """The number of groups for a layer, and a note where it is not what was asked; or why none will do."""
+    channels, elements = site.channels, elements_of(site, context)
+    kind, number = parse_groups(context.groups)
+    if elements is not None and channels * elements < LEAST_ELEMENTS:
+        return "has one element a sample, which any norm within a sample would erase"
+    auto = max(1, min(AUTO_GROUPS, channels // AUTO_CHANNELS))
+    asked = {"auto": auto, "groups": number, "channels": max(1, channels // number if number else 1)}[kind]
+    limit = asked
+    if elements is not None:
+        least = AUTO_ELEMENTS if kind == "auto" else LEAST_ELEMENTS
+        limit = max(1, min(asked, channels * elements // least))
+    chosen = next(n for n in range(min(limit, channels), 0, -1) if channels % n == 0)
+    if kind == "channels" and channels % number == 0 and chosen == asked:
+        return chosen, ""
+    if chosen == asked and kind != "channels":
+        return chosen, ""
+    if limit < asked:
+        few = "one element" if elements == 1 else f"{elements} elements"
+        return chosen, f"{chosen} groups, not {asked}: {few} a channel"
+    wanted = f"{number} channels a group" if kind == "channels" else f"{asked} groups"
+    return chosen, f"{chosen} groups: {channels} channels do not divide into {wanted}"
+
+
+def elements_of(site: Site, context: Context) -> int | None:
+    """Elements a channel in the norm's input: measured, or 1 where the graph or the class says so, else None."""
+    if site.path in context.elements:
+        return context.elements[site.path]
+    if site.path in context.flow.single:
+        return 1
+    flat = site.spatial_dims == 1 and site.path not in context.flow.spatial
+    return 1 if flat else None  # BatchNorm1d takes (N, C) as well as (N, C, L)
+
+
+def retyped(old: nn.Module, cls: type[nn.Module], **buffers: Tensor) -> nn.Module:
+    """`old` as an instance of `cls`, with more buffers; parameters, hooks and attributes are the same objects."""
+    new = cls.__new__(cls)
+    new.__dict__ = {**vars(old), "_buffers": {**old._buffers, **buffers}}
+    return new

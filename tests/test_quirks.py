@@ -1,0 +1,162 @@
+"""Every quirk × every target."""
+
+import contextlib
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from zoo import QUIRKS, Quirk, randomize
+
+import normswap
+from normswap import ModelError
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def build(quirk: Quirk) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(quirk.make())
+
+
+def output(model: nn.Module, quirk: Quirk) -> torch.Tensor:
+    """In eval mode, on a copy: forwards and hooks may leave things behind."""
+    x = torch.randn(quirk.shape, generator=torch.Generator().manual_seed(1)).to(quirk.dtype) + 0.3
+    with torch.no_grad():
+        return copy.deepcopy(model).eval()(x)
+
+
+def fingerprint(model: nn.Module) -> list[object]:
+    modules = [(path, type(m), m.training) for path, m in model.named_modules(remove_duplicate=False)]
+    tensors = [(k, v.clone(), v.dtype, v.stride()) for k, v in model.state_dict().items()]
+    return [modules, tensors, [(n, p.requires_grad) for n, p in model.named_parameters()]]
+
+
+def same(a: list[object], b: list[object]) -> bool:
+    tensors = zip(a[1], b[1], strict=True)
+    equal = all(x[0] == y[0] and torch.equal(x[1], y[1]) and x[2:] == y[2:] for x, y in tensors)
+    return equal and a[0] == b[0] and a[2] == b[2]
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / a.double().norm()).item()
+
+
+@pytest.mark.parametrize("target", normswap.TARGETS)
+@pytest.mark.parametrize("name", QUIRKS)
+def test_quirk(name: str, target: str) -> None:
+    quirk = QUIRKS[name]
+    model = build(quirk)
+    before, known = fingerprint(model), output(model, quirk)
+    norms, weights = quirk.expected(target)
+    if norms + weights == 0:
+        with pytest.raises(ModelError, match="nothing to convert"), quiet():
+            normswap.convert(model, target)
+        assert same(fingerprint(model), before)
+        return
+    with pytest.warns(UserWarning, match="not registered") if quirk.warns else contextlib.nullcontext():
+        converted, report = normswap.convert(model, target)
+
+    assert (report.totals.norms_changed, report.totals.weights_changed) == (norms, weights)
+    assert same(fingerprint(model), before), "the caller's model was touched"
+    check_named(converted, report)
+    check_kept(model, converted)
+    result = output(converted, quirk)
+    assert result.dtype == known.dtype and result.shape == known.shape
+    assert result.isfinite().all()
+    if report.exact:
+        assert distance(known, result) < TOLERANCE[quirk.dtype]
+
+    with quiet():
+        fresh = normswap.convert(quirk.make(), target).model
+        folded, _ = normswap.fold(converted)
+    fresh.load_state_dict(converted.state_dict(), strict=True)
+    assert [type(m) for m in fresh.modules()] == [type(m) for m in converted.modules()]
+    assert not any(type(m).__module__.startswith("normswap") for m in folded.modules())
+    assert distance(result, output(folded, quirk)) < TOLERANCE[quirk.dtype]
+
+
+def quiet() -> warnings.catch_warnings:
+    return warnings.catch_warnings(action="ignore") if hasattr(warnings, "_") else _quiet()
+
+
+@contextlib.contextmanager
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def check_named(model: nn.Module, report: normswap.Report) -> None:
+    """Each path of a norm or convolution is in the report, once."""
+    named = [path for change in report.changes for path in change.paths] + [left.path for left in report.left]
+    layers = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.conv._ConvNd)
+    paths = [path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, layers)]
+    assert set(paths) <= set(named)
+    assert len(named) == len(set(named))
+    assert all(left.reason for left in report.left)
+
+
+def check_kept(before: nn.Module, after: nn.Module) -> None:
+    """Aliases, modes, dtypes, layout, requires_grad, hooks and outside attributes."""
+    old, new = (dict(m.named_modules(remove_duplicate=False)) for m in (before, after))
+    assert old.keys() == new.keys()
+    for path in old:
+        assert [p for p in old if old[p] is old[path]] == [p for p in new if new[p] is new[path]]
+        assert old[path].training == new[path].training
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            assert len(getattr(old[path], hooks)) == len(getattr(new[path], hooks))
+        for outside in ("tag", "extra", "lr_scale"):
+            assert hasattr(old[path], outside) == hasattr(new[path], outside)
+    then = dict(before.named_parameters(remove_duplicate=False))
+    for path, parameter in after.named_parameters(remove_duplicate=False):
+        if path in then:
+            assert parameter.dtype == then[path].dtype and parameter.stride() == then[path].stride()
+            assert parameter.requires_grad == then[path].requires_grad
+    assert {p.dtype for p in after.parameters()} <= {p.dtype for p in before.parameters()} | {b.dtype for b in before.buffers()}
+    assert "normswap" not in str(sorted(vars(before)))
+
+
+@pytest.mark.parametrize("target", normswap.TARGETS)
+def test_on_meta(target: str) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    converted, _ = normswap.convert(model, target)
+    assert all(t.is_meta for t in converted.state_dict().values())
+
+
+@pytest.mark.parametrize("target", normswap.TARGETS)
+def test_in_place_keeps_root_and_parameters(target: str) -> None:
+    """An optimizer that was made before still holds every parameter that is left."""
+    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)))
+    held = {id(p) for p in model.parameters()}
+    converted, _ = normswap.convert(model, target, inplace=True)
+    assert converted is model
+    assert {id(p) for n, p in model.named_parameters() if n != "0.bias"} <= held
+
+
+def test_in_place_root_norm() -> None:
+    norm = randomize(nn.BatchNorm2d(8))
+    alias = norm
+    converted, _ = normswap.convert(norm, "gn", inplace=True)
+    assert converted is alias and type(alias) is nn.GroupNorm
+
+
+def test_hooks_fire_and_can_be_removed() -> None:
+    calls = []
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    handle = model[1].register_forward_hook(lambda m, i, o: calls.append(type(m)))
+    model[1].register_full_backward_hook(lambda m, i, o: calls.append("back"))
+    normswap.convert(model, "gn", inplace=True)
+    assert calls == [], "converting without example inputs runs nothing"
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert calls == [nn.GroupNorm, "back"]
+    handle.remove()
+    model(torch.randn(2, 3, 8, 8))
+    assert calls == [nn.GroupNorm, "back"]
+
+
+def test_uninitialized_lazy_module_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"1 \(LazyBatchNorm2d\) is lazy.*run the model once"):
+        normswap.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d()), "gn")
