@@ -96,6 +96,8 @@ def _classify(module: nn.Module) -> tuple[str, type[nn.Module] | None, str] | No
     norms, name = (*batch_norms(), *_OTHER_NORMS), type(module).__name__
     base = next((cls for cls in type(module).__mro__ if cls in norms or cls in WEIGHTS), None)
     if base is None:
+        if type(module).__module__.startswith("torch.nn.utils."):  # the formulas of parametrizations
+            return None
         looks_normed = isinstance(getattr(module, "running_mean", None), torch.Tensor)
         leaf = not any(True for _ in module.children())
         if looks_normed or (leaf and re.search("norm", name, re.IGNORECASE)):

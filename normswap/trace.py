@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 _MAX_RUNS = 32  # runs of one forward; a forward with more branches than these cover counts as incomplete
 _MAX_ROUNDS = 100  # answers alike at one place in the code: ends a loop whose condition is data
@@ -36,13 +36,17 @@ class Traced:
 def clone(model: nn.Module, share_tensors: bool = False) -> nn.Module:
     """A deep copy of `model`; with `share_tensors` its parameters and buffers are the model's own.
 
-    Process groups are handles, not data, and stay shared. Raises whatever an attribute raises that cannot be copied.
+    Process groups are handles, not data, and stay shared. Tensors that hooks compute (weight_norm, pruning)
+    are copied without their history, which torch's own copy refuses. Raises whatever an attribute raises that cannot be copied.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
         group = getattr(module, "process_group", None)
         if group is not None:
             memo[id(group)] = group
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
         if share_tensors:
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 memo[id(tensor)] = tensor

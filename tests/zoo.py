@@ -5,6 +5,7 @@ A `Quirk` says how many of its layers each kind of target must change, counted b
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -310,6 +311,12 @@ def _set_attributes(model: nn.Module) -> None:
     model.norm.weight.no_decay = True
 
 
+def _old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and in many a checkpoint
+        return weight_norm(nn.Conv2d(3, 8, 3))
+
+
 def _mixed_precision(model: nn.Module) -> None:
     model.bfloat16()
     model.norm.float()
@@ -374,7 +381,7 @@ QUIRKS: dict[str, Quirk] = {
     "hook on the convolution": Quirk(lambda: touched(conv_norm(), lambda m: m.conv.register_forward_hook(_notes)), fold=0),
     "spectral_norm": Quirk(lambda: conv_norm(conv=lambda: spectral_norm(nn.Conv2d(3, 8, 3))), fold=0, ws=0),
     "spectral_norm parametrization": Quirk(lambda: conv_norm(conv=lambda: parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))), fold=0, ws=0),
-    "weight_norm": Quirk(lambda: conv_norm(conv=lambda: weight_norm(nn.Conv2d(3, 8, 3))), fold=0, ws=0),
+    "weight_norm": Quirk(lambda: conv_norm(conv=_old_weight_norm), fold=0, ws=0),
     "weight_norm parametrization": Quirk(lambda: conv_norm(conv=lambda: parametrizations.weight_norm(nn.Conv2d(3, 8, 3))), fold=0, ws=0),
     "pruned": Quirk(lambda: conv_norm(conv=lambda: prune.l1_unstructured(nn.Conv2d(3, 8, 3), "weight", 0.3)), fold=0, ws=0),
     "lazy, run once": Quirk(_lazy_run),

@@ -1,0 +1,126 @@
+"""Every model of torchvision that has a batch norm, × gn, gn-ws and fold."""
+
+
+import pytest
+import torch
+from test_quirks import check_named
+from torch import nn
+from torchvision import models
+from torchvision.ops import FrozenBatchNorm2d
+from zoo import randomize
+
+import normswap
+from normswap import probe, sources
+
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
+TARGETS = ["gn", "gn-ws", "fold"]
+QUICK = {  # one of each family, the smallest
+    "deeplabv3_mobilenet_v3_large", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "fcn_resnet50", "fcos_resnet50_fpn",
+    "fasterrcnn_mobilenet_v3_large_320_fpn", "googlenet", "inception_v3", "keypointrcnn_resnet50_fpn", "lraspp_mobilenet_v3_large",
+    "maskrcnn_resnet50_fpn_v2", "maxvit_t", "mc3_18", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "quantized_googlenet",
+    "quantized_inception_v3", "quantized_mobilenet_v2", "quantized_mobilenet_v3_large", "quantized_resnet18",
+    "quantized_shufflenet_v2_x0_5", "raft_large", "r2plus1d_18", "r3d_18", "regnet_x_400mf", "regnet_y_400mf", "resnet18",
+    "resnext50_32x4d", "retinanet_resnet50_fpn_v2", "s3d", "shufflenet_v2_x0_5", "ssdlite320_mobilenet_v3_large", "vgg11_bn",
+    "wide_resnet50_2",
+}  # fmt: skip
+SIZES = {"raft": (1, 3, 128, 128), "inception": (2, 3, 299, 299), "maxvit_t": (1, 3, 224, 224)}
+SIZES |= dict.fromkeys(("mc3", "r2plus1d", "r3d"), (1, 3, 4, 32, 32)) | {"s3d": (1, 3, 16, 224, 224)}
+
+
+def builds(name: str) -> bool:
+    """Whether the model has batch norm inside; told from its code's default, on meta, without weights."""
+    with torch.device("meta"):
+        return any(isinstance(m, BATCH_NORMS) for m in skeleton(name).modules())
+
+
+def skeleton(name: str) -> nn.Module:
+    # torchvision's RegNet computes a number from a tensor as it is built, which meta cannot.
+    return sources.build(f"torchvision:{name}")
+
+
+NAMES = [n for n in models.list_models() if n.startswith("regnet") or builds(n)]
+
+
+def inputs_for(name: str, model: nn.Module) -> object:
+    size = next((s for prefix, s in SIZES.items() if prefix in name), (2, 3, 64, 64))
+    if is_detection(model):
+        size = (1, 3, 96, 96)
+        model.transform.min_size, model.transform.max_size = (128,), 160
+    guess = probe.guess_inputs(model, size)
+    assert guess is not None
+    return guess[0]
+
+
+def finite(output: object) -> bool:
+    tensors = probe._tensors(output)
+    return bool(tensors) and all(t.isfinite().all() for t in tensors)
+
+
+def train_step(name: str, model: nn.Module, inputs: object) -> object:
+    if is_detection(model):
+        target = {"boxes": torch.tensor([[8.0, 8.0, 60.0, 60.0]]), "labels": torch.tensor([1])}
+        target["masks"] = torch.ones(1, 96, 96, dtype=torch.uint8)
+        target["keypoints"] = torch.tensor([[[20.0, 20.0, 1.0]] * 17])
+        return model(inputs[0], [target])
+    return probe.call(model, inputs)
+
+
+def test_there_are_over_80() -> None:
+    assert len(NAMES) > 80
+    assert QUICK <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def test_zoo(name: str) -> None:
+    torch.manual_seed(0)
+    model = randomize(sources.build(f"torchvision:{name}"))
+    inputs = inputs_for(name, model)
+    before = features(model, inputs)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    norms = {p for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, BATCH_NORMS)}
+    for target in TARGETS:
+        converted, report = normswap.convert(model, target)
+        check_untouched(model, state, norms)
+        check_named(converted, report)
+        still = {p for p, m in converted.named_modules(remove_duplicate=False) if isinstance(m, BATCH_NORMS)}
+        assert still <= {left.path for left in report.left}
+        if target != "fold":
+            assert not still, "every batch norm of torchvision becomes a GroupNorm"
+        with torch.no_grad():
+            assert finite(probe.call(converted.eval(), inputs))
+            if target == "fold":
+                check_equal(before, features(converted, inputs))
+            assert finite(train_step(name, converted.train(), inputs))
+        check_loads(name, target, converted)
+
+
+def check_untouched(model: nn.Module, state: dict[str, torch.Tensor], norms: set[str]) -> None:
+    now = model.state_dict()
+    assert now.keys() == state.keys() and all(torch.equal(now[k], state[k]) for k in state)
+    assert norms == {p for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, BATCH_NORMS)}
+
+
+def features(model: nn.Module, inputs: object) -> object:
+    """What to compare: the output; for detection the features, since boxes of equal score may change places."""
+    with probe.evaluating(model):
+        return model.backbone(inputs[0][0][None]) if is_detection(model) else probe.call(model, inputs)
+
+
+def is_detection(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("torchvision.models.detection")
+
+
+def check_equal(before: object, after: object) -> None:
+    old, new = probe._tensors(before), probe._tensors(after)
+    assert [t.shape for t in old] == [t.shape for t in new]
+    for a, b in zip(old, new, strict=True):
+        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6
+
+
+def check_loads(name: str, target: str, converted: nn.Module) -> None:
+    if name.startswith("regnet"):
+        fresh = skeleton(name).to("meta")
+    else:
+        with torch.device("meta"):
+            fresh = skeleton(name)
+    normswap.convert(fresh, target).model.load_state_dict(converted.state_dict(), strict=True, assign=True)
