@@ -132,7 +132,7 @@ def run(
     work = model if inplace else _copy(model)
     progress("finding norms and convolutions")
     sites = find_sites(work)
-    chosen = _select(sites, options)
+    chosen, excluded = _select(sites, options)
     progress("tracing what feeds what")
     flow = find_flow(work, sites)
     before: Any = None
@@ -148,14 +148,11 @@ def run(
             problem = str(error)
     context = Context(
         groups=options.groups, transfer=options.transfer, ws=options.ws, ws_scope=options.ws_scope, flow=flow,
-        sites={site.path: site for site in sites}, elements={} if probe_only else elements, shared=_shared(work),
+        sites={site.path: site for site in sites}, elements={} if probe_only else elements, shared=_shared(work), excluded=frozenset(excluded),
     )  # fmt: skip
 
     progress("working out the new layers")
-    swaps, left = _decide(chosen, target, context)
-    left += [
-        Left(path, site.kind, site.name, "not selected") for site in sites if site not in chosen for path in site.paths
-    ]
+    swaps, left = _decide(sites, chosen, target, context)
     left += [
         Left(where, "norm", name, "is a function call that no module holds") for where, name in flow.functional.items()
     ]
@@ -165,7 +162,7 @@ def run(
     if not swaps and not may_be_idle:
         raise ModelError(_nothing(target, left + hidden))
     _check_groups(target, swaps, options)
-    batch_norms = [site.module for site in chosen if site.is_batch_norm]
+    batch_norms = [site.module for site in sites if site in chosen and site.is_batch_norm]
     if batch_norms and all(_untrained(norm) for norm in batch_norms):
         notices.append("the running statistics were never trained: there is no function to keep")
     counts = _count(work)
@@ -219,10 +216,11 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _select(sites: Sequence[Site], options: Options) -> list[Site]:
-    included = sites if options.include is None else _matching(sites, options.include, "include")
-    excluded = [] if options.exclude is None else _matching(sites, options.exclude, "exclude")
-    return [site for site in sites if site in included and site not in excluded]
+def _select(sites: Sequence[Site], options: Options) -> tuple[set[Site], set[Site]]:
+    """The sites to convert, and those that the user excluded."""
+    included = set(sites) if options.include is None else _matching(sites, options.include, "include")
+    excluded = set() if options.exclude is None else _matching(sites, options.exclude, "exclude")
+    return included - excluded, excluded
 
 
 def _matching(sites: Sequence[Site], pattern: Pattern, option: str) -> set[Site]:
@@ -264,31 +262,34 @@ def _hidden(model: nn.Module) -> tuple[list[Left], list[str]]:
 # ---- decide and build ----
 
 
-def _decide(sites: Sequence[Site], target: Target, context: Context) -> tuple[list[Swap], list[Left]]:
+def _decide(
+    sites: Sequence[Site], chosen: set[Site], target: Target, context: Context
+) -> tuple[list[Swap], list[Left]]:
     """A swap, built, or a reason for every site; norms first, since what they fold into changes the weights."""
-    plans: dict[Site, Swap | str] = {}
+    norms = [site for site in sites if site.kind == "norm"]
+    weights = [site for site in sites if site.kind == "weight"]
     if target.weight is not None and context.ws == "strict":
-        for site in sites:
-            feeder = context.flow.feeder(site.path)[0] if site.kind == "norm" else None
-            into = context.sites.get(feeder or "")
-            if into is not None and into in sites and isinstance(plan_weight(into, target, context), Swap):
+        for site in norms:
+            into = context.sites.get(context.flow.feeder(site.path)[0] or "")
+            if into in chosen and site in chosen and isinstance(plan_weight(into, target, context), Swap):
                 context.rescaled[site.path] = strict_rescaling(into)
-    for site in sites:
-        if site.kind == "norm":
+    plans: dict[Site, Swap | str] = dict.fromkeys(sites, "not selected")
+    for site in norms:
+        if site in chosen:
             swap = plans[site] = plan_norm(site, target, context)
             if isinstance(swap, Swap) and swap.absorb:
                 context.absorbed[swap.absorb.site.path] = swap.absorb.affine.scale
-    for site in sites:
-        if site.kind == "weight":
+    for site in weights:
+        if site in chosen:
             plans[site] = plan_weight(site, target, context)
-    swaps = [plans[site] for site in sites if isinstance(plans[site], Swap)]
+    swaps = [plan for plan in plans.values() if isinstance(plan, Swap)]
     left = [
-        Left(path, site.kind, site.name, reason)
-        for site in sites
-        if isinstance(reason := plans[site], str) and site.path not in context.absorbed and _reported(site)
+        Left(path, site.kind, site.name, plan)
+        for site, plan in plans.items()
+        if isinstance(plan, str) and site.path not in context.absorbed and _reported(site)
         for path in site.paths
     ]
-    return swaps, left  # type: ignore[return-value]  # the type checker does not follow isinstance on an item
+    return swaps, left
 
 
 def _reported(site: Site) -> bool:
@@ -361,6 +362,7 @@ def become(site: Site, new: nn.Module) -> None:
         for kind in _CONTENTS:
             extra = {k: v for k, v in getattr(old, kind).items() if k not in own[kind] | {"weight", "bias"}}
             getattr(new, kind).update(extra)
+        kept["training"] = old.training and new.training  # a norm that is built in eval mode stays in it
         kept["_non_persistent_buffers_set"] = old._non_persistent_buffers_set & set(new._buffers)
     state = {**vars(new), **kept}
     old.__class__ = type(new)

@@ -51,7 +51,7 @@ class Context:
     """What the target functions read: the options, the dataflow, and what is known of the model's tensors.
 
     `elements` has, for norms that an example input reached, the elements a channel had; `shared`
-    the ids of parameters that stand in more than one module; `sites` all sites by first path;
+    the ids of parameters that stand in more than one module; `sites` all sites by first path, `excluded` those that must stay;
     `rescaled` the norms whose convolution is standardized strictly, with its change of scale;
     `absorbed` the layers that a norm is folded into, with the scale of their filters.
     """
@@ -64,6 +64,7 @@ class Context:
     sites: Mapping[str, Site]
     elements: Mapping[str, int] = field(default_factory=dict)
     shared: frozenset[int] = frozenset()
+    excluded: frozenset[Site] = frozenset()
     rescaled: dict[str, Tensor] = field(default_factory=dict)
     absorbed: dict[str, Tensor] = field(default_factory=dict)
 

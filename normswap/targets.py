@@ -153,6 +153,8 @@ def _cannot_absorb(into: Site, norm: Site, context: Context) -> str:
     layer = into.module
     if into.obstacle:
         return into.obstacle
+    if into in context.excluded:
+        return "is excluded"
     if into.channels != norm.channels:
         return "has another number of channels"
     if into.path in context.flow.touched:

@@ -110,7 +110,9 @@ def check_kept(before: nn.Module, after: nn.Module) -> None:
         if path in then:
             assert parameter.dtype == then[path].dtype and parameter.stride() == then[path].stride()
             assert parameter.requires_grad == then[path].requires_grad
-    assert {p.dtype for p in after.parameters()} <= {p.dtype for p in before.parameters()} | {b.dtype for b in before.buffers()}
+    assert {p.dtype for p in after.parameters()} <= {p.dtype for p in before.parameters()} | {
+        b.dtype for b in before.buffers()
+    }
     assert "normswap" not in str(sorted(vars(before)))
 
 

@@ -61,7 +61,9 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def conv_norm(channels: int = 8, conv: Callable[[], nn.Module] | None = None, norm: nn.Module | None = None) -> nn.Sequential:
+def conv_norm(
+    channels: int = 8, conv: Callable[[], nn.Module] | None = None, norm: nn.Module | None = None
+) -> nn.Sequential:
     first = conv() if conv else nn.Conv2d(3, channels, 3)
     return nn.Sequential(OrderedDict(conv=first, norm=norm or nn.BatchNorm2d(channels), act=nn.ReLU()))
 
@@ -323,7 +325,10 @@ def _mixed_precision(model: nn.Module) -> None:
 
 
 def chain(*channels: int) -> nn.Sequential:
-    blocks = [nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o)) for i, o in zip((3, *channels), channels, strict=False)]
+    blocks = [
+        nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o))
+        for i, o in zip((3, *channels), channels, strict=False)
+    ]
     return nn.Sequential(*blocks)
 
 

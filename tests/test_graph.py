@@ -1,0 +1,114 @@
+"""What feeds what."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from zoo import QUIRKS, Forward, conv_norm
+
+from normswap.graph import Flow, find_flow, find_sites
+
+
+def flow_of(model: nn.Module) -> Flow:
+    return find_flow(model, find_sites(model))
+
+
+def test_feeder() -> None:
+    assert flow_of(conv_norm()).feeder("norm") == ("conv", "")
+    for name in (
+        "convolution with two norms",
+        "convolution beside its norm",
+        "convolution used twice",
+        "branches on data",
+    ):
+        flow = flow_of(QUIRKS[name].make())
+        assert {flow.feeder(path)[0] for path in flow.writers} == {None}, name
+
+
+def test_normed_through_add_cat_activation_and_pooling() -> None:
+    def run(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(torch.cat([self.a(x) + self.b(x), self.c(x)], 1)), 2)
+        return self.head(self.norm(x))
+
+    conv = lambda: nn.Conv2d(3, 4, 3)  # noqa: E731
+    model = Forward(run, a=conv(), b=conv(), c=conv(), norm=nn.BatchNorm2d(8), head=nn.Conv2d(8, 2, 1))
+    assert flow_of(model).normed == {"a", "b", "c"}
+
+
+def test_not_normed_where_another_layer_comes_first() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    assert flow_of(model).normed == {"2"}
+
+
+def test_order_of_registration_does_not_matter() -> None:
+    model = Forward(
+        lambda self, x: self.z(self.norm(self.a(x))), norm=nn.BatchNorm2d(4), z=nn.Conv2d(4, 4, 1), a=nn.Conv2d(3, 4, 1)
+    )
+    flow = flow_of(model)
+    assert flow.normed == {"a"} and flow.feeder("norm")[0] == "a"
+
+
+def test_assertions_and_checks_of_shape_do_not_stop_the_trace() -> None:
+    def run(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        assert x.dim() == 4
+        if x.shape[1] != 3:
+            raise ValueError("three channels")
+        n, c = x.shape[:2]
+        if n > 1 and c > 1:
+            x = x * 2
+        return self.norm(self.conv(x))
+
+    assert flow_of(Forward(run, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4))).feeder("norm")[0] == "conv"
+
+
+def test_loops_over_data_end() -> None:
+    def run(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        while x.sum() > 0:
+            x = x - 1
+        return self.norm(self.conv(x))
+
+    assert flow_of(Forward(run, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4))).feeder("norm")[0] == "conv"
+
+
+def test_lists_of_maps() -> None:
+    """The heads of detection nets: the same layers on each of some maps."""
+    model = Forward(
+        lambda self, xs: [self.norm(self.conv(x)) for x in xs], conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4)
+    )
+    assert flow_of(model).feeder("norm")[0] == "conv"
+
+
+def test_train_mode_counts() -> None:
+    """A convolution whose output is used beside the norm in training alone."""
+
+    def run(self: nn.Module, x: torch.Tensor) -> object:
+        x = self.conv(x)
+        return (self.norm(x), x) if self.training else self.norm(x)
+
+    model = Forward(run, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4)).eval()
+    assert flow_of(model).feeder("norm") == (None, "the layer before it has other readers")
+
+
+def test_tracing_leaves_the_model_alone() -> None:
+    def run(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        self.last = x
+        return self.norm(self.conv(x))
+
+    model = Forward(run, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4))
+    model.count, model.last = 0, None
+    flow_of(model)
+    assert model.count == 0 and model.last is None and model.training
+
+
+def test_one_element_a_channel_is_seen() -> None:
+    pooled = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    )
+    assert flow_of(pooled).single == {"2", "5"}
+    assert flow_of(nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4))).spatial == {"1"}
+    assert flow_of(nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4))).single == {"2"}
+
+
+def test_functional_norms_are_named() -> None:
+    inner = Forward(lambda self, x: F.batch_norm(x, None, None, training=True), conv=nn.Conv2d(3, 3, 1))
+    assert flow_of(Forward(lambda self, x: self.inner(x), inner=inner)).functional == {"inner": "batch_norm"}

@@ -1,0 +1,72 @@
+"""The layers of our own against plain references."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from zoo import randomize
+
+import normswap
+from normswap.layers import STANDARDIZED, FrozenBatchNorm, standardize_weight
+
+CONVS = [(nn.Conv1d, (2, 4, 9)), (nn.Conv2d, (2, 4, 9, 9)), (nn.Conv3d, (2, 4, 5, 5, 5))]
+
+
+def spelled_out(weight: torch.Tensor, gain: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Weight standardization as the paper writes it."""
+    flat = weight.flatten(1)
+    mean, var = flat.mean(1, keepdim=True), flat.var(1, correction=0, keepdim=True)
+    return (gain[:, None] * (flat - mean) / (var + 1e-10).sqrt() + shift[:, None]).view(weight.shape)
+
+
+@pytest.mark.parametrize(("conv", "shape"), CONVS)
+@pytest.mark.parametrize("last", [False, True])
+def test_standardized_weight(conv: type[nn.Module], shape: tuple[int, ...], last: bool) -> None:
+    weight = conv(4, 6, 3).weight.detach().double()
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+    if last and layout:
+        weight = weight.to(memory_format=layout)
+    gain, shift = torch.rand(6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    ours = standardize_weight(weight, gain, shift)
+    torch.testing.assert_close(ours, spelled_out(weight, gain, shift))
+    assert ours.stride() == weight.stride()
+
+
+@pytest.mark.parametrize(("conv", "shape"), CONVS)
+def test_standardized_convolution_has_gradients_and_pickles(conv: type[nn.Module], shape: tuple[int, ...]) -> None:
+    plain = conv(4, 6, 3, padding=1).double()
+    layer = normswap.convert(plain, "ws", ws_scope="all").model
+    assert type(layer) is STANDARDIZED[conv]
+    assert layer.weight_gain.shape == layer.weight_shift.shape == (6,)
+    assert set(layer.state_dict()) == {"weight", "bias", "weight_gain", "weight_shift"}
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(layer))(x), plain(x))
+
+    def run(weight: torch.Tensor) -> torch.Tensor:
+        return standardize_weight(weight, layer.weight_gain, layer.weight_shift)
+
+    assert torch.autograd.gradcheck(run, layer.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_small_filters_are_standardized(dtype: torch.dtype) -> None:
+    """A std of 1e-3 is common in trained nets; an eps of 1e-5 within the root would leave 0.3 of it."""
+    weight = (torch.randn(8, 64, 3, 3) * 1e-3).to(dtype)
+    one, zero = torch.ones(8, dtype=dtype), torch.zeros(8, dtype=dtype)
+    std = standardize_weight(weight, one, zero).float().flatten(1).std(1)
+    assert ((std - 1).abs() < 0.02).all()
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 6), (5, 4, 3, 3), (5, 4, 2, 2, 2)])
+def test_frozen_norm_is_the_same_in_both_modes_and_trains_its_affine(shape: tuple[int, ...]) -> None:
+    norm = randomize(nn.BatchNorm1d(4)).double()
+    frozen = FrozenBatchNorm(4).double()
+    frozen.load_state_dict(norm.state_dict(), strict=True)
+    x = torch.randn(shape, dtype=torch.float64)
+    wanted = norm.eval()(x.flatten(2) if x.dim() > 2 else x).view(shape)
+    for mode in (True, False):
+        torch.testing.assert_close(frozen.train(mode)(x), wanted)
+    frozen(x).sum().backward()
+    assert frozen.weight.grad is not None and frozen.bias.grad is not None
+    torch.testing.assert_close(frozen.running_mean, norm.running_mean)
