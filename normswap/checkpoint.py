@@ -34,11 +34,11 @@ _SAFE_HELPERS = {
     "torchvision.models.detection._utils.Matcher",
     "torchvision.models.detection._utils.SSDMatcher",
     "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
-    "torchvision.models.detection.image_list.ImageList",
-    "torchvision.ops.poolers.LevelMapper",
+    "torchvision.models.optical_flow.raft._pass_through_h",
+    "torchvision.ops.boxes.box_iou",
 }
-_UNSUPPORTED_GLOBAL = re.compile(r"GLOBAL (\S+) was not an allowed global")
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+_REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed global|whose module \S+ is blocked)")
+_OTHER_FORMATS = (".safetensors", ".onnx", ".pt2", ".npz", ".json")
 
 
 def read(path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[str] = ()) -> Any:
@@ -55,18 +55,35 @@ def read(path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[s
     zipped = _check_readable(path)
     if trust:
         return _load(path, weights_only=False, mmap=zipped)
-    allowed = [_import(name, path) for name in allow]
-    while True:
+    allowed = {name: _import(name, path) for name in allow}
+    if zipped:
+        allowed |= {name: _safe_class(name, path) for name in _globals(path) if name not in allowed}
+    while True:  # one class more a round: what the first look did not find, and torch's older format
         try:
-            with torch.serialization.safe_globals(allowed):
+            with torch.serialization.safe_globals([(found, name) for name, found in allowed.items()]):
                 return _load(path, weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
-            match = _UNSUPPORTED_GLOBAL.search(str(error))
-            if match is None:
+            match = _REFUSED.search(str(error))
+            if match is None and "Only persistent_load of storage" in str(error):
                 raise FileError(
-                    f"{path}: is damaged, or no pickle that can be read safely ({_first_line(error)})"
+                    f"{path}: is a whole module as torch saved it before 1.6, with source code inside; "
+                    "load and save it again where you trust it, or --trust (trust=True)"
                 ) from None
-            allowed.append(_safe_class(match[1], path))
+            if match is None:
+                reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+                raise FileError(f"{path}: is damaged, or cannot be read safely ({reason[:200]})") from None
+            name = match[1] if "." in match[1] else f"builtins.{match[1]}"  # torch leaves that package's name out
+            if name in allowed:
+                raise UnsafeFileError(f"{path}: holds {name}, which torch loads only with --trust") from None
+            allowed[name] = _safe_class(name, path)
+
+
+def _globals(path: Path) -> list[str]:
+    """What the pickle names and torch does not allow by itself; the pickle is read, not run."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # whatever is wrong with the file, reading it says better
+        return []
 
 
 def _load(path: Path, *, weights_only: bool, mmap: bool) -> Any:
@@ -190,8 +207,8 @@ def check_writable(path: str | os.PathLike[str], overwrite: bool) -> Path:
         raise FileError(f"{path}: is a folder; give the name of a file")
     if path.exists() and not overwrite:
         raise FileError(f"{path}: exists already; give another name, or --overwrite (overwrite=True)")
-    if path.suffix not in _SUFFIXES:
-        raise FileError(f"{path}: a whole model is written to a file that ends in {', '.join(_SUFFIXES)}")
+    if path.suffix in _OTHER_FORMATS:
+        raise FileError(f"{path}: a whole model is not written as {path.suffix}; give a name that ends in .pt")
     if not path.parent.is_dir():
         raise FileError(f"{path}: the folder {path.parent} does not exist; make it first")
     if not os.access(path.parent, os.W_OK):

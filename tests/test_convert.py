@@ -256,7 +256,7 @@ def test_fold_with_a_layer_that_was_not_selected() -> None:
 
 
 def test_unknown_target_lists_the_known() -> None:
-    with pytest.raises(OptionError, match="did you mean gn-ws.*gn, gn-ws, ln"):
+    with pytest.raises(OptionError, match=r"did you mean gn-ws.*gn, gn-ws, ln"):
         normswap.convert(resnet(), "gnws")
 
 

@@ -1,0 +1,299 @@
+"""Files: whole modules in and out, and every kind of bad file, with nothing written."""
+
+import os
+import pickle
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_convert import X, resnet
+from test_quirks import distance
+from torch import nn
+from zoo import conv_norm
+
+import normswap
+from normswap import FileError, UnsafeFileError, checkpoint, sources
+from normswap.files import RECIPE
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.save(resnet(), tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize("target", normswap.TARGETS)
+def test_round_trip(saved: Path, target: str) -> None:
+    before = saved.read_bytes()
+    report = normswap.convert_file(saved, target)
+    out = saved.with_name(f"model.{target}.pt")
+    assert saved.read_bytes() == before
+    wanted = normswap.convert(resnet(), target).model
+    with torch.no_grad():
+        for model in (normswap.load(out), torch.load(out, weights_only=False)):
+            assert torch.equal(model(X), wanted(X))
+            assert getattr(model, RECIPE)["target"] == report.target == target
+        folded = normswap.convert_file(saved, target, saved.with_name("folded.pt"), fold=True)
+        assert folded.changes == report.changes
+        plain = normswap.load(saved.with_name("folded.pt"))
+        assert distance(wanted(X), plain(X)) < 1e-5
+    assert not any(type(m).__module__.startswith("normswap") for m in plain.modules())
+    assert sorted(p.name for p in saved.parent.iterdir()) == sorted(["model.pt", out.name, "folded.pt"])
+
+
+def test_the_older_format_holds_source_code(tmp_path: Path) -> None:
+    torch.save(resnet(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(FileError, match="before 1.6.*--trust"):
+        normswap.convert_file(tmp_path / "old.pth", "gn")
+    normswap.convert_file(tmp_path / "old.pth", "gn", trust=True)
+    assert isinstance(normswap.load(tmp_path / "old.gn.pth").bn1, nn.GroupNorm)
+
+
+def test_every_model_of_torchvision_loads_back_safely(tmp_path: Path) -> None:
+    """Every class and helper that torchvision's models hold is allowed, and pickles."""
+    from torchvision import models
+
+    names = [name for name in models.list_models() if not name.startswith("regnet")]
+    with torch.device("meta"):
+        everything = nn.ModuleList(sources.build(f"torchvision:{name}") for name in names)
+    for tensor in (*everything.parameters(), *everything.buffers()):
+        assert tensor.is_meta
+    torch.save(everything, tmp_path / "zoo.pt")
+    assert len(checkpoint.read(tmp_path / "zoo.pt")) == len(names)
+
+
+def test_save_keeps_the_model_as_it_was(tmp_path: Path) -> None:
+    model, report = normswap.convert(resnet(), "gn")
+    normswap.save(model, tmp_path / "a.pt", report=report)
+    assert RECIPE not in vars(model)
+    assert getattr(normswap.load(tmp_path / "a.pt"), RECIPE) == report.recipe
+    assert stat.S_IMODE((tmp_path / "a.pt").stat().st_mode) == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_an_existing_output_is_refused_before_any_work(saved: Path) -> None:
+    out = saved.with_name("model.gn.pt")
+    out.write_bytes(b"precious")
+    with pytest.raises(FileError, match="exists already.*overwrite"):
+        normswap.convert_file(saved, "gn", progress=lambda phase: pytest.fail("work was begun"))
+    assert out.read_bytes() == b"precious"
+    normswap.convert_file(saved, "gn", overwrite=True)
+    assert isinstance(normswap.load(out), nn.Module)
+
+
+def test_the_input_as_output(saved: Path) -> None:
+    with pytest.raises(FileError, match="exists already"):
+        normswap.convert_file(saved, "gn", saved)
+    normswap.convert_file(saved, "gn", saved, overwrite=True)
+    assert isinstance(normswap.load(saved).bn1, nn.GroupNorm)
+
+
+def test_a_failed_write_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = listing(saved.parent)
+
+    def fail(value: object, file: object) -> None:
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(FileError, match="No space left"):
+        normswap.convert_file(saved, "gn", saved, overwrite=True)
+    assert listing(saved.parent) == before
+
+
+@pytest.mark.parametrize("out", ["none/out.pt", "model.pt/out.pt", "folder", "out.safetensors"])
+def test_outputs_that_cannot_be_written(saved: Path, out: str) -> None:
+    (saved.parent / "folder").mkdir()
+    before = listing(saved.parent)
+    with pytest.raises(FileError, match="does not exist|is a folder|not written as"):
+        normswap.convert_file(saved, "gn", saved.parent / out)
+    assert listing(saved.parent) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write")
+def test_a_folder_that_cannot_be_written(saved: Path) -> None:
+    with pytest.raises(FileError, match="cannot be written"):
+        normswap.convert_file(saved, "gn", "/proc/self/out.pt")
+
+
+def test_a_model_that_cannot_be_pickled(tmp_path: Path) -> None:
+    model = conv_norm()
+    model.norm.register_forward_hook(lambda m, i, o: None)
+    with pytest.raises(FileError, match="cannot be saved whole.*state dict"):
+        normswap.save(model, tmp_path / "out.pt")
+    assert listing(tmp_path) == {}
+
+
+# ---- bad input ----
+
+
+class Hostile:
+    """Runs a command when it is unpickled by `pickle` itself."""
+
+    def __init__(self, call: object, *args: object):
+        self.call, self.args = call, args
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return self.call, self.args
+
+
+def hostile(tmp_path: Path) -> dict[str, object]:
+    mark = tmp_path / "ran"
+    return {
+        "os.system": Hostile(os.system, f"touch {mark}"),
+        "eval": Hostile(eval, f"open({str(mark)!r}, 'w')"),
+        "exec": Hostile(exec, f"open({str(mark)!r}, 'w')"),
+        "getattr": Hostile(getattr, Hostile(__import__, "os"), "system"),
+        "subprocess": Hostile(subprocess.check_call, ["touch", str(mark)]),
+        "torch.hub": Hostile(torch.hub.load_state_dict_from_url, "http://localhost:1/x"),
+        "graph": torch.fx.symbolic_trace(nn.Sequential(nn.ReLU())),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("attack", ["os.system", "eval", "exec", "getattr", "subprocess", "torch.hub", "graph"])
+def test_hostile_pickles_never_run(tmp_path: Path, attack: str, zipped: bool) -> None:
+    torch.save({"model": hostile(tmp_path)[attack]}, tmp_path / "bad.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(FileError):
+        normswap.convert_file(tmp_path / "bad.pt", "gn")
+    assert sorted(listing(tmp_path)) == ["bad.pt"], "code of the pickle ran, or something was written"
+
+
+def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    whole = folder / "whole.pt"
+    torch.save(resnet(), whole)
+    data = whole.read_bytes()
+    made = {
+        "empty": (b"", "is empty"),
+        "truncated": (data[: len(data) // 2], "truncated or damaged"),
+        "text": (("weights, honest\n" * 20).encode(), "is a text file"),
+        "other kind": (bytes(range(256)) * 4, "of another kind"),
+        "bare pickle": (pickle.dumps([1, 2, 3]), "damaged|cannot be read"),
+    }
+    files = {}
+    for name, (content, message) in made.items():
+        (folder / name).write_bytes(content)
+        files[name] = (folder / name, message)
+    torch.jit.trace(conv_norm().eval(), torch.randn(1, 3, 8, 8)).save(folder / "script")
+    torch.save(resnet().state_dict(), folder / "state")
+    torch.save([1], folder / "list")
+    (folder / "net.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    torch.export.save(torch.export.export(conv_norm().eval(), (torch.randn(1, 3, 8, 8),)), folder / "program.pt2")
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(2)}, folder / "net.safetensors")
+    files |= {
+        "script": (folder / "script", "is a TorchScript archive"),
+        "state": (folder / "state", "a state dict"),
+        "list": (folder / "list", "a list, not a model"),
+        "onnx": (folder / "net.onnx", "is an ONNX file"),
+        "program": (folder / "program.pt2", "is an exported program"),
+        "safetensors": (folder / "net.safetensors", "is a safetensors file"),
+        "missing": (folder / "missing.pt", "No such file"),
+        "folder": (folder, "is a folder"),
+    }
+    return files
+
+
+def test_bad_files_are_named_and_nothing_is_written(tmp_path: Path) -> None:
+    files = broken_files(tmp_path)
+    before = listing(tmp_path)
+    for name, (path, message) in files.items():
+        with pytest.raises(FileError, match=message) as caught:
+            normswap.convert_file(path, "gn", tmp_path / "out.pt")
+        assert str(path) in str(caught.value), name
+        assert "\n" not in str(caught.value), name
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("cut", [0.01, 0.5, 0.99])
+def test_truncated_older_format(tmp_path: Path, cut: float) -> None:
+    torch.save(resnet(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "old.pt").read_bytes()
+    (tmp_path / "old.pt").write_bytes(data[: int(len(data) * cut)])
+    with pytest.raises(FileError, match="damaged"):
+        normswap.load(tmp_path / "old.pt")
+
+
+def test_a_class_from_elsewhere_needs_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "somenet.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)\n"
+        "    def forward(self, x):\n"
+        "        return self.norm(self.conv(x))\n"
+    )
+    save = "import torch, somenet; torch.save(somenet.Net(), 'net.pt')"
+    subprocess.run([sys.executable, "-c", save], cwd=tmp_path, check=True)
+    with pytest.raises(UnsafeFileError, match=r"somenet\.Net.*--allow somenet\.Net"):
+        normswap.load(tmp_path / "net.pt")
+    with pytest.raises(FileError, match=r"needs somenet\.Net, which cannot be imported"):
+        normswap.load(tmp_path / "net.pt", allow=["somenet.Net"])
+    with pytest.raises(FileError, match="needs code that is not here"):
+        normswap.load(tmp_path / "net.pt", trust=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    for how in ({"allow": ["somenet.Net"]}, {"trust": True}):
+        assert type(normswap.load(tmp_path / "net.pt", **how)).__name__ == "Net"
+        normswap.convert_file(tmp_path / "net.pt", "gn-ws", overwrite=True, **how)
+    assert isinstance(normswap.load(tmp_path / "net.gn-ws.pt", allow=["somenet.Net"]).norm, nn.GroupNorm)
+
+
+# ---- sources ----
+
+
+def test_torchvision_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = normswap.convert_file("torchvision:resnet18", "gn-ws")
+    assert isinstance(normswap.load("resnet18.gn-ws.pt").bn1, nn.GroupNorm)
+    assert "never trained" in report.warnings[0]
+    assert report.drift.probe == "noise 2×3×224×224, seed 0"
+
+
+def test_unknown_models_and_weights() -> None:
+    with pytest.raises(normswap.OptionError, match="did you mean resnet50"):
+        sources.build("torchvision:resnet5")
+    with pytest.raises(normswap.OptionError, match="it has IMAGENET1K_V1"):
+        sources.build("torchvision:resnet18", "BEST")
+
+
+def test_published_weights_up_to_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published weights are asked for by their address, and what arrives is in the model."""
+    from torchvision.models import _api
+
+    asked = []
+
+    def download(url: str, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
+        asked.append(url)
+        return resnet_1000().state_dict()
+
+    def resnet_1000() -> nn.Module:
+        from torchvision.models import resnet18
+
+        torch.manual_seed(7)
+        return resnet18()
+
+    monkeypatch.setattr(_api, "load_state_dict_from_url", download)
+    model = sources.build("torchvision:resnet18", "IMAGENET1K_V1")
+    assert asked and asked[0].endswith("resnet18-f37072fd.pth")
+    assert torch.equal(model.fc.weight, resnet_1000().fc.weight)
+
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(_api, "load_state_dict_from_url", offline)
+    with pytest.raises(normswap.ModelError, match="cannot be fetched: no route"):
+        sources.build("torchvision:resnet18", "IMAGENET1K_V1")
