@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import gc
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -127,6 +129,21 @@ def run(
     With `probe_only` the inputs serve the drift alone, and a model that does not run on them is no error;
     with `may_be_idle` nothing to convert is none either.
     """
+    with _uncollected():
+        return _run(model, target, options, example_inputs, probe_name, probe_only, may_be_idle, inplace, progress)
+
+
+def _run(
+    model: nn.Module,
+    target: Target,
+    options: Options,
+    example_inputs: Any,
+    probe_name: str,
+    probe_only: bool,
+    may_be_idle: bool,
+    inplace: bool,
+    progress: Progress,
+) -> Conversion:
     _check_model(model)
     progress("copying the model")
     work = model if inplace else _copy(model)
@@ -158,7 +175,7 @@ def run(
     ]
     hidden, notices = _hidden(work)
     for notice in notices:
-        warnings.warn(notice, stacklevel=3)
+        warnings.warn(notice, stacklevel=4)
     if not swaps and not may_be_idle:
         raise ModelError(_nothing(target, left + hidden))
     _check_groups(target, swaps, options)
@@ -182,6 +199,18 @@ def run(
         _recipe(target, options, changes), tuple(notices),
     )  # fmt: skip
     return Conversion(work, report)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: it would look at each of the many small objects again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 # ---- find ----

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from normswap.layers import PLAIN, STANDARDIZED, FrozenBatchNorm
-from normswap.trace import clone, strip_hooks, trace
+from normswap.trace import skeleton, trace
 
 BATCH_NORMS: dict[type[nn.Module], int | None] = {
     nn.BatchNorm1d: 1,
@@ -201,11 +201,12 @@ def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
     flow, sites = Flow(), list(sites)
     first = {path: site.path for site in sites for path in site.paths}
     try:
-        skeleton = strip_hooks(clone(model, share_tensors=True))
+        bones = skeleton(model)
     except Exception as error:  # an attribute of the model that cannot be copied: no dataflow, and the report says so
         flow.problems[""] = f"cannot be copied for tracing: {error}"
         return flow
-    leaves = {id(skeleton.get_submodule(path)) for path in first}
+    modules = dict(bones.named_modules(remove_duplicate=False))
+    leaves = {id(modules[path]) for path in first}
     below: dict[str, set[str]] = defaultdict(set)  # the sites below each module that holds some
     for path, name in first.items():
         parts = path.split(".")
@@ -226,7 +227,7 @@ def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
                 visit(child, inner)
 
     if "" not in first:
-        visit(skeleton, "")
+        visit(bones, "")
     _guess_unseen(flow, sites)
     return flow
 

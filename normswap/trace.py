@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+import types
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,32 +34,59 @@ class Traced:
     problem: str = ""
 
 
-def clone(model: nn.Module, share_tensors: bool = False) -> nn.Module:
-    """A deep copy of `model`; with `share_tensors` its parameters and buffers are the model's own.
+def clone(model: nn.Module) -> nn.Module:
+    """A deep copy of `model`.
 
     Process groups are handles, not data, and stay shared. Tensors that hooks compute (weight_norm, pruning)
     are copied without their history, which torch's own copy refuses. Raises whatever an attribute raises that cannot be copied.
     """
+    return copy.deepcopy(model, _handles(model.modules()))
+
+
+def _handles(modules: Iterable[nn.Module]) -> dict[int, Any]:
+    """The memo with which the attributes of `modules` can be copied."""
     memo: dict[int, Any] = {}
-    for module in model.modules():
+    for module in modules:
         group = getattr(module, "process_group", None)
         if group is not None:
             memo[id(group)] = group
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-        if share_tensors:
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                memo[id(tensor)] = tensor
-    return copy.deepcopy(model, memo)
+    return memo
 
 
-def strip_hooks(model: nn.Module) -> nn.Module:
-    """Remove every forward hook of `model`, in place: hooks are made for tensors, not for proxies."""
-    for module in model.modules():
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            getattr(module, name).clear()
-    return model
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of `model` to trace: the same tensors, no hooks (they are made for tensors, not for proxies).
+
+    Attributes are copied as in `clone`, since a forward may change them; raises what they raise.
+    """
+    modules = list(model.modules())
+    memo = _handles(modules)
+    for module in modules:
+        if isinstance(module, fx.GraphModule):  # its class is its own
+            memo[id(module)] = copy.copy(module)
+        else:
+            memo[id(module)] = type(module).__new__(type(module))
+    for module in modules:
+        state: dict[str, Any] = {}
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers"):
+                state[name] = dict(value)
+            elif name == "_modules":
+                state[name] = {key: None if child is None else memo[id(child)] for key, child in value.items()}
+            elif name in _HOOKS:
+                state[name] = OrderedDict()
+            else:
+                state[name] = value if isinstance(value, _ATOMS) else copy.deepcopy(value, memo)
+        memo[id(module)].__dict__.update(state)
+    copied = memo[id(model)]
+    assert isinstance(copied, nn.Module)  # for the type checker: the memo holds what was put in above
+    return copied
+
+
+_ATOMS = (bool, int, float, str, bytes, type, types.FunctionType, types.BuiltinFunctionType, type(None))
+_HOOKS = frozenset(name for name in vars(nn.Module()) if "_hooks" in name)
 
 
 class _Tracer(fx.Tracer):
