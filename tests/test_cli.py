@@ -1,0 +1,150 @@
+"""The command line: what is printed where, exit codes, what is written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_convert import X, resnet
+from test_files import listing
+from test_quirks import distance
+from torch import nn
+from typer.testing import CliRunner, Result
+
+import normswap
+from normswap import cli
+from normswap.layers import StandardizedConv2d
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.save(resnet(), tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def test_convert_writes_beside_the_input_and_reports(saved: Path) -> None:
+    result = run("convert", saved, "--to", "gn-ws")
+    assert result.exit_code == 0 and result.stderr == ""
+    for part in ("BatchNorm2d → GroupNorm(8)", "×16", "20 norms, 20 weights changed", "drift on noise 2×3×224×224"):
+        assert part in result.stdout
+    model, wanted = normswap.load(saved.with_name("model.gn-ws.pt")), normswap.convert(resnet(), "gn-ws").model
+    with torch.no_grad():
+        assert torch.equal(model(X), wanted(X))
+
+
+def test_json_is_the_report_and_nothing_else(saved: Path) -> None:
+    result = run("convert", saved, "--to", "gn", "--json")
+    assert result.exit_code == 0 and result.stderr == ""
+    printed = json.loads(result.stdout)
+    wanted = json.loads(json.dumps(normswap.convert(resnet(), "gn").report.to_dict()))
+    for key in ("target", "changes", "left", "totals", "recipe", "exact"):
+        assert printed[key] == wanted[key]
+    assert 0 < printed["drift"]["relative_l2"] and printed["drift"]["probe"].startswith("noise")
+
+
+def test_every_option_arrives(saved: Path) -> None:
+    out = saved.with_name("out.pt")
+    options = ["--groups", "4c", "--transfer", "copy", "--ws", "strict", "--ws-scope", "all", "--include", "layer1.*"]
+    options += ["--include", "fc", "--exclude", "*.bn2", "--input-shape", "1,3,64,64", "--quiet"]
+    assert run("convert", saved, "--to", "gn-ws", "-o", out, *options).stdout == ""
+    recipe = normswap.load(out).normswap_recipe
+    assert recipe["options"] == {
+        "groups": "4c", "transfer": "copy", "ws": "strict", "ws_scope": "all",
+        "include": ["layer1.*", "fc"], "exclude": ["*.bn2"],
+    }  # fmt: skip
+    assert set(recipe["layers"]) == {f"layer1.{i}.{name}" for i in (0, 1) for name in ("bn1", "conv1", "conv2")}
+
+
+def test_dry_run_writes_nothing(saved: Path) -> None:
+    before = listing(saved.parent)
+    result = run("convert", saved, "--to", "gn", "--dry-run")
+    assert result.exit_code == 0 and "written" not in result.stdout
+    assert listing(saved.parent) == before
+
+
+def test_overwrite(saved: Path) -> None:
+    assert run("convert", saved, "--to", "gn", "--quiet").exit_code == 0
+    refused = run("convert", saved, "--to", "gn", "--quiet")
+    assert refused.exit_code == 1 and "exists already" in refused.stderr
+    assert run("convert", saved, "--to", "gn", "--quiet", "--overwrite").exit_code == 0
+
+
+def test_fold_now_or_later(saved: Path) -> None:
+    assert run("convert", saved, "--to", "gn-ws", "--quiet").exit_code == 0
+    assert run("fold", saved.with_name("model.gn-ws.pt")).exit_code == 0
+    assert run("convert", saved, "--to", "gn-ws", "--fold", "--quiet", "-o", saved.with_name("now.pt")).exit_code == 0
+    later, now = normswap.load(saved.with_name("model.gn-ws.fold.pt")), normswap.load(saved.with_name("now.pt"))
+    converted = normswap.load(saved.with_name("model.gn-ws.pt"))
+    assert any(isinstance(m, StandardizedConv2d) for m in converted.modules())
+    with torch.no_grad():
+        for folded in (later, now):
+            assert not any(type(m).__module__.startswith("normswap") for m in folded.modules())
+            assert distance(converted(X), folded(X)) < 1e-5
+
+
+def test_full_lists_every_layer(saved: Path) -> None:
+    short = run("convert", saved, "--to", "gn-ws", "--dry-run").stdout
+    full = run("convert", saved, "--to", "gn-ws", "--dry-run", "--full").stdout
+    for path, module in resnet().named_modules():
+        if isinstance(module, nn.BatchNorm2d | nn.Conv2d):
+            assert f"  {path} " in full
+    assert "layer3.1.bn2" not in short
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "gnws"], "did you mean gn-ws"),
+        (["--to", "gn", "--groups", "0"], "groups: '0' is not possible"),
+        (["--to", "gn", "--groups", "-3"], "groups: '-3' is not possible"),
+        (["--to", "gn", "--groups", "9999"], "widest layer"),
+        (["--to", "gn", "--include", "nowhere.*"], "include: 'nowhere.*' matches no"),
+        (["--to", "gn", "--input-shape", "1,3,x"], "--input-shape"),
+        (["--to", "gn", "--input-shape", "1,5,64,64"], "does not run on the example inputs"),
+        (["--to", "gn", "-o", "none/out.pt"], "does not exist"),
+    ],
+)
+def test_an_error_is_one_message_and_exit_1(saved: Path, arguments: list[str], message: str) -> None:
+    before = listing(saved.parent)
+    result = run("convert", saved, *arguments)
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and message in result.stderr and result.stderr.count("\n") == 1
+    assert listing(saved.parent) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [["convert"], ["convert", "x.pt"], ["nothing"], ["convert", "x.pt", "--to", "gn", "--transfer", "no"]]
+)
+def test_wrong_usage_is_exit_2(arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_targets_shows_both_tables() -> None:
+    printed = run("targets").stdout
+    for name in normswap.TARGETS:
+        assert name in printed
+
+
+def test_a_class_beside_the_command_can_be_allowed(tmp_path: Path) -> None:
+    """As a user runs it: an own interpreter, the class in a file of the folder."""
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    pass\n"
+        "def save():\n"
+        "    import torch\n"
+        "    torch.save(Net(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), 'net.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", "import mynet; mynet.save()"], cwd=tmp_path, check=True)
+    command = [sys.executable, "-m", "normswap", "convert", "net.pt", "--to", "gn-ws"]
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 1 and "--allow mynet.Net" in refused.stderr and refused.stdout == ""
+    done = subprocess.run([*command, "--allow", "mynet.Net"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert (tmp_path / "net.gn-ws.pt").exists()

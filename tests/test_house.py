@@ -1,0 +1,44 @@
+"""The house: imports point downwards only."""
+
+import ast
+from pathlib import Path
+
+import normswap
+
+FLOORS = [
+    {"errors", "report", "transfer", "layers"},
+    {"trace", "checkpoint", "sources", "render"},
+    {"graph"},
+    {"plan", "probe"},
+    {"targets"},
+    {"convert"},
+    {"files"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+SOURCES = {path.stem: path for path in Path(normswap.__file__).parent.glob("*.py")}
+
+
+def imported(source: Path) -> set[str]:
+    """The files of normswap that a file imports, at its top or within a function."""
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "normswap":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("normswap."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("normswap.")}
+    return found
+
+
+def test_every_file_has_a_floor() -> None:
+    assert set().union(*FLOORS) == set(SOURCES)
+
+
+def test_imports_point_downwards() -> None:
+    below: set[str] = set()
+    for floor in FLOORS:
+        for name in floor:
+            assert imported(SOURCES[name]) <= below, f"{name} imports from its own floor or from above"
+        below |= floor
