@@ -152,7 +152,7 @@ def _summary(report: Report) -> list[Text]:
     verdict = ("exact", "green") if report.exact else ("approximate", "yellow")
     return [
         Text.assemble(
-            f"{totals.norms_changed} norms, {totals.weights_changed} weights changed: ",
+            f"{_plural(totals.norms_changed, 'norm')}, {_plural(totals.weights_changed, 'weight')} changed: ",
             verdict,
             f"; {totals.left} left",
         ),
@@ -162,6 +162,10 @@ def _summary(report: Report) -> list[Text]:
         ),
         Text(_drift(report.drift)),
     ]
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _drift(drift: Drift | None) -> str:

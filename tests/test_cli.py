@@ -45,7 +45,7 @@ def test_json_is_the_report_and_nothing_else(saved: Path) -> None:
     wanted = json.loads(json.dumps(normswap.convert(resnet(), "gn").report.to_dict()))
     for key in ("target", "changes", "left", "totals", "recipe", "exact"):
         assert printed[key] == wanted[key]
-    assert 0 < printed["drift"]["relative_l2"] and printed["drift"]["probe"].startswith("noise")
+    assert printed["drift"]["relative_l2"] > 0 and printed["drift"]["probe"].startswith("noise")
 
 
 def test_every_option_arrives(saved: Path) -> None:
