@@ -1,250 +1,320 @@
-"""The only file that touches a disk: reads and writes whole-module files, and knows nothing of conversion."""
+"""Checkpoints of every kind, read and written; it knows nothing of conversion.
+
+Whatever the kind, what is inside is a module, a state dict, or a dict that holds some. A recipe is an
+attribute of a module, and an item of a state dict's `_metadata`; formats without `_metadata` keep it in a place of their own.
+"""
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import pickle
-import re
+import shutil
 import stat
-import tempfile
-import zipfile
-from collections.abc import Iterable
-from importlib import import_module
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from normswap.errors import FileError, UnsafeFileError
+from normswap import disk, distributed, pickles, tensorfiles
+from normswap.entries import Raw
+from normswap.errors import FileError, OptionError, first_line
 
-_SAFE_PACKAGES = ("torch.nn.", "torch.ao.", "torchvision.", "timm.", "normswap.layers.")
-_SAFE_HELPERS = {
-    "torch.nn.functional.relu",
-    "torch.nn.functional.relu6",
-    "torch.nn.functional.silu",
-    "torch.nn.functional.gelu",
-    "torch.nn.functional.hardswish",
-    "torch.nn.functional.hardsigmoid",
-    "torch.nn.functional.sigmoid",
-    "torch.sigmoid",
-    "functools.partial",
-    "torchvision.models.detection._utils.BoxCoder",
-    "torchvision.models.detection._utils.BoxLinearCoder",
-    "torchvision.models.detection._utils.Matcher",
-    "torchvision.models.detection._utils.SSDMatcher",
-    "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
-    "torchvision.models.optical_flow.raft._pass_through_h",
-    "torchvision.ops.boxes.box_iou",
-}
-_REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed global|whose module \S+ is blocked)")
-_OTHER_FORMATS = (".safetensors", ".onnx", ".pt2", ".npz", ".json")
+RECIPE = "normswap_recipe"
+"""Where a converted model, state dict or file holds the recipe of its conversion, a plain dict."""
+FORMATS = ("pt", "safetensors", "dcp")
+_LONGEST_RECIPE = 1 << 26  # bytes
+_INDEX = ".index.json"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "model.pt")
+_OPTIMIZER = "optimizer.bin"
+_NO_MODELS = (".onnx", ".pt2", ".npz", ".json", ".pb")
 
 
-def read(path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[str] = ()) -> Any:
-    """The object in a file that `torch.save` wrote, its tensors on the CPU and mapped from the file.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read from `path`, and what its kind needs to be written again.
 
-    Only classes of torch, torchvision, timm and normswap are loaded, and those in `allow`, by full
-    name; `trust` runs whatever code the pickle names. See torch's notes on `weights_only`.
+    `kind` is "pt" (what `torch.save` wrote), "safetensors", "dcp" or "folder" (weight files with others beside
+    them, such as Accelerate's). `content` is a module, a state dict, or a dict that holds some. `header` is a
+    safetensors header's or an index's metadata, `nested` torch's map of nested keys in a distributed checkpoint, `shards` the
+    weight files of a folder with their keys, `optimizer` the content of a folder's optimizer file.
+    """
+
+    path: Path
+    kind: str
+    content: Any
+    header: Mapping[str, Any] = field(default_factory=dict)
+    nested: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    shards: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    index: str = ""
+    optimizer: Any = None
+
+
+def read(
+    path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[str] = (), scratch: Path | None = None
+) -> Checkpoint:
+    """Read a file or a folder, tensors mapped where that can be; those of a distributed checkpoint in files under `scratch`.
+
+    Pickles run no code, unless `trust` says so; see `pickles.read`.
 
     Raises:
-        FileError: no such file, another kind of file, or a broken one.
+        FileError: nothing there, another kind of file, or a broken one.
         UnsafeFileError: a class that is not allowed; the message says how to allow it.
     """
-    path = Path(path)
-    zipped = _check_readable(path)
-    if trust:
-        return _load(path, weights_only=False, mmap=zipped)
-    allowed = {name: _import(name, path) for name in allow}
-    if zipped:
-        allowed |= {name: _safe_class(name, path) for name in _globals(path) if name not in allowed}
-    while True:  # one class more a round: what the first look did not find, and torch's older format
-        try:
-            with torch.serialization.safe_globals([(found, name) for name, found in allowed.items()]):
-                return _load(path, weights_only=True, mmap=zipped)
-        except pickle.UnpicklingError as error:
-            match = _REFUSED.search(str(error))
-            if match is None and "Only persistent_load of storage" in str(error):
-                raise FileError(
-                    f"{path}: is a whole module as torch saved it before 1.6, with source code inside; "
-                    "load and save it again where you trust it, or --trust (trust=True)"
-                ) from None
-            if match is None:
-                reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-                raise FileError(f"{path}: is damaged, or cannot be read safely ({reason[:200]})") from None
-            name = match[1] if "." in match[1] else f"builtins.{match[1]}"  # torch leaves that package's name out
-            if name in allowed:
-                raise UnsafeFileError(f"{path}: holds {name}, which torch loads only with --trust") from None
-            allowed[name] = _safe_class(name, path)
-
-
-def _globals(path: Path) -> list[str]:
-    """What the pickle names and torch does not allow by itself; the pickle is read, not run."""
-    try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # whatever is wrong with the file, reading it says better
-        return []
-
-
-def _load(path: Path, *, weights_only: bool, mmap: bool) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mmap or None)
-    except pickle.UnpicklingError as error:
-        if weights_only:
-            raise
-        raise FileError(f"{path}: is damaged ({_first_line(error)})") from None
-    except (AttributeError, ImportError) as error:
-        raise FileError(
-            f"{path}: needs code that is not here ({_first_line(error)}); make that module importable, "
-            "or save the model from a module instead of a script"
-        ) from None
-    except Exception as error:  # whatever a broken archive raises inside torch
-        raise FileError(f"{path}: is damaged or incomplete ({_first_line(error)})") from None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
-
-
-def _check_readable(path: Path) -> bool:
-    """Whether the file is a zip archive of `torch.save`; raises for every other kind but torch's older one."""
+    path, allow = Path(path), tuple(allow)
     try:
         mode = path.stat().st_mode
-    except OSError as error:
-        raise FileError(f"{path}: {error.strerror or error}; check the name and the folder") from None
-    if stat.S_ISDIR(mode):
-        raise FileError(f"{path}: is a folder, not a file")
-    if not stat.S_ISREG(mode):
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: {getattr(error, 'strerror', None) or error}; check the name and the folder") from None
+    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         raise FileError(f"{path}: is not a regular file")
     try:
-        with path.open("rb") as file:
-            head = file.read(512)
+        if stat.S_ISDIR(mode):
+            return _read_folder(path, trust, allow, scratch)
+        if path.name.endswith(_INDEX):
+            return _read_shards(path, trust, allow)
+        return _read_file(path, trust, allow)
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or error}") from None
-    if not head:
-        raise FileError(f"{path}: is empty")
-    if head.startswith(b"PK\x03\x04"):
-        return _check_archive(path)
-    if path.suffix == ".onnx":
+
+
+def _read_file(path: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
+    with path.open("rb") as file:
+        head = file.read(16)
+    if tensorfiles.is_safetensors(head) and (path.suffix == ".safetensors" or head[8:10] == b'{"'):
+        tensors, header = tensorfiles.read(path)
+        return Checkpoint(path, "safetensors", _stated(tensors, path, header.pop(RECIPE, None)), header)
+    found = pickles.read(path, trust=trust, allow=allow)
+    _check_sizes(path, found)
+    return Checkpoint(path, "pt", found)
+
+
+def _read_folder(path: Path, trust: bool, allow: tuple[str, ...], scratch: Path | None) -> Checkpoint:
+    if distributed.is_distributed(path):
+        state, nested = distributed.read(path, scratch)
+        recipe = state.pop(RECIPE, None)
+        text = _unpacked(recipe.data) if isinstance(recipe, Raw) else None
+        nested = {name: where for name, where in nested.items() if name != RECIPE}
+        return Checkpoint(path, "dcp", _stated(state, path, text), nested=nested)
+    indices = sorted(path.glob(f"*{_INDEX}"))
+    if indices:
+        return _read_shards(indices[0], trust, allow)
+    name = next((name for name in _WEIGHTS if (path / name).is_file()), None)
+    if name is None:
         raise FileError(
-            f"{path}: is an ONNX file, whose layers are compiled; convert the torch model that it was exported from"
+            f"{path}: is a folder without a distributed checkpoint (.metadata), an index ({_WEIGHTS[0]}{_INDEX}) "
+            f"or one of {', '.join(_WEIGHTS)}; give the name of a file"
         )
-    if re.match(rb".{8}\{\s*\"", head, re.DOTALL):
-        raise FileError(
-            f"{path}: is a safetensors file, which holds tensors without their model; give a file with a whole model"
-        )
-    if not head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        text = "a text file" if _is_text(head) else "of another kind"
-        raise FileError(f"{path}: is {text}, not one that torch.save wrote")
-    return False
-
-
-def _is_text(head: bytes) -> bool:
-    try:
-        head[:-4].decode() if len(head) == 512 else head.decode()
-    except UnicodeDecodeError:
-        return False
-    return b"\x00" not in head
-
-
-def _check_archive(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.partition("/")[2] for name in archive.namelist()}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
-        raise FileError(
-            f"{path}: is truncated or damaged: its table of contents cannot be read; copy or save it again"
-        ) from None
-    if "constants.pkl" in names:
-        raise FileError(
-            f"{path}: is a TorchScript archive, whose code is compiled; convert the model that it was made from"
-        )
-    if any(name.endswith(("serialized_exported_program.json", "models/model.json")) for name in names) or (
-        "archive_format" in names and "data.pkl" not in names
-    ):
-        raise FileError(f"{path}: is an exported program; convert the model that it was exported from")
-    if "data.pkl" not in names:
-        raise FileError(f"{path}: is a zip archive, but not one that torch.save wrote")
-    return True
-
-
-def _safe_class(name: str, path: Path) -> Any:
-    """The object called `name` if it is one that may be loaded without being asked for."""
-    if name in _SAFE_HELPERS:
-        return _import(name, path)
-    if name.startswith(_SAFE_PACKAGES) and not any(part.startswith("__") for part in name.split(".")):
-        found = _import(name, path)
-        if (
-            isinstance(found, type)
-            and issubclass(found, nn.Module)
-            and not issubclass(found, torch.fx.GraphModule | torch.jit.ScriptModule)
-        ):
-            return found
-    raise UnsafeFileError(
-        f"{path}: holds {name}, which is not a class of torch, torchvision, timm or normswap. "
-        f"If you trust it, allow it: --allow {name} (in Python: allow=['{name}']); "
-        "--trust runs any code in the file"
+    inner = _read_file(path / name, trust, allow)
+    return replace(
+        inner, path=path, kind="folder", shards={name: tuple(inner.content)}, optimizer=_optimizer(path, trust, allow)
     )
 
 
-def _import(name: str, path: Path) -> Any:
-    module_name, _, attribute = name.rpartition(".")
-    if not module_name:
-        raise FileError(f"--allow {name}: is no full class name; write package.module.Class")
+def _read_shards(index: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
+    """A model in several files with an index of which key is where, as Hugging Face's libraries write it."""
     try:
-        return getattr(import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError):
-        raise FileError(
-            f"{path}: needs {name}, which cannot be imported here; install its package, or run in the folder that holds it"
-        ) from None
+        described = json.loads(index.read_text())
+        weight_map = described["weight_map"]
+        names = sorted(set(weight_map.values()))
+        safe = all(Path(name).name == name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FileError(f"{index}: is no index of weight files ({first_line(error)})") from None
+    if not safe or not names:
+        raise FileError(f"{index}: names files outside its folder, or none")
+    state: dict[str, Any] = {}
+    shards: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise FileError(f"{index}: names {name}, which is missing")
+        part = _read_file(index.parent / name, trust, allow).content
+        if not isinstance(part, Mapping) or state.keys() & part.keys():
+            raise FileError(f"{index.parent / name}: is no state dict, or repeats keys of another file")
+        state |= part
+        shards[name] = tuple(part)
+    if state.keys() != weight_map.keys():
+        odd = sorted(state.keys() ^ weight_map.keys())[0]
+        raise FileError(f"{index}: does not agree with its files: {odd} stands in one of them alone")
+    header = dict(described.get("metadata") or {})
+    content = _stated(state, index, header.pop(RECIPE, None))
+    optimizer = _optimizer(index.parent, trust, allow)
+    return Checkpoint(index.parent, "folder", content, header, shards=shards, index=index.name, optimizer=optimizer)
 
 
-def check_writable(path: str | os.PathLike[str], overwrite: bool) -> Path:
-    """`path` as a file that can be written now; raises `FileError` where it exists or its folder does not serve."""
+def _optimizer(folder: Path, trust: bool, allow: tuple[str, ...]) -> Any:
+    file = folder / _OPTIMIZER
+    return pickles.read(file, trust=trust, allow=allow) if file.is_file() else None
+
+
+def _stated(tensors: Mapping[str, Any], path: Path, recipe: str | None) -> OrderedDict[str, Any]:
+    """A state dict with the recipe where torch's own files have it."""
+    state = OrderedDict(tensors)
+    if recipe is not None:
+        try:
+            set_recipe(state, json.loads(recipe) if len(recipe) <= _LONGEST_RECIPE else None)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise FileError(f"{path}: its recipe is damaged ({first_line(error)})") from None
+    return state
+
+
+def _unpacked(data: bytes) -> str | None:
+    try:
+        found = torch.load(io.BytesIO(data), weights_only=True)
+    except Exception:  # a broken recipe is no recipe
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _check_sizes(path: Path, found: Any) -> None:
+    """No tensor may claim more than the file holds: a view that repeats one element does, to exhaust memory."""
+    size = path.stat().st_size
+    tensors = found.state_dict(keep_vars=True) if isinstance(found, nn.Module) else found
+    parts = [tensors, *tensors.values()] if isinstance(tensors, Mapping) else []
+    for part in parts:
+        for name, value in part.items() if isinstance(part, Mapping) else ():
+            if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
+                claimed = value.numel() * value.itemsize
+                if claimed > size:
+                    raise FileError(f"{path}: {name} claims {claimed:,} bytes, more than the file holds")
+
+
+# ---- recipes ----
+
+
+def recipe_of(content: Any) -> Any:
+    """The recipe in a module or a state dict, unchecked; None where there is none."""
+    if isinstance(content, nn.Module):
+        return vars(content).get(RECIPE)
+    metadata = getattr(content, "_metadata", None)
+    return metadata.get(RECIPE) if isinstance(metadata, Mapping) else None
+
+
+def set_recipe(content: Any, recipe: Any) -> None:
+    """Let a module or an `OrderedDict` of tensors carry `recipe`."""
+    if isinstance(content, nn.Module):
+        content.__dict__[RECIPE] = recipe
+    else:
+        content._metadata = OrderedDict(getattr(content, "_metadata", None) or {})
+        content._metadata[RECIPE] = recipe
+
+
+# ---- writing ----
+
+
+def default_out(path: str | os.PathLike[str], suffix: str, form: str | None = None) -> Path:
+    """`model.gn-ws.pt` beside `model.pt`; for a folder, or an index in one, `folder.gn-ws` beside that."""
     path = Path(path)
-    if path.is_dir():
-        raise FileError(f"{path}: is a folder; give the name of a file")
-    if path.exists() and not overwrite:
-        raise FileError(f"{path}: exists already; give another name, or --overwrite (overwrite=True)")
-    if path.suffix in _OTHER_FORMATS:
-        raise FileError(f"{path}: a whole model is not written as {path.suffix}; give a name that ends in .pt")
-    if not path.parent.is_dir():
-        raise FileError(f"{path}: the folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise FileError(f"{path}: the folder {path.parent} cannot be written")
-    return path
+    if path.name.endswith(_INDEX) or path.is_dir():
+        folder = path.parent if path.name.endswith(_INDEX) else path
+        if folder.name in ("", ".", ".."):
+            folder = folder.resolve()
+        flat = {"pt": ".pt", "safetensors": ".safetensors"}
+        return folder.with_name(f"{folder.name}.{suffix}{flat.get(form or '', '')}")
+    ending = {"pt": path.suffix if path.suffix != ".safetensors" else ".pt", "safetensors": ".safetensors", "dcp": ""}
+    return path.with_name(
+        f"{path.stem}.{suffix}{ending.get(form or '', path.suffix) or ('' if form == 'dcp' else '.pt')}"
+    )
 
 
-def write(value: Any, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Save `value` to `path` with `torch.save`: to a temporary file beside it, synced, then renamed.
+def check_format(out: Path, form: str | None, overwrite: bool) -> None:
+    """Raise before any work where `out` cannot be written, or its name does not fit `form`."""
+    if form is not None and form not in FORMATS:
+        raise OptionError(f"format: {form!r} is not one of {', '.join(FORMATS)}")
+    disk.check_writable(out, overwrite)
+    if out.suffix in _NO_MODELS or (form == "pt" and out.suffix == ".safetensors"):
+        raise FileError(f"{out}: a model is not written as {out.suffix}; give a name that ends in .pt or .safetensors")
 
-    A failed run leaves an old file as it was, and nothing else. Raises `FileError`.
+
+def write(
+    found: Checkpoint, out: Path, form: str | None = None, *, overwrite: bool = False, mapped: bool = False
+) -> Path:
+    """Write `found` in its own kind, or in `form`; `mapped` says that its large tensors are mapped from files.
+
+    All or nothing, see `disk.write_file`. Raises `FileError`.
     """
-    path = check_writable(path, overwrite)
-    target = path.resolve()  # a link stays a link
+    kind = form or found.kind
+    if kind == "pt":
+        return disk.write_file(out, lambda file: _save(found.content, file, out, mapped), overwrite=overwrite)
+    if kind == "safetensors":
+        tensors = _tensors(found.content, out)
+        header = {k: v for k, v in found.header.items() if isinstance(v, str)} | _recipe_text(found.content)
+        return disk.write_file(out, lambda f: tensorfiles.write(tensors, f, header, mapped=mapped), overwrite=overwrite)
+    if kind == "dcp":
+        text = _recipe_text(found.content)
+        extra = {name: Raw(_packed(value)) for name, value in text.items()}
+        state = {**_entries(found.content, out), **extra}
+        return disk.write_folder(
+            out, lambda folder: distributed.write(state, folder, found.nested), overwrite=overwrite
+        )
+    return disk.write_folder(out, lambda folder: _write_shards(found, folder, mapped), overwrite=overwrite)
+
+
+def _save(content: Any, file: BinaryIO, out: Path, mapped: bool) -> None:
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        check_writable(path, overwrite)
-        os.replace(temporary, target)
-    except (OSError, RuntimeError) as error:
-        raise FileError(f"{path}: cannot be written: {_first_line(error)}") from error
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        torch.save(content, disk.Releasing(file) if mapped else file)  # type: ignore[arg-type]
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
         raise FileError(
-            f"{path}: the model cannot be saved whole ({_first_line(error)}); save its state dict, or name what it holds "
+            f"{out}: the model cannot be saved whole ({first_line(error)}); save its state dict, or name what it holds "
             "in a module that can be imported"
         ) from error
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-    return path
+
+
+def _entries(content: Any, out: Path) -> dict[str, Any]:
+    if isinstance(content, nn.Module):
+        content = content.state_dict()
+    for name, value in content.items():
+        if not isinstance(value, Tensor | Raw):
+            raise FileError(f"{out}: {name} is a {type(value).__name__}, not a tensor; write it as .pt")
+    return dict(content)
+
+
+def _tensors(content: Any, out: Path) -> dict[str, Tensor]:
+    return {name: value for name, value in _entries(content, out).items() if isinstance(value, Tensor)}
+
+
+def _recipe_text(content: Any) -> dict[str, str]:
+    recipe = recipe_of(content)
+    return {} if recipe is None else {RECIPE: json.dumps(recipe)}
+
+
+def _packed(text: str) -> bytes:
+    stream = io.BytesIO()
+    torch.save(text, stream)
+    return stream.getvalue()
+
+
+def _write_shards(found: Checkpoint, folder: Path, mapped: bool) -> None:
+    """The weight files of a folder with the keys each had, new keys beside those of their module, and all else as it was."""
+    home = {key: name for name, keys in found.shards.items() for key in keys}
+    place = {key.rpartition(".")[0]: name for key, name in home.items()}
+    last = list(found.shards)[-1]
+    parts: dict[str, OrderedDict[str, Any]] = {name: _stated({}, folder, None) for name in found.shards}
+    for key, value in found.content.items():
+        parts[home.get(key) or place.get(key.rpartition(".")[0]) or last][key] = value
+    recipe = _recipe_text(found.content)
+    for name, part in parts.items():
+        with open(folder / name, "wb") as file:
+            if name.endswith(".safetensors"):
+                header = (
+                    {"format": "pt"} if found.index else {k: v for k, v in found.header.items() if isinstance(v, str)}
+                )
+                tensorfiles.write(_tensors(part, folder / name), file, header | recipe, mapped=mapped)
+            else:
+                part._metadata = getattr(found.content, "_metadata", None)  # type: ignore[attr-defined]
+                _save(part, file, folder / name, mapped)
+    if found.index:
+        total = sum(value.nbytes for value in found.content.values() if isinstance(value, Tensor))
+        described = {"metadata": {**found.header, "total_size": total, **recipe}}
+        weight_map = {key: name for name, part in parts.items() for key in part}
+        (folder / found.index).write_text(json.dumps({**described, "weight_map": weight_map}, indent=2) + "\n")
+    if found.optimizer is not None:
+        with open(folder / _OPTIMIZER, "wb") as file:
+            torch.save(found.optimizer, file)
+    for other in found.path.iterdir():
+        if not (folder / other.name).exists():
+            (shutil.copytree if other.is_dir() else shutil.copy2)(other, folder / other.name)

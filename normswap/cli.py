@@ -29,6 +29,12 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+class Format(str, Enum):
+    pt = "pt"
+    safetensors = "safetensors"
+    dcp = "dcp"
+
+
 class Transfer(str, Enum):
     match = "match"
     copy = "copy"
@@ -45,10 +51,23 @@ class WsScope(str, Enum):
     all = "all"
 
 
-Input = Annotated[str, typer.Argument(metavar="INPUT", help="A file with a whole model, or torchvision:NAME.")]
+Input = Annotated[
+    str, typer.Argument(metavar="INPUT", help="A checkpoint (file or folder), torchvision:NAME or timm:NAME.")
+]
 Out = Annotated[
     Path | None, typer.Option("-o", "--out", help="Where to write; model.TARGET.pt beside the input by default.")
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="What the tensors of a file belong to: torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.",
+    ),
+]
+ModelArg = Annotated[
+    list[str] | None, typer.Option(metavar="K=V", help="An argument of the model, such as num_classes=10. Repeatable.")
+]
+Key = Annotated[str | None, typer.Option(metavar="NAME", help="Which entry of a training checkpoint is the model.")]
 Allow = Annotated[
     list[str] | None,
     typer.Option(help="A class that the file may hold, by full name. Repeatable.", metavar="PKG.CLASS"),
@@ -67,10 +86,18 @@ def convert(
         str, typer.Option("--to", metavar="TARGET", help="What to convert to: a norm, a weight form, or both (gn-ws).")
     ],
     out: Out = None,
-    weights: Annotated[str | None, typer.Option(help="Published weights of a torchvision model, by name.")] = None,
+    model: Model = None,
+    model_arg: ModelArg = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Published weights of a library's model, by name.")
+    ] = None,
+    key: Key = None,
     groups: Annotated[
         str, typer.Option(metavar="auto|N|Nc", help="Groups of gn: auto, their number, or channels in each.")
     ] = "auto",
+    eps: Annotated[
+        float | None, typer.Option(metavar="E", help="Of the norms in a file without its model; 1e-5 is assumed.")
+    ] = None,
     transfer: Annotated[
         Transfer, typer.Option(help="What becomes of the learnt gain, bias and statistics.")
     ] = Transfer.match,
@@ -86,6 +113,10 @@ def convert(
     ] = None,
     input_shape: Annotated[str | None, typer.Option(metavar="1,3,224,224", help="Shape of an input batch.")] = None,
     fold: Annotated[bool, typer.Option("--fold", help="Bake the result into plain torch layers.")] = False,
+    format: Annotated[
+        Format | None,
+        typer.Option(help="Write another kind of file than the input's: of a training checkpoint, the model."),
+    ] = None,
     allow: Allow = None,
     trust: Trust = False,
     overwrite: Overwrite = False,
@@ -98,22 +129,27 @@ def convert(
 
     Example: normswap convert torchvision:resnet50 --to gn-ws
     """
-    from normswap import files
+    from normswap import files, sources
 
+    form = format.value if format else None
     with _speaking(_PHASES, quiet or as_json) as progress:
-        shape = _parse_shape(input_shape)
+        shape, arguments = _parse_shape(input_shape), sources.parse_arguments(model_arg or [])
         report = files.convert_file(
-            input, to, out, weights=weights, input_shape=shape, fold=fold, allow=_importable(allow), trust=trust,
-            overwrite=overwrite, dry_run=dry_run, progress=progress, groups=groups, transfer=transfer.value,
-            ws=ws.value, ws_scope=ws_scope.value, include=include or None, exclude=exclude or None,
+            input, to, out, model=model, model_args=arguments, weights=weights, key=key, eps=eps, input_shape=shape,
+            fold=fold, format=form, allow=_importable(allow), trust=trust, overwrite=overwrite, dry_run=dry_run,
+            progress=progress, groups=groups, transfer=transfer.value, ws=ws.value, ws_scope=ws_scope.value,
+            include=include or None, exclude=exclude or None,
         )  # fmt: skip
-    _print(report, input, "" if dry_run else str(out or files.default_out(input, to)), as_json, full, quiet)
+    _print(report, input, "" if dry_run else str(out or files.default_out(input, to, form)), as_json, full, quiet)
 
 
 @app.command()
 def fold(
     input: Input,
     out: Out = None,
+    model: Model = None,
+    model_arg: ModelArg = None,
+    key: Key = None,
     allow: Allow = None,
     trust: Trust = False,
     overwrite: Overwrite = False,
@@ -125,11 +161,14 @@ def fold(
 
     Example: normswap fold resnet50.gn-ws.pt
     """
-    from normswap import files
+    from normswap import files, sources
 
     with _speaking(2, quiet or as_json) as progress:
         progress(f"folding {input}")
-        report = files.fold_file(input, out, allow=_importable(allow), trust=trust, overwrite=overwrite)
+        report = files.fold_file(
+            input, out, model=model, model_args=sources.parse_arguments(model_arg or []), key=key,
+            allow=_importable(allow), trust=trust, overwrite=overwrite,
+        )  # fmt: skip
     _print(report, input, str(out or files.default_out(input, "fold")), as_json, full, quiet)
 
 

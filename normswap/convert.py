@@ -6,14 +6,14 @@ import fnmatch
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normswap import probe
@@ -123,14 +123,18 @@ def run(
     may_be_idle: bool = False,
     inplace: bool = False,
     progress: Progress = lambda phase: None,
+    release: Callable[[Tensor], None] = lambda tensor: None,
+    given: Mapping[str, int] | None = None,
 ) -> Conversion:
     """`convert` with its options in one value, and word of each phase to `progress`.
 
     With `probe_only` the inputs serve the drift alone, and a model that does not run on them is no error;
-    with `may_be_idle` nothing to convert is none either.
+    with `may_be_idle` nothing to convert is none either. `release` and `given` are those of `Context`.
     """
     with _uncollected():
-        return _run(model, target, options, example_inputs, probe_name, probe_only, may_be_idle, inplace, progress)
+        return _run(
+            model, target, options, example_inputs, probe_name, probe_only, may_be_idle, inplace, progress, release, given or {}
+        )  # fmt: skip
 
 
 def _run(
@@ -143,6 +147,8 @@ def _run(
     may_be_idle: bool,
     inplace: bool,
     progress: Progress,
+    release: Callable[[Tensor], None],
+    given: Mapping[str, int],
 ) -> Conversion:
     _check_model(model)
     progress("copying the model")
@@ -166,6 +172,7 @@ def _run(
     context = Context(
         groups=options.groups, transfer=options.transfer, ws=options.ws, ws_scope=options.ws_scope, flow=flow,
         sites={site.path: site for site in sites}, elements={} if probe_only else elements, shared=_shared(work), excluded=frozenset(excluded),
+        given=given, release=release,
     )  # fmt: skip
 
     progress("working out the new layers")

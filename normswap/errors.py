@@ -26,3 +26,9 @@ class FileError(NormswapError):
 
 class UnsafeFileError(FileError):
     """A pickle that asks for a class outside the allowed ones; its code did not run."""
+
+
+def first_line(error: BaseException) -> str:
+    """The kind and the first line of an error that is not ours, for a message of ours."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

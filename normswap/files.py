@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from normswap import checkpoint, probe, sources
-from normswap.convert import Conversion, Options, Progress, run
+from normswap import bare, checkpoint, disk, entries, optimizer, probe, sources
+from normswap.checkpoint import RECIPE, Checkpoint
+from normswap.convert import Options, Progress, run
 from normswap.convert import fold as fold_model
-from normswap.errors import FileError
-from normswap.report import Report
-from normswap.targets import parse_target
+from normswap.entries import Binding, Entry
+from normswap.errors import OptionError
+from normswap.fitting import fill, parameters_of, source_of
+from normswap.optimizer import Parameter
+from normswap.report import Change, Left, Report
+from normswap.sources import Source
+from normswap.targets import Target, parse_target
 
-RECIPE = "normswap_recipe"
-"""The attribute of a whole module that holds the recipe of its conversion, a plain dict."""
+EPS = 1e-5
+"""Assumed of a norm in a file without its model: torch's default."""
+BARE_NORMS = ("gn", "ln", "in", "frozen")
+_LARGE = 200_000_000  # parameters: a larger model is not run on noise without being asked to
 
 
 def convert_file(
@@ -26,10 +34,15 @@ def convert_file(
     to: str,
     out: str | os.PathLike[str] | None = None,
     *,
+    model: Source | None = None,
+    model_args: Mapping[str, Any] | None = None,
     weights: str | None = None,
+    key: str | None = None,
+    eps: float | None = None,
     input_shape: Sequence[int] | None = None,
     example_inputs: Any = None,
     fold: bool = False,
+    format: str | None = None,
     allow: Iterable[str] = (),
     trust: bool = False,
     overwrite: bool = False,
@@ -37,16 +50,23 @@ def convert_file(
     progress: Progress = lambda phase: None,
     **options: Any,
 ) -> Report:
-    """Convert the model in a file, or a model of torchvision, and save it whole; what the CLI calls.
+    """Convert the model in a file or a folder, or a model of a library, and write it in the same kind; what the CLI calls.
 
     Args:
-        path: a whole-module file, or `torchvision:NAME`.
+        path: a file (whole module, state dict, training checkpoint, safetensors), a folder (distributed checkpoint, weight files
+            with an index), or `torchvision:NAME`, `timm:NAME`.
         to: the target, as for `normswap.convert`.
         out: where to write; by default `model.gn-ws.pt` beside the input (`resnet50.gn-ws.pt` here).
-        weights: the published weights of a torchvision model, by name.
+        model: what the tensors belong to, where the file holds no module: a spec (`torchvision:NAME`, `timm:NAME`,
+            `package.module:factory`, `file.py:factory`), a factory, or a module. `gn`, `ln`, `in` and `frozen` do without.
+        model_args: keyword arguments of a model that is built.
+        weights: the published weights of a library's model, by name.
+        key: which entry of a training checkpoint is the model, where it has none of the usual names.
+        eps: of the norms in a file without its model; 1e-5 is assumed.
         input_shape: the shape of an input batch; group counts then regard the sizes of feature maps.
         example_inputs: the same with inputs of your own.
         fold: bake standardized weights in and leave plain torch layers.
+        format: write `pt`, `safetensors` or `dcp` instead; of a training checkpoint, the model alone.
         allow, trust: which classes a file may hold; see `normswap.load`.
         overwrite: replace an existing output.
         dry_run: write nothing.
@@ -56,88 +76,321 @@ def convert_file(
     Raises:
         NormswapError: with nothing written.
     """
-    target, checked = parse_target(to), Options(**options)
-    out = default_out(path, to) if out is None else Path(out)
+    job = _Job(
+        parse_target(to), Options(**options), model, model_args or {}, eps, input_shape, example_inputs, fold, progress
+    )
+    out = default_out(path, to, format) if out is None else Path(out)
+    form = _form(out, format)
     if not dry_run:
-        checkpoint.check_writable(out, overwrite)
+        checkpoint.check_format(out, form, overwrite)
     progress(f"reading {path}")
-    model = _open(path, weights, allow, trust)
-    inputs, name = example_inputs, "example inputs"
-    probe_only = inputs is None and input_shape is None
-    if inputs is None:
-        inputs, name = probe.guess_inputs(model, None if input_shape is None else tuple(input_shape)) or (None, "")
-    model, report = run(model, target, checked, inputs, name, probe_only=probe_only, inplace=True, progress=progress)
-    if fold:
-        progress("folding")
-        model = fold_model(model).model
+    if sources.is_spec(str(path)):
+        if model is not None or key is not None:
+            raise OptionError(f"--model and --key are for files; {path} is a model itself")
+        found = Checkpoint(Path(str(path)), "pt", sources.build(str(path), weights, job.arguments))
+    else:
+        if weights is not None:
+            raise OptionError(f"--weights {weights} is for a model of a library; {path} has its own")
+        found = checkpoint.read(path, trust=trust, allow=allow, scratch=None if dry_run else out.resolve().parent)
+    found, report = _convert(found, key, job)
     if not dry_run:
         progress(f"writing {out}")
-        save(model, out, report=report, overwrite=overwrite)
+        _write(found, out, form, key, overwrite)
     return report
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to do to each model in a file."""
+
+    target: Target
+    options: Options
+    model: Source | None
+    arguments: Mapping[str, Any]
+    eps: float | None = None
+    input_shape: Sequence[int] | None = None
+    example_inputs: Any = None
+    fold: bool = False
+    progress: Progress = lambda phase: None
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A converted entry: its new value, the report, and the parameters that an optimizer had and will have."""
+
+    value: Any
+    report: Report
+    before: tuple[Parameter, ...]
+    after: tuple[Parameter, ...]
+
+
+def _convert(found: Checkpoint, key: str | None, job: _Job) -> tuple[Checkpoint, Report]:
+    """Every copy of the model in `found`, and what optimizers hold of its parameters."""
+    content = found.content
+    dones: list[_Done] = []
+    copies: list[Change] = []
+    for entry in entries.find_entries(content, key, found.path):
+        done = _convert_entry(entry, found.path, job)
+        content = entries.put(content, entry, done.value)
+        copied = (entry.name,), "copy", "copy of the model", "converted", "converted like the model", done.report.exact
+        copies += [Change(*copied)] if dones else []
+        dones.append(done)
+    first, report = dones[0], dones[0].report
+    content, changes, notices = _mend(content, first, flat=found.kind == "dcp")
+    held, more, further = _mend({"optimizer": found.optimizer}, first)
+    report = replace(
+        report, changes=(*report.changes, *copies, *changes, *more), warnings=(*report.warnings, *notices, *further)
+    )
+    return replace(found, content=content, optimizer=held.get("optimizer")), report
+
+
+def _convert_entry(entry: Entry, where: Path, job: _Job) -> _Done:
+    if isinstance(entry.value, nn.Module):
+        if job.model is not None:
+            raise OptionError(f"--model is for files without their model; {where} holds a {type(entry.value).__name__}")
+        if job.eps is not None:
+            raise OptionError(f"--eps is for files without their model; {where} has the eps of each norm")
+        before = parameters_of(entry.value)
+        model, report = _convert_module(entry.value, job)
+        checkpoint.set_recipe(model, report.recipe)
+        return _Done(model, report, before, parameters_of(model))
+    if job.model is None:
+        return _convert_bare(entry, where, job)
+    if job.eps is not None:
+        raise OptionError("--eps is for files without their model; the one that --model makes has its own")
+    filled = fill(entry.value, job.model, job.arguments, where)
+    before = parameters_of(filled[0][1])
+    converted = [(binding, *_convert_module(model, job)) for binding, model in filled]
+    report = converted[0][2]
+    states = [model.state_dict() for _, model, _ in converted]
+    value = entries.rebuild(entry.value, [binding for binding, _, _ in converted], states)
+    recipe_made = _with_source(report.recipe, job.model, job.arguments, checkpoint.recipe_of(entry.value))
+    checkpoint.set_recipe(value, recipe_made)
+    bound = {name for binding, _, _ in converted for name in binding.names.values()}
+    beside = [name for name in entry.value if name not in bound]
+    listed = ", ".join(beside[:3]) + ("" if len(beside) <= 3 else f" and {len(beside) - 3} more")
+    notices = (f"beside the model, kept as it was: {listed}",) if beside else ()
+    report = replace(report, recipe=recipe_made, warnings=(*report.warnings, *notices))
+    return _Done(value, report, before, parameters_of(converted[0][1]))
+
+
+def _convert_module(model: nn.Module, job: _Job) -> tuple[nn.Module, Report]:
+    """`run` in place, on noise if there are no inputs, and folded if asked."""
+    inputs, name = job.example_inputs, "example inputs"
+    probe_only = inputs is None and job.input_shape is None
+    large = sum(p.numel() for p in model.parameters()) > _LARGE
+    if inputs is None and not (large and probe_only):
+        shape = None if job.input_shape is None else tuple(job.input_shape)
+        inputs, name = probe.guess_inputs(model, shape) or (None, "")
+    previous = vars(model).get(RECIPE)
+    model, report = run(
+        model, job.target, job.options, inputs, name, probe_only=probe_only, inplace=True, progress=job.progress,
+        release=disk.release,
+    )  # fmt: skip
+    if large and probe_only:
+        report = replace(
+            report, warnings=(*report.warnings, "drift was not measured on so large a model: give --input-shape")
+        )
+    made = report.recipe | ({"folded": True} if job.fold else {}) | ({"previous": previous} if previous else {})
+    if job.fold:
+        job.progress("folding")
+        model = fold_model(model).model
+    return model, replace(report, recipe=made)
+
+
+def _convert_bare(entry: Entry, where: Path, job: _Job) -> _Done:
+    """A state dict on its tensors alone."""
+    norm, weight = job.target.norm, job.target.weight
+    if weight is not None or norm is None or norm.name not in BARE_NORMS:
+        raise OptionError(
+            f"{where}: holds tensors without their model, which {job.target.name} needs: give it with --model "
+            f"(torchvision:NAME, timm:NAME or file.py:factory). {', '.join(BARE_NORMS)} work without"
+        )
+    eps = EPS if job.eps is None else job.eps
+    if not eps >= 0:
+        raise OptionError(f"--eps {eps}: must be 0 or more")
+    norms = bare.norms_of(entry.value, eps)
+    converted, report = run(norms, job.target, job.options, inplace=True, progress=job.progress)
+    names = {
+        p + n
+        for p in bare.norm_prefixes(entry.value)
+        for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        if p + n in entry.value
+    }
+    value = entries.rebuild(
+        entry.value,
+        [Binding({name: name for name in sorted(names, key=list(entry.value).index)})],
+        [converted.state_dict()],
+    )
+    reason = f"{job.target.name} changes no weights of this kind"
+    left = [Left(path, "weight", "convolution", reason) for path in bare.convolution_keys(entry.value)]
+    notices = (f"eps is not in the file: {eps:g} is assumed (--eps); nor are the sizes of maps, and what follows what",)
+    made = _with_source(report.recipe, None, {}, checkpoint.recipe_of(entry.value))
+    checkpoint.set_recipe(value, made)
+    totals = replace(report.totals, left=report.totals.left + len(left), **_counts(entry.value, value))
+    report = replace(
+        report, left=(*report.left, *left), warnings=(*report.warnings, *notices), totals=totals, recipe=made
+    )
+    return _Done(value, report, bare.parameters(entry.value), bare.parameters(value))
+
+
+def _counts(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, int]:
+    counts = {}
+    for when, state in (("before", before), ("after", after)):
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        buffers = sum(value.numel() for name, value in tensors.items() if bare.is_statistic(name))
+        counts[f"parameters_{when}"] = sum(value.numel() for value in tensors.values()) - buffers
+        counts[f"buffers_{when}"] = buffers
+    return counts
+
+
+def _with_source(
+    made: Mapping[str, Any], model: Source | None, arguments: Mapping[str, Any], previous: Any
+) -> dict[str, Any]:
+    """A recipe with the spec of its model, where that is a library's, and the conversion before it."""
+    spec = model if isinstance(model, str) and sources.is_spec(model) else None
+    source = {"model": spec, "model_args": dict(arguments)} if spec else {}
+    return {**made, **source} | ({"previous": previous} if previous else {})
+
+
+# ---- optimizers ----
+
+
+def _mend(content: Any, done: _Done, flat: bool = False) -> tuple[Any, list[Change], list[str]]:
+    """`content` with its optimizers' states carried over, a change for each parameter, and what could not be done."""
+    mended, carried, lost = (optimizer.mend_flat if flat else optimizer.mend)(content, done.before, done.after)
+    changes = [
+        Change((parameter,), "optimizer", "state", after, f"{name}: state of parameters that {why}", True)
+        for name, state in carried.items()
+        for names, after, why in (
+            (state.kept, "carried over", "still exist"),
+            (state.dropped, "dropped", "no longer exist"),
+        )
+        for parameter in names
+    ]
+    reason = "dropped, since nothing tells which parameter each of its states belongs to; start it anew"
+    return mended, changes, [f"{name}: {reason}" for name in lost]
+
+
+# ---- writing, loading, folding ----
+
+
+def _write(found: Checkpoint, out: Path, form: str | None, key: str | None, overwrite: bool) -> None:
+    if form is not None and form != found.kind:
+        alone = entries.find_entries(found.content, key, found.path)[0].value
+        if form == "pt" and not isinstance(alone, nn.Module):
+            made, alone = (
+                checkpoint.recipe_of(alone),
+                OrderedDict((k, v) for k, v in alone.items() if isinstance(v, Tensor)),
+            )
+            checkpoint.set_recipe(alone, made)
+        elif isinstance(alone, nn.Module):
+            alone = _state_of(alone)
+        found = replace(found, kind=form, content=alone)
+    checkpoint.write(found, out, form, overwrite=overwrite, mapped=not sources.is_spec(str(found.path)))
+
+
+def _state_of(model: nn.Module) -> Any:
+    state = model.state_dict()
+    checkpoint.set_recipe(state, checkpoint.recipe_of(model))
+    return state
+
+
+def _form(out: Path, form: str | None) -> str | None:
+    """The format that was asked for, or that the name of the output tells."""
+    return form or ("safetensors" if out.suffix == ".safetensors" else None)
+
+
+def default_out(path: str | os.PathLike[str], suffix: str, form: str | None = None) -> Path:
+    """`model.gn-ws.pt` beside `model.pt`; `resnet50.gn-ws.pt` in this folder for `torchvision:resnet50`."""
+    if sources.is_spec(str(path)):
+        return checkpoint.default_out(f"{sources.short_name(str(path))}.pt", suffix, form)
+    return checkpoint.default_out(path, suffix, form)
 
 
 def fold_file(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
+    model: Source | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    key: str | None = None,
     allow: Iterable[str] = (),
     trust: bool = False,
     overwrite: bool = False,
 ) -> Report:
     """Fold the converted model in a file into plain torch layers and save it; `model.fold.pt` by default."""
     out = default_out(path, "fold") if out is None else Path(out)
-    checkpoint.check_writable(out, overwrite)
-    conversion: Conversion = fold_model(_open(path, None, allow, trust))
-    save(conversion.model, out, report=conversion.report, overwrite=overwrite)
-    return conversion.report
+    checkpoint.check_format(out, None, overwrite)
+    found = checkpoint.read(path, trust=trust, allow=allow, scratch=out.resolve().parent)
+    entry = entries.find_entries(found.content, key, path)[0]
+    if isinstance(entry.value, nn.Module):
+        value: Any
+        value, report = fold_model(entry.value)
+        checkpoint.set_recipe(value, _folded(entry.value))
+    else:
+        filled = fill(entry.value, *source_of(entry.value, model, model_args, Path(path)), Path(path))
+        folded = [fold_model(one) for _, one in filled]
+        report = folded[0].report
+        states = [one.model.state_dict() for one in folded]
+        value = entries.rebuild(entry.value, [binding for binding, _ in filled], states)
+        checkpoint.set_recipe(value, _folded(entry.value))
+    checkpoint.write(replace(found, content=entries.put(found.content, entry, value)), out, overwrite=overwrite)
+    return report
 
 
-def default_out(path: str | os.PathLike[str], suffix: str) -> Path:
-    """`model.gn-ws.pt` beside `model.pt`; `resnet50.gn-ws.pt` in this folder for `torchvision:resnet50`."""
-    if sources.is_spec(str(path)):
-        return Path(f"{sources.short_name(str(path))}.{suffix}.pt")
-    path = Path(path)
-    return path.with_name(f"{path.stem}.{suffix}{path.suffix or '.pt'}")
+def _folded(value: Any) -> Any:
+    made = checkpoint.recipe_of(value)
+    return {**made, "folded": True} if isinstance(made, Mapping) else None
 
 
-def _open(path: str | os.PathLike[str], weights: str | None, allow: Iterable[str], trust: bool) -> nn.Module:
-    if sources.is_spec(str(path)):
-        return sources.build(str(path), weights)
-    return load(path, trust=trust, allow=allow)
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: Source | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    trust: bool = False,
+    allow: Iterable[str] = (),
+) -> nn.Module:
+    """The model in a file or folder, converted or not, on the CPU.
 
-
-def load(path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[str] = ()) -> nn.Module:
-    """The model in a whole-module file, converted or not, on the CPU.
-
+    A file of tensors needs `model`, the one before conversion: a factory, a spec (see `convert_file`) or a module, which is
+    copied; the recipe in the file converts it before the tensors go in, strictly. A library's model needs none.
     Files are read without running code: classes must be modules of torch, torchvision, timm or
     normswap, or stand in `allow` by full name (`package.module.Class`). `trust` lifts that, and runs whatever
     the file says.
 
     Raises:
-        FileError: no such file, a broken one, or one that does not hold a whole model.
+        FileError: no such file, a broken one, or one whose tensors or recipe do not fit the model.
         UnsafeFileError: a class that is not allowed, by name.
     """
+    path = Path(path)
     found = checkpoint.read(path, trust=trust, allow=allow)
-    if isinstance(found, nn.Module):
-        return found
-    tensors = isinstance(found, dict) and any(isinstance(value, torch.Tensor) for value in found.values())
-    kind = "a state dict: tensors without their model" if tensors else f"a {type(found).__name__}, not a model"
-    raise FileError(f"{path}: holds {kind}; load it into the model, then save that whole: torch.save(model, ...)")
+    entry = entries.find_entries(found.content, key, path)[0]
+    if isinstance(entry.value, nn.Module):
+        return entry.value
+    source, arguments = source_of(entry.value, model, model_args, path)
+    return fill(entry.value, source, arguments, path)[0][1]
 
 
 def save(
     model: nn.Module, path: str | os.PathLike[str], *, report: Report | None = None, overwrite: bool = False
 ) -> Path:
-    """Save `model` whole, with the recipe of `report` as its attribute `normswap_recipe`.
+    """Save `model` whole, with the recipe of `report` as its attribute `normswap_recipe`; `.safetensors`: its state dict.
 
     Raises `FileError`, with nothing written: the file exists and `overwrite` is not set, its folder cannot be written,
     or the model holds something that cannot be pickled.
     """
+    path = Path(path)
+    form = _form(path, None)
+    checkpoint.check_format(path, form, overwrite)
     had = vars(model).get(RECIPE)
     try:
         if report is not None:
             setattr(model, RECIPE, report.recipe)
-        return checkpoint.write(model, path, overwrite=overwrite)
+        content = _state_of(model) if form == "safetensors" else model
+        return checkpoint.write(Checkpoint(path, form or "pt", content), path, overwrite=overwrite)
     finally:
         if report is not None and had is None:
             delattr(model, RECIPE)

@@ -52,6 +52,7 @@ class Context:
 
     `elements` has, for norms that an example input reached, the elements a channel had; `shared`
     the ids of parameters that stand in more than one module; `sites` all sites by first path, `excluded` those that must stay;
+    `given` the groups of norms that a recipe tells; `release` is told of each large weight that has been read;
     `rescaled` the norms whose convolution is standardized strictly, with its change of scale;
     `absorbed` the layers that a norm is folded into, with the scale of their filters.
     """
@@ -65,6 +66,8 @@ class Context:
     elements: Mapping[str, int] = field(default_factory=dict)
     shared: frozenset[int] = frozenset()
     excluded: frozenset[Site] = frozenset()
+    given: Mapping[str, int] = field(default_factory=dict)
+    release: Callable[[Tensor], None] = lambda tensor: None
     rescaled: dict[str, Tensor] = field(default_factory=dict)
     absorbed: dict[str, Tensor] = field(default_factory=dict)
 
@@ -166,6 +169,8 @@ def parse_groups(groups: str | int) -> tuple[str, int]:
 
 def choose_groups(site: Site, context: Context) -> tuple[int, str] | str:
     """The number of groups for a layer, and a note where it is not what was asked; or why none will do."""
+    if site.path in context.given:
+        return context.given[site.path], ""
     channels, elements = site.channels, elements_of(site, context)
     kind, number = parse_groups(context.groups)
     if elements is not None and channels * elements < LEAST_ELEMENTS:

@@ -1,67 +1,189 @@
-"""Model specs to models: `torchvision:resnet50`."""
+"""Model specs to models: `torchvision:resnet50`, `timm:resnet50`, `package.module:factory`, `file.py:factory`."""
 
 from __future__ import annotations
 
+import ast
 import difflib
+import importlib
+import importlib.util
 import inspect
-import re
+import sys
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from normswap.errors import ModelError, OptionError
+from normswap.errors import ModelError, OptionError, first_line
 
-_SPEC = re.compile(r"(torchvision):(\w+)")
+LIBRARIES = ("torchvision", "timm")
+Source = str | nn.Module | Callable[..., nn.Module]
 
 
 def is_spec(text: str) -> bool:
     """Whether `text` names a model of a library, rather than a file."""
-    return text.partition(":")[0] in ("torchvision",)
+    return text.partition(":")[0] in LIBRARIES
 
 
 def short_name(spec: str) -> str:
     """The model's own name in a spec: `resnet50` of `torchvision:resnet50`."""
-    return spec.partition(":")[2]
+    return spec.partition(":")[2].rpartition("/")[2]
 
 
-def build(spec: str, weights: str | None = None) -> nn.Module:
-    """The model that `spec` names, with its initial weights, or the published ones that `weights` names.
+def build(spec: str, weights: str | None = None, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+    """The model that `spec` names, in eval mode, with its initial weights, or the published ones that `weights` names.
 
-    Raises `OptionError` for an unknown model or unknown weights, `ModelError` where they cannot be fetched.
+    Raises `OptionError` for an unknown model, weights or argument, `ModelError` where they cannot be fetched or built.
     """
-    match = _SPEC.fullmatch(spec)
-    if match is None:
-        raise OptionError(f"{spec!r} is no model; write torchvision:NAME, such as torchvision:resnet50")
-    from torchvision import models  # here, since a conversion of a file does not need it
-
-    name, known = match[2], models.list_models()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "torchvision.models.list_models() lists them"
-        raise OptionError(f"torchvision has no model {name!r}; {hint}")
-    arguments: dict[str, Any] = {"weights": _weights(name, weights)}
-    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
-        arguments["weights_backbone"] = None
+    library, _, name = spec.partition(":")
+    if not name:
+        raise OptionError(
+            f"{spec!r} is no model; write torchvision:NAME, timm:NAME, package.module:factory or file.py:factory"
+        )
+    makers = {"torchvision": _of_torchvision, "timm": _of_timm}
+    if library not in makers and weights is not None:
+        raise OptionError(f"--weights {weights}: {spec} is no model of a library; load its weights from a file")
+    make = makers[library](name, weights) if library in makers else _factory(spec)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of initializations that will change: the weights are random or replaced
-            model = models.get_model(name, **arguments)
+            model = make(**(arguments or {}))
     except OSError as error:
         raise ModelError(
             f"{spec}: the weights {weights} cannot be fetched: {error}; check the network, or convert a file"
         ) from error
-    assert isinstance(model, nn.Module)  # for the type checker: torchvision's registry is not typed
+    except Exception as error:  # a factory is anybody's code
+        raise ModelError(f"{spec}: cannot be built: {first_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{spec}: returned a {type(model).__name__}, not a torch.nn.Module")
     return model.eval()
 
 
-def _weights(name: str, weights: str | None) -> Any:
-    if weights is None:
-        return None
-    from torchvision import models
+def make(source: Source, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+    """The model of a spec, a factory that is called, or a module as it is."""
+    if isinstance(source, str):
+        return build(source, arguments=arguments)
+    if isinstance(source, nn.Module):
+        return source
+    model = source(**(arguments or {}))
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model factory returned a {type(model).__name__}, not a torch.nn.Module")
+    return model
 
-    choices = models.get_model_weights(name)
-    if weights not in choices.__members__:
-        listed = ", ".join(choices.__members__) or "none"
-        raise OptionError(f"torchvision:{name} has no weights {weights!r}; it has {listed}")
-    return choices[weights]
+
+@contextmanager
+def weightless() -> Iterator[None]:
+    """Models made in here get no memory for their weights, which a file will bring. Some cannot be made so."""
+    with torch.device("meta"):
+        yield
+
+
+def is_weightless(model: nn.Module) -> bool:
+    """Whether some tensor of `model`, also one in a plain attribute, still has no memory."""
+    for module in model.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                return True
+    return False
+
+
+def parse_arguments(pairs: list[str]) -> dict[str, Any]:
+    """`["num_classes=10", "name=x"]` as keyword arguments: Python literals where they are some, else text."""
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise OptionError(f"--model-arg {pair!r}: write NAME=VALUE, such as num_classes=10")
+        try:
+            arguments[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            arguments[name] = text
+    return arguments
+
+
+# ---- where models come from ----
+
+
+def _of_torchvision(name: str, weights: str | None) -> Callable[..., Any]:
+    from torchvision import models  # here, since a conversion of a file does not need it
+
+    known = models.list_models()
+    if name not in known:
+        raise OptionError(
+            f"torchvision has no model {name!r}; {_hint(name, known, 'torchvision.models.list_models()')}"
+        )
+    arguments: dict[str, Any] = {"weights": None}
+    if weights is not None:
+        choices = models.get_model_weights(name)
+        if weights not in choices.__members__:
+            listed = ", ".join(choices.__members__) or "none"
+            raise OptionError(f"torchvision:{name} has no weights {weights!r}; it has {listed}")
+        arguments["weights"] = choices[weights]
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        arguments["weights_backbone"] = None
+    return lambda **given: models.get_model(name, **arguments, **given)
+
+
+def _of_timm(name: str, weights: str | None) -> Callable[..., Any]:
+    try:
+        import timm
+    except ImportError:
+        raise OptionError(f"timm:{name} needs timm, which is not installed: pip install timm") from None
+    plain = name.partition(".")[0]
+    if not timm.is_model(plain):
+        raise OptionError(f"timm has no model {name!r}; {_hint(plain, timm.list_models(), 'timm.list_models()')}")
+    tags = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{plain}.*")]
+    if weights is not None and weights not in tags:
+        raise OptionError(f"timm:{plain} has no weights {weights!r}; it has {', '.join(filter(None, tags)) or 'none'}")
+    full = f"{plain}.{weights}" if weights is not None else name
+    return lambda **given: timm.create_model(full, pretrained=weights is not None, **given)
+
+
+def _hint(name: str, known: list[str], all_of_them: str) -> str:
+    near = difflib.get_close_matches(name, known, 3)
+    return f"did you mean {' or '.join(near)}?" if near else f"{all_of_them} lists them"
+
+
+def _factory(spec: str) -> Callable[..., Any]:
+    place, _, name = spec.rpartition(":")
+    module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_package(place, spec)
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise OptionError(f"{spec}: there is no function {name} in it; it has {', '.join(names[:8]) or 'none'}")
+    return found  # type: ignore[no-any-return]
+
+
+def _module_of_file(path: Path) -> Any:
+    if not path.is_file():
+        raise OptionError(f"{path}: no such file; the model is looked for in file.py:factory")
+    name = path.stem
+    described = importlib.util.spec_from_file_location(name, path)
+    assert described is not None and described.loader is not None  # for the type checker: the file ends in .py
+    module = importlib.util.module_from_spec(described)
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # for what the file imports from beside it
+    sys.modules.setdefault(name, module)  # so that classes in it can be pickled
+    try:
+        described.loader.exec_module(module)
+    except Exception as error:  # anybody's code
+        raise ModelError(f"{path}: cannot be imported: {first_line(error)}") from error
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+def _module_of_package(name: str, spec: str) -> Any:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module in the folder where the command runs
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise OptionError(f"{spec}: {name} cannot be imported ({error}); install it, or run in its folder") from None
+    except Exception as error:  # anybody's code
+        raise ModelError(f"{spec}: {name} cannot be imported: {first_line(error)}") from error

@@ -73,8 +73,11 @@ def to_layer_norm(site: Site, context: Context) -> Swap | str:
 
 def to_instance_norm(site: Site, context: Context) -> Swap | str:
     """Instance norm (Ulyanov et al. 2016): every channel a group; fewer groups where a channel has one element."""
+    told = context.given.get(site.path, site.channels)
+    if told != site.channels:
+        return _group_norm(site, context, told, "")
     if elements_of(site, context) == 1:
-        chosen = choose_groups(site, replace(context, groups="auto"))
+        chosen = choose_groups(site, replace(context, groups="auto", given={}))
         if isinstance(chosen, str):
             return chosen
         return _group_norm(site, context, chosen[0], f"{chosen[0]} groups, not {site.channels}: one element a channel")
@@ -191,6 +194,7 @@ def to_standardized(site: Site, context: Context) -> Swap | str:
     gain, shift = torch.ones(len(weight), device=weight.device), torch.zeros(len(weight), device=weight.device)
     if not strict:
         shift, variance = filter_moments(weight)
+        context.release(weight)
         if (scale := context.absorbed.get(site.path)) is not None:
             shift, variance = shift * scale, variance * scale.square()
         gain = (variance + STANDARDIZE_EPS).sqrt()

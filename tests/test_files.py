@@ -66,7 +66,7 @@ def test_every_model_of_torchvision_loads_back_safely(tmp_path: Path) -> None:
     for tensor in (*everything.parameters(), *everything.buffers()):
         assert tensor.is_meta
     torch.save(everything, tmp_path / "zoo.pt")
-    assert len(checkpoint.read(tmp_path / "zoo.pt")) == len(names)
+    assert len(checkpoint.read(tmp_path / "zoo.pt").content) == len(names)
 
 
 def test_save_keeps_the_model_as_it_was(tmp_path: Path) -> None:
@@ -113,11 +113,11 @@ def test_a_failed_write_leaves_the_old_file(saved: Path, monkeypatch: pytest.Mon
     assert listing(saved.parent) == before
 
 
-@pytest.mark.parametrize("out", ["none/out.pt", "model.pt/out.pt", "folder", "out.safetensors"])
+@pytest.mark.parametrize("out", ["none/out.pt", "model.pt/out.pt", "folder", "out.onnx"])
 def test_outputs_that_cannot_be_written(saved: Path, out: str) -> None:
     (saved.parent / "folder").mkdir()
     before = listing(saved.parent)
-    with pytest.raises(FileError, match="does not exist|is a folder|not written as"):
+    with pytest.raises(FileError, match="does not exist|is a folder that exists|not written as"):
         normswap.convert_file(saved, "gn", saved.parent / out)
     assert listing(saved.parent) == before
 
@@ -187,22 +187,16 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
         (folder / name).write_bytes(content)
         files[name] = (folder / name, message)
     torch.jit.trace(conv_norm().eval(), torch.randn(1, 3, 8, 8)).save(folder / "script")
-    torch.save(resnet().state_dict(), folder / "state")
     torch.save([1], folder / "list")
     (folder / "net.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
     torch.export.save(torch.export.export(conv_norm().eval(), (torch.randn(1, 3, 8, 8),)), folder / "program.pt2")
-    from safetensors.torch import save_file
-
-    save_file({"w": torch.ones(2)}, folder / "net.safetensors")
     files |= {
         "script": (folder / "script", "is a TorchScript archive"),
-        "state": (folder / "state", "a state dict"),
         "list": (folder / "list", "a list, not a model"),
         "onnx": (folder / "net.onnx", "is an ONNX file"),
         "program": (folder / "program.pt2", "is an exported program"),
-        "safetensors": (folder / "net.safetensors", "is a safetensors file"),
         "missing": (folder / "missing.pt", "No such file"),
-        "folder": (folder, "is a folder"),
+        "folder": (folder, "is a folder without"),
     }
     return files
 

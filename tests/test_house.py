@@ -6,12 +6,14 @@ from pathlib import Path
 import normswap
 
 FLOORS = [
-    {"errors", "report", "transfer", "layers"},
-    {"trace", "checkpoint", "sources", "render"},
-    {"graph"},
-    {"plan", "probe"},
+    {"errors", "report", "transfer", "layers", "optimizer"},
+    {"trace", "disk", "entries", "pickles", "sources", "render", "bare"},
+    {"graph", "tensorfiles", "distributed"},
+    {"plan", "probe", "checkpoint"},
     {"targets"},
     {"convert"},
+    {"recipe"},
+    {"fitting"},
     {"files"},
     {"cli"},
     {"__init__", "__main__"},

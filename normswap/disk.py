@@ -1,0 +1,255 @@
+"""Files and folders that appear whole or not at all, and pages of mapped files that are given back."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy
+import torch
+from torch import Tensor
+
+from normswap.errors import FileError, first_line
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_RELEASED_FROM = 1 << 16  # bytes; smaller blocks are not worth a system call
+_MADV_PAGEOUT = 21
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_POSIX = os.name == "posix"
+_libc = ctypes.CDLL(None, use_errno=True) if _POSIX else None
+
+
+def check_writable(path: str | os.PathLike[str], overwrite: bool) -> Path:
+    """`path` as something that can be written now; raises `FileError` where it exists or its folder does not serve."""
+    path = Path(path)
+    if os.path.lexists(path) and not overwrite:
+        kind = "is a folder that exists" if path.is_dir() else "exists"
+        raise FileError(f"{path}: {kind} already; give another name, or --overwrite (overwrite=True)")
+    folder = _resolve(path).parent
+    if not folder.is_dir():
+        raise FileError(f"{path}: the folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise FileError(f"{path}: the folder {folder} cannot be written")
+    return path
+
+
+def _resolve(path: Path) -> Path:
+    try:
+        return path.resolve()  # what is written is what a link leads to; the link stays one
+    except (OSError, RuntimeError) as error:
+        raise FileError(f"{path}: {first_line(error)}") from None
+
+
+def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object], *, overwrite: bool = False) -> Path:
+    """Have `write` fill a temporary file beside `path`, sync it, and rename it to `path`.
+
+    A failed or killed run leaves an old file as it was; what a killed run leaves beside it is removed by the next.
+    Without `overwrite` a file that has appeared meanwhile stays. Raises `FileError`.
+    """
+    path = check_writable(path, overwrite)
+    if path.is_dir():
+        raise FileError(f"{path}: is a folder; give the name of a file")
+    target = _resolve(path)
+    with _reported(path), _temporary(target) as temporary:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(temporary, target)
+        else:
+            _rename_new(temporary, target)
+        _sync(target.parent)
+    return path
+
+
+def write_folder(path: str | os.PathLike[str], write: Callable[[Path], object], *, overwrite: bool = False) -> Path:
+    """`write_file` for a folder: `write` fills a temporary one, which then takes the place of `path` as a whole."""
+    path = check_writable(path, overwrite)
+    if path.exists() and not path.is_dir():
+        raise FileError(f"{path}: is a file; give the name of a folder")
+    target = _resolve(path)
+    with _reported(path), _temporary(target, folder=True) as temporary:
+        write(temporary)
+        for place, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(place, name))
+            _sync(Path(place))
+        if overwrite and target.exists():
+            _exchange(temporary, target)
+        else:
+            os.rename(temporary, target)  # fails on a folder that holds something
+        _sync(target.parent)
+    return path
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError:
+        raise FileError(f"{path}: appeared while it was being written; give another name, or --overwrite") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileError(f"{path}: cannot be written: {first_line(error)}") from error
+
+
+@contextmanager
+def _temporary(target: Path, folder: bool = False) -> Iterator[Path]:
+    """A new file or folder beside `target`, gone afterwards; while it is locked, its run lives."""
+    _clean(target)
+    while True:
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        if folder:
+            temporary.mkdir()
+        else:
+            temporary.touch(exist_ok=False)
+        held = _lock(temporary)
+        if temporary.exists():
+            break
+        _unlock(held)  # another run took it for a dead one's before it was locked
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        _unlock(held)
+
+
+def _clean(target: Path) -> None:
+    """Remove what killed runs left beside `target`: whatever no living run holds locked."""
+    name = "".join(f"[{c}]" if c in "*?[" else c for c in target.name)
+    for temporary in target.parent.glob(f".{name}.????????.tmp"):
+        with suppress(OSError):  # locked, gone, or somebody else's
+            held = _lock(temporary, wait=False)
+            _remove(temporary)
+            _unlock(held)
+
+
+def _lock(path: Path, wait: bool = True) -> int | None:
+    if fcntl is None:
+        if not wait:
+            raise OSError("no locks here: nobody knows whether its run lives")
+        return None
+    held = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(held)
+        if not wait:
+            raise
+        return None  # a file system without locks
+    return held
+
+
+def _unlock(held: int | None) -> None:
+    if held is not None:
+        os.close(held)
+
+
+def _remove(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Rename where `target` is still absent: a link fails where a rename would replace."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if target.exists():
+            raise FileExistsError(target) from None
+        os.rename(source, target)
+
+
+def _exchange(source: Path, target: Path) -> None:
+    """Swap two folders in one step, where the system can; the old one is then at `source`."""
+    old, new = os.fsencode(source), os.fsencode(target)
+    if (
+        _libc is not None
+        and hasattr(_libc, "renameat2")
+        and _libc.renameat2(_AT_FDCWD, old, _AT_FDCWD, new, _RENAME_EXCHANGE) == 0
+    ):
+        return
+    aside = source.with_name(f"{source.name}.old")
+    os.rename(target, aside)
+    os.rename(source, target)
+    os.rename(aside, source)
+
+
+def _sync(path: Path) -> None:
+    if not _POSIX and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- memory ----
+
+
+def release(tensor: Tensor) -> None:
+    """Give back the memory of a tensor whose values a file holds; they come back from there when they are read.
+
+    Where the system cannot tell (no Linux, or older than 5.4), nothing happens. Nothing is ever lost: pages that were
+    written to are kept. See madvise(2), MADV_PAGEOUT.
+    """
+    if tensor.device.type == "cpu" and tensor.numel():
+        storage = tensor.untyped_storage()
+        release_block(storage.data_ptr(), storage.nbytes())
+
+
+def release_block(address: int, size: int) -> None:
+    """`release` for `size` bytes from `address`: the whole pages among them."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    first, end = -(-address // page) * page, (address + size) // page * page
+    if _libc is not None and end - first >= _RELEASED_FROM and hasattr(_libc, "madvise"):
+        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_PAGEOUT)
+
+
+class Releasing:
+    """A file to write to that releases each block of memory after it is written; blocks come from `torch.save`."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def write(self, block: Any) -> int:
+        written = self._file.write(block)
+        if isinstance(block, memoryview) and block.nbytes >= _RELEASED_FROM:
+            release_block(numpy.frombuffer(block, numpy.uint8).ctypes.data, block.nbytes)
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def scratch_tensor(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) -> Tensor:
+    """An empty tensor whose memory is a file in `folder` that has no name any more; small ones, or without a folder, in memory."""
+    size = math.prod(shape) * dtype.itemsize
+    if folder is None or size < _RELEASED_FROM or not _POSIX:
+        return torch.empty(shape, dtype=dtype)
+    handle, name = tempfile.mkstemp(dir=folder)
+    try:
+        os.truncate(handle, size)
+        storage = torch.UntypedStorage.from_file(name, shared=True, nbytes=size)
+    finally:
+        os.close(handle)
+        os.unlink(name)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[call-overload, no-any-return]

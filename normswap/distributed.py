@@ -1,0 +1,161 @@
+"""Distributed checkpoints (`torch.distributed.checkpoint`): folders of shards, read and written by one process.
+
+Tensors are gathered in scratch files that are mapped, not in memory; torch does the reading and the writing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from normswap.disk import release, scratch_tensor
+from normswap.entries import Raw
+from normswap.errors import FileError, UnsafeFileError, first_line
+
+_SAFE_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_SAFE_GLOBALS = {
+    ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set"),
+    ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("pathlib", "WindowsPath"),
+}  # fmt: skip
+_LARGEST_CLAIM = 2  # times the bytes on disk that the tensors may claim: a shard can be compressed
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads the file `.metadata`, and nothing but torch's own descriptions in it: no other class is loaded."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
+        if dtype or (module, name) in _SAFE_GLOBALS or (module in _SAFE_MODULES and "." not in name and name[0] != "_"):
+            return super().find_class(module, name)
+        if module in _SAFE_MODULES and name in ("_MEM_FORMAT_ENCODING", "_StorageInfo"):
+            return super().find_class(module, name)
+        raise UnsafeFileError(f"its .metadata asks for {module}.{name}, which no distributed checkpoint needs")
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return read_metadata(Path(self.path))
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Fills scratch tensors, and keeps everything else as bytes."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = Raw(value.getvalue())
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        release(tensor)
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Writes scratch tensors one by one, bytes as they were, and the mapping of nested keys that came with them."""
+
+    def __init__(self, mappings: Mapping[str, tuple[Any, ...]]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.nested = dict(mappings)
+        self._written: Tensor | None = None
+
+    def create_local_plan(self) -> SavePlan:
+        return dataclasses.replace(super().create_local_plan(), planner_data=self.nested)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans, metadata = super().create_global_plan(all_plans)
+        return plans, dataclasses.replace(metadata, planner_data=self.nested)
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        if self._written is not None:
+            release(self._written)
+        found = self.state_dict[write_item.index.fqn]
+        if isinstance(found, Raw):
+            return io.BytesIO(found.data)
+        self._written = found if isinstance(found, Tensor) else None
+        return super().resolve_data(write_item)
+
+
+def is_distributed(path: Path) -> bool:
+    """Whether a folder holds a distributed checkpoint."""
+    return (path / ".metadata").is_file()
+
+
+def read_metadata(path: Path) -> Metadata:
+    """The description of a distributed checkpoint, read without running code. Raises `FileError`."""
+    file = path / ".metadata"
+    try:
+        with file.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except UnsafeFileError as error:
+        raise UnsafeFileError(f"{path}: {error}") from None
+    except Exception as error:  # whatever a broken pickle raises
+        raise FileError(f"{file}: is damaged ({first_line(error)})") from None
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise FileError(f"{file}: does not describe a distributed checkpoint")
+    if metadata.storage_meta is None:
+        metadata.storage_meta = StorageMeta()
+    _check_claims(path, metadata)
+    return metadata
+
+
+def _check_claims(path: Path, metadata: Metadata) -> None:
+    """Refuse names that lead out of the folder, and tensors larger than what is there, before any memory is taken."""
+    for info in metadata.storage_data.values():
+        name = getattr(info, "relative_path", None)
+        if not isinstance(name, str) or Path(name).name != name:
+            raise FileError(f"{path}: its .metadata names the file {name!r}, which is outside the folder")
+        if not (path / name).is_file():
+            raise FileError(f"{path}: {name} is missing; the checkpoint is incomplete")
+    held = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            claimed = entry.size.numel() * entry.properties.dtype.itemsize
+            if claimed > _LARGEST_CLAIM * held:
+                raise FileError(f"{path}: {name} claims {claimed:,} bytes, more than the folder holds")
+        elif not isinstance(entry, BytesStorageMetadata):
+            raise FileError(f"{path}: {name} is neither a tensor nor bytes")
+
+
+def read(path: str | os.PathLike[str], scratch: Path | None) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
+    """All entries by their full name, tensors in files under the folder `scratch` (None: in memory), others `Raw`;
+    and torch's map from these names to the nested keys that they were saved under.
+    """
+    path = Path(path)
+    metadata = read_metadata(path)
+    state: dict[str, Any] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            state[name] = scratch_tensor(entry.size, entry.properties.dtype, scratch)
+        else:
+            state[name] = Raw(b"")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that one process does it all is meant
+            load(state, storage_reader=_Reader(path), planner=_LoadPlanner(False, False), no_dist=True)
+    except Exception as error:  # whatever a broken shard raises; torch wraps it
+        inner = error.__cause__ or error
+        raise FileError(f"{path}: is damaged or incomplete ({first_line(inner)})") from None
+    mappings = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    return state, mappings
+
+
+def write(state: dict[str, Any], folder: Path, mappings: Mapping[str, tuple[Any, ...]]) -> None:
+    """Write entries, as `read` gives them, into an empty folder."""
+    nested = {name: tuple(mappings.get(name, (name,))) for name in state}
+    plain = {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        writer = FileSystemWriter(folder, sync_files=False)
+        save(plain, storage_writer=writer, planner=_SavePlanner(nested), no_dist=True)

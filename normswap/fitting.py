@@ -1,0 +1,98 @@
+"""Models to state dicts: a model made for the tensors of a file, and put on them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normswap import checkpoint, entries, recipe, sources
+from normswap.entries import Binding
+from normswap.errors import FileError, ModelError, OptionError
+from normswap.optimizer import Parameter
+from normswap.sources import Source
+from normswap.trace import clone
+
+
+def source_of(
+    state: Any, model: Source | None, arguments: Mapping[str, Any] | None, where: Path
+) -> tuple[Source, Mapping[str, Any]]:
+    """What makes the model of a state dict: what was given, or the library's model that its recipe names."""
+    if model is not None:
+        return model, arguments or {}
+    made = checkpoint.recipe_of(state)
+    spec = made.get("model") if isinstance(made, Mapping) else None
+    if isinstance(spec, str) and sources.is_spec(spec):
+        told = made.get("model_args")
+        return spec, told if isinstance(told, Mapping) and all(isinstance(k, str) for k in told) else {}
+    raise FileError(
+        f"{where}: holds a state dict: tensors without their model; give it: load(path, model=factory), or --model SPEC"
+    )
+
+
+def fill(
+    state: Mapping[str, Any], model: Source, arguments: Mapping[str, Any], where: Path
+) -> list[tuple[Binding, nn.Module]]:
+    """The model, on the tensors of `state`: once for each copy of it there. A converted state dict gets a converted model.
+
+    It is made without memory for its weights where that can be. Raises `FileError` where they do not fit.
+    """
+    made = checkpoint.recipe_of(state)
+
+    def build() -> nn.Module:
+        built = clone(model) if isinstance(model, nn.Module) else sources.make(model, arguments)
+        return built if made is None else recipe.replay(built, made, where)
+
+    for context in (nullcontext,) if isinstance(model, nn.Module) else (sources.weightless, nullcontext):
+        try:
+            with context():
+                first = build()
+        except (OptionError, FileError):
+            raise
+        except Exception:
+            if context is sources.weightless:
+                continue  # it reads its own weights as it is made
+            raise
+        bindings = entries.bind(state, first.state_dict(), where)
+        filled = []
+        for index, binding in enumerate(bindings):
+            with context():
+                fresh = first if index == 0 else build()
+            _assign(fresh, state, binding, where)
+            filled.append((binding, fresh))
+        if not any(sources.is_weightless(m) for _, m in filled):
+            return filled
+    raise ModelError(f"{where}: the model that was given has tensors on meta that the file does not hold")
+
+
+def _assign(model: nn.Module, state: Mapping[str, Any], binding: Binding, where: Path) -> None:
+    """Put the tensors of `state` into `model` as they are, parameters that it ties staying tied."""
+    tied: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                tied.setdefault(id(parameter), []).append((module, name))
+    part = OrderedDict((name, state[outer]) for name, outer in binding.names.items())
+    known = getattr(state, "_metadata", None) or {}
+    outer = {name: binding.outer(f"{name}.x" if name else "x")[:-1].rstrip(".") for name, _ in model.named_modules()}
+    part._metadata = {name: known[place] for name, place in outer.items() if place in known}  # type: ignore[attr-defined]
+    try:
+        missing, unexpected = model.load_state_dict(part, strict=False, assign=True)
+    except RuntimeError as error:  # hooks of the model's own
+        raise FileError(f"{where}: does not fit the model: {str(error).splitlines()[-1].strip()}") from None
+    odd = [name for name in missing if not name.endswith("num_batches_tracked")] + list(unexpected)
+    if odd:
+        raise FileError(f"{where}: does not fit the model: {', '.join(odd[:3])}")
+    for places in tied.values():
+        module, name = places[0]
+        for other, other_name in places[1:]:
+            other._parameters[other_name] = module._parameters[name]
+
+
+def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
+    """The parameters of a model as an optimizer sees them."""
+    return tuple(Parameter(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters())

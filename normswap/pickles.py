@@ -1,0 +1,210 @@
+"""Files that `torch.save` wrote, read without running their code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.errors import FileError, UnsafeFileError, first_line
+
+_SAFE_PACKAGES = ("torch.nn.", "torch.ao.", "torchvision.", "timm.", "normswap.layers.")
+_SAFE_HELPERS = {
+    "torch.nn.functional.relu",
+    "torch.nn.functional.relu6",
+    "torch.nn.functional.silu",
+    "torch.nn.functional.gelu",
+    "torch.nn.functional.hardswish",
+    "torch.nn.functional.hardsigmoid",
+    "torch.nn.functional.sigmoid",
+    "torch.sigmoid",
+    "functools.partial",
+    "torchvision.models.detection._utils.BoxCoder",
+    "torchvision.models.detection._utils.BoxLinearCoder",
+    "torchvision.models.detection._utils.Matcher",
+    "torchvision.models.detection._utils.SSDMatcher",
+    "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
+    "torchvision.models.optical_flow.raft._pass_through_h",
+    "torchvision.ops.boxes.box_iou",
+    # what training scripts put beside the weights: plain data, no behaviour of its own
+    "argparse.Namespace",
+    *(f"{place}.{name}" for place in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Int64", "Int32", "UInt32", "UInt8", "Bool")),
+    "numpy.ndarray",
+    "numpy.dtype",
+    "_codecs.encode",
+}
+_REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed global|whose module \S+ is blocked)")
+_PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def read(path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[str] = ()) -> Any:
+    """The object in a file that `torch.save` wrote, its tensors on the CPU and mapped from the file.
+
+    Only classes of torch, torchvision, timm and normswap are loaded, and those in `allow`, by full
+    name; `trust` runs whatever code the pickle names. See torch's notes on `weights_only`.
+
+    Raises:
+        FileError: no such file, another kind of file, or a broken one.
+        UnsafeFileError: a class that is not allowed; the message says how to allow it.
+    """
+    path = Path(path)
+    zipped = _check_kind(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickle protocols and typed storages: nothing that a user can mend
+        return _load(path, weights_only=False, mmap=zipped) if trust else _read_safely(path, zipped, allow)
+
+
+def _read_safely(path: Path, zipped: bool, allow: Iterable[str]) -> Any:
+    allowed = {name: _import(name, path) for name in allow}
+    if zipped:
+        allowed |= {name: _safe_class(name, path) for name in _globals(path) if name not in allowed}
+    while True:  # one class more a round: what the first look did not find, and torch's older format
+        try:
+            with torch.serialization.safe_globals([(found, name) for name, found in allowed.items()]):
+                return _load(path, weights_only=True, mmap=zipped)
+        except pickle.UnpicklingError as error:
+            match = _REFUSED.search(str(error))
+            if match is None and "Only persistent_load of storage" in str(error):
+                raise FileError(
+                    f"{path}: is a whole module as torch saved it before 1.6, with source code inside; "
+                    "load and save it again where you trust it, or --trust (trust=True)"
+                ) from None
+            if match is None:
+                reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+                raise FileError(f"{path}: is damaged, or cannot be read safely ({reason[:200]})") from None
+            name = match[1] if "." in match[1] else f"builtins.{match[1]}"  # torch leaves that package's name out
+            if name in allowed:
+                raise UnsafeFileError(f"{path}: holds {name}, which torch loads only with --trust") from None
+            allowed[name] = _safe_class(name, path)
+
+
+def _globals(path: Path) -> list[str]:
+    """What the pickle names and torch does not allow by itself; the pickle is read, not run."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # whatever is wrong with the file, reading it says better
+        return []
+
+
+def _load(path: Path, *, weights_only: bool, mmap: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mmap or None)
+    except pickle.UnpicklingError as error:
+        if weights_only:
+            raise
+        raise FileError(f"{path}: is damaged ({first_line(error)})") from None
+    except (AttributeError, ImportError) as error:
+        if weights_only:
+            raise FileError(f"{path}: is damaged ({first_line(error)})") from None
+        raise FileError(
+            f"{path}: needs code that is not here ({first_line(error)}); make that module importable, "
+            "or save the model from a module instead of a script"
+        ) from None
+    except Exception as error:  # whatever a broken archive raises inside torch
+        raise FileError(f"{path}: is damaged or incomplete ({first_line(error)})") from None
+
+
+def _check_kind(path: Path) -> bool:
+    """Whether the file is a zip archive of `torch.save`; raises for every other kind but torch's older one."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise FileError(f"{path}: is empty")
+    if head.startswith(b"PK\x03\x04"):
+        return _check_archive(path)
+    if path.suffix == ".onnx":
+        raise FileError(
+            f"{path}: is an ONNX file, whose layers are compiled; convert the torch model that it was exported from"
+        )
+    if not head.startswith(_PICKLES):
+        text = "a text file" if _is_text(head) else "of another kind"
+        raise FileError(f"{path}: is {text}, not one that torch.save wrote")
+    return False
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        head[:-4].decode() if len(head) == 512 else head.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\x00" not in head
+
+
+def _check_archive(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, UnicodeDecodeError, OverflowError):
+        raise FileError(
+            f"{path}: is truncated or damaged: its table of contents cannot be read; copy or save it again"
+        ) from None
+    names = {entry.filename.partition("/")[2] for entry in entries}
+    if "constants.pkl" in names:
+        raise FileError(
+            f"{path}: is a TorchScript archive, whose code is compiled; convert the model that it was made from"
+        )
+    if any(name.endswith(("serialized_exported_program.json", "models/model.json")) for name in names) or (
+        "archive_format" in names and "data.pkl" not in names
+    ):
+        raise FileError(f"{path}: is an exported program; convert the model that it was exported from")
+    if "data.pkl" not in names:
+        raise FileError(f"{path}: is a zip archive, but not one that torch.save wrote")
+    _check_entries(path, entries)
+    return True
+
+
+def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
+    """torch.save packs nothing and writes each name once: an archive that does otherwise is made to mislead."""
+    problem = ""
+    if len({entry.filename for entry in entries}) < len(entries):
+        problem = "holds two entries of one name"
+    elif any(".." in entry.filename.split("/") or entry.filename.startswith("/") for entry in entries):
+        problem = "names a file outside itself"
+    elif any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        problem = "is compressed, which torch.save never does; unpack it and save it again"
+    elif sum(entry.file_size for entry in entries) > path.stat().st_size:
+        problem = "claims more than it holds"
+    if problem:
+        raise FileError(f"{path}: is a zip archive that {problem}")
+
+
+def _safe_class(name: str, path: Path) -> Any:
+    """The object called `name` if it is one that may be loaded without being asked for."""
+    if name in _SAFE_HELPERS:
+        return _import(name, path)
+    if name.startswith(_SAFE_PACKAGES) and not any(part.startswith("__") for part in name.split(".")):
+        found = _import(name, path)
+        if (
+            isinstance(found, type)
+            and issubclass(found, nn.Module)
+            and not issubclass(found, torch.fx.GraphModule | torch.jit.ScriptModule)
+        ):
+            return found
+    raise UnsafeFileError(
+        f"{path}: holds {name}, which is not a class of torch, torchvision, timm or normswap. "
+        f"If you trust it, allow it: --allow {name} (in Python: allow=['{name}']); "
+        "--trust runs any code in the file"
+    )
+
+
+def _import(name: str, path: Path) -> Any:
+    module_name, _, attribute = name.rpartition(".")
+    if not module_name:
+        raise FileError(f"--allow {name}: is no full class name; write package.module.Class")
+    try:
+        return getattr(import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError):
+        raise FileError(
+            f"{path}: needs {name}, which cannot be imported here; install its package, or run in the folder that holds it"
+        ) from None

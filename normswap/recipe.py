@@ -1,0 +1,90 @@
+"""Recipes: what a converted file tells of its conversion, checked, and repeated on a fresh model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from normswap.convert import Options, fold, run
+from normswap.errors import FileError
+from normswap.graph import find_sites
+from normswap.targets import TARGETS, parse_target
+
+FORMAT = 1
+_MOST_STEPS = 16  # conversions of conversions
+_MISSED = 3  # names in a message
+
+
+def check(recipe: Any, where: object) -> dict[str, Any]:
+    """`recipe`, which came from a file, if it is one that this version can repeat. Raises `FileError`."""
+    if not isinstance(recipe, Mapping) or not isinstance(recipe.get("format"), int):
+        raise FileError(f"{where}: its recipe is damaged; give the model and convert it again")
+    if recipe["format"] > FORMAT:
+        made = recipe.get("versions")
+        newer = made.get("normswap") if isinstance(made, Mapping) else None
+        raise FileError(
+            f"{where}: its recipe has the format {recipe['format']}, made by normswap {newer}, newer than this one; "
+            "upgrade: pip install -U normswap"
+        )
+    target, layers = recipe.get("target"), recipe.get("layers")
+    if not isinstance(target, str) or target not in TARGETS:
+        raise FileError(f"{where}: its recipe names the target {target!r}, which is none of {', '.join(TARGETS)}")
+    if not isinstance(layers, Mapping) or not all(_is_layer(path, layer) for path, layer in layers.items()):
+        raise FileError(f"{where}: its recipe is damaged: the layers are not paths with what they became")
+    return dict(recipe)
+
+
+def _is_layer(path: Any, layer: Any) -> bool:
+    if not isinstance(path, str) or not isinstance(layer, Mapping) or not isinstance(layer.get("to"), str):
+        return False
+    groups = layer.get("groups")
+    return groups is None or (isinstance(groups, int) and not isinstance(groups, bool) and groups > 0)
+
+
+def replay(model: nn.Module, recipe: Any, where: object, *, steps: int = 0) -> nn.Module:
+    """`model` with the architecture that the conversion gave its like, changed in place; its values are to be loaded.
+
+    Raises `FileError` where the recipe is not one, or was made for another architecture; `where` is the file.
+    """
+    recipe = check(recipe, where)
+    if recipe.get("previous") is not None:
+        if steps >= _MOST_STEPS:
+            raise FileError(f"{where}: its recipe is damaged: too many conversions of conversions")
+        model = replay(model, recipe["previous"], where, steps=steps + 1)
+    sites = {path: site for site in find_sites(model) for path in site.paths}
+    layers = _relative(recipe["layers"], sites)
+    missing = [path for path in layers if path not in sites]
+    if missing:
+        listed = ", ".join(repr(path) for path in missing[:_MISSED])
+        raise FileError(f"{where}: its recipe is for another architecture: the model has no {listed}")
+    for path, layer in layers.items():
+        groups = layer.get("groups")
+        if groups is not None and sites[path].channels % groups:
+            raise FileError(
+                f"{where}: its recipe is for another architecture: {path} has {sites[path].channels} channels, not a multiple of {groups} groups"
+            )
+    given = {path: layer["groups"] for path, layer in layers.items() if layer.get("groups") is not None}
+    chosen = Options(ws_scope="all", include=lambda path, module: path in layers)
+    converted, report = run(model, parse_target(recipe["target"]), chosen, given=given, inplace=True, may_be_idle=True)
+    became = {path: change for change in report.changes for path in change.paths}
+    for path, layer in layers.items():
+        change = became.get(path)
+        same_groups = change is not None and change.groups is not None and change.groups == layer.get("groups")
+        if change is None or not (same_groups or change.after == layer["to"]):
+            here = change.after if change else "nothing"
+            raise FileError(
+                f"{where}: its recipe is for another architecture: {path} became {layer['to']}, here {here}"
+            )
+    return fold(converted).model if recipe.get("folded") is True else converted
+
+
+def _relative(layers: Mapping[str, Any], sites: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers by the model's own paths: a conversion without the model saw them under the prefix of the file."""
+    deepest = max((path.count(".") for path in layers), default=0)
+    for cut in range(deepest + 1):
+        shortened = {path.split(".", cut)[-1]: layer for path, layer in layers.items()}
+        if all(path in sites for path in shortened):
+            return shortened
+    return dict(layers)

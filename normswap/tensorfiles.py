@@ -1,0 +1,88 @@
+"""safetensors files: tensors by name, mapped from the file, and written one after the other.
+
+The format is one header of JSON and the tensors' bytes: https://huggingface.co/docs/safetensors. The library reads and
+checks the header; the bytes are mapped and written here, so that a file need not fit into memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from normswap.disk import release
+from normswap.errors import FileError, first_line
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LARGEST_HEADER = 100_000_000  # bytes, as in the library
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file that begins with `head` is one of safetensors: the length of the header, then JSON."""
+    return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file by name, mapped from it, and its metadata. Raises `FileError` for a broken file."""
+    path = Path(path)
+    size = path.stat().st_size
+    try:
+        with safe_open(path, framework="pt") as checked:  # the library checks offsets, shapes and sizes
+            metadata = dict(checked.metadata() or {})
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        raise FileError(f"{path}: is a broken safetensors file ({first_line(error)})") from None
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise FileError(
+                f"{path}: {name} has the dtype {entry['dtype']}, which torch {torch.__version__} cannot hold"
+            )
+        dtype, (start, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+        block = mapped[8 + length + start : 8 + length + end]
+        if block.data_ptr() % dtype.itemsize:
+            block = block.clone()
+        tensors[name] = torch.empty(0, dtype=dtype).set_(block, 0, entry["shape"])  # type: ignore[call-overload]
+    return tensors, metadata
+
+
+def write(tensors: Mapping[str, Tensor], file: BinaryIO, metadata: Mapping[str, str], *, mapped: bool = False) -> None:
+    """Write tensors by name, largest dtype first as the library does; with `mapped`, each is released after it.
+
+    Tensors that share memory are written apart, since the format knows no sharing.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in _NAMES or tensor.layout is not torch.strided:
+            raise FileError(
+                f"{name} is {tensor.dtype}, {tensor.layout}, which safetensors cannot hold; write a .pt file"
+            )
+        start, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        plain = tensors[name].detach().cpu().contiguous()
+        file.write(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
+        if mapped:
+            release(plain)
