@@ -4,6 +4,7 @@ model, report = normswap.convert(model, "gn-ws")
 """
 
 from normswap.convert import Conversion, convert, fold
+from normswap.diff import diff
 from normswap.errors import FileError, ModelError, NormswapError, OptionError, UnsafeFileError
 from normswap.files import convert_file, load, save
 from normswap.report import Report
@@ -20,6 +21,7 @@ __all__ = [
     "UnsafeFileError",
     "convert",
     "convert_file",
+    "diff",
     "fold",
     "load",
     "save",

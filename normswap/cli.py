@@ -173,6 +173,29 @@ def fold(
 
 
 @app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, file or folder.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    key: Key = None,
+    allow: Allow = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    full: Full = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what differs between two checkpoints: keys, modules, shapes, values.
+
+    Example: normswap diff model.pt model.gn-ws.pt
+    """
+    from normswap.diff import diff as compare
+
+    with _speaking(2, quiet or as_json) as progress:
+        progress(f"comparing {a} with {b}")
+        report = compare(a, b, key=key, allow=_importable(allow), trust=trust)
+    _print(report, f"{a} and {b}", "", as_json, full, quiet)
+
+
+@app.command()
 def targets() -> None:
     """List the targets, and when to choose which."""
     console = Console()

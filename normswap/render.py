@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from normswap.report import Change, Drift, Left, Report
+from normswap.report import Change, Drift, Left, Report, Totals
 
 _MOST_NOTES = 8
 _ROOT = "(root)"
+_JUDGED = ("norm", "weight", "copy")  # kinds of changes that keep a function, or do not
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -68,17 +68,19 @@ class ReportView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         report = self.report
-        parts: list[Table | Text] = [Text.from_markup(f"[bold]{escape(self.title)} → {report.target}[/]"), Text()]
+        arrow = "" if report.target == "diff" else f" → {report.target}"
+        parts: list[Table | Text] = [Text(f"{self.title}{arrow}", style="bold"), Text()]
         if report.changes:
             parts += _changes(report.changes, self.full)
         notes = _notes(report.changes, self.full)
         if notes:
             parts += [Text("differs from what was asked", style="bold"), *notes, Text()]
         if report.left:
-            parts += [Text(f"left as it was: {len(report.left)}", style="bold"), _left(report.left, self.full), Text()]
+            heading = "the same" if report.target == "diff" else "left as it was"
+            parts += [Text(f"{heading}: {len(report.left)}", style="bold"), _left(report.left, self.full), Text()]
         parts += [*_summary(report), *(Text(f"warning: {notice}", style="yellow") for notice in report.warnings)]
         if self.out:
-            parts.append(Text.from_markup(f"[bold]written to[/] {escape(self.out)}", overflow="fold"))
+            parts.append(Text.assemble(("written to", "bold"), f" {self.out}", overflow="fold"))
         yield Group(*parts)
 
 
@@ -97,9 +99,11 @@ def _changes(changes: Sequence[Change], full: bool) -> Iterator[Table | Text]:
         ways[change.how, change.exact].append(change)
     lines = {way: list(_change_lines(members, full)) for way, members in ways.items()}
     width = max(len(path) for members in lines.values() for path, _, _ in members)
-    for (how, exact), members in lines.items():
+    for way, members in lines.items():
+        how, exact = way
         verdict = ("exact", "green") if exact else ("approximate", "yellow")
-        yield Text.assemble((how, "bold"), " (", verdict, ")")
+        judged = ways[way][0].kind in _JUDGED
+        yield Text.assemble((how, "bold"), *((" (", verdict, ")") if judged else ()))
         table = _table("path", "change", "count")
         table.columns[0].min_width = min(width + 2, 50)
         for path, became, count in members:
@@ -113,6 +117,9 @@ def _change_lines(changes: Sequence[Change], full: bool) -> Iterator[tuple[str, 
         for change in changes:
             yield " = ".join(path or _ROOT for path in change.paths), f"{change.before} → {change.after}", ""
         return
+    if changes[0].kind == "tensor" and not changes[0].how.startswith("renamed"):
+        yield from _tensor_lines(changes)
+        return
     numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
     pairs = []
     for change in changes:
@@ -124,6 +131,20 @@ def _change_lines(changes: Sequence[Change], full: bool) -> Iterator[tuple[str, 
         groups = sorted(numbers[key])
         written = f"({groups[0]})" if len(groups) == 1 else f"({groups[0]}-{groups[-1]})" if groups else ""
         yield pattern, f"{key[0]} → {key[1]}{written}", f"×{count}"
+
+
+def _tensor_lines(changes: Sequence[Change]) -> Iterator[tuple[str, str, str]]:
+    """Tensors by the last part of their key; how far those moved that differ in value."""
+    pairs = [((change.paths[0].rpartition(".")[2],), change.paths[0]) for change in changes]
+    amounts: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for key, change in zip((key for key, _ in pairs), changes, strict=True):
+        if change.amount is not None:
+            amounts[key].append(change.amount)
+    for key, pattern, count in _grouped(pairs):
+        moved = sorted(amounts[key])
+        far = f"relative L2 {moved[0]:.2g}" + (f" to {moved[-1]:.2g}" if len(moved) > 1 else "") if moved else ""
+        shapes = {f"{c.before} → {c.after}" for c in changes if c.paths[0].rpartition(".")[2] == key[0]}
+        yield pattern, far or (shapes.pop() if len(shapes) == 1 else "several shapes"), f"×{count}"
 
 
 def _notes(changes: Sequence[Change], full: bool) -> list[Text]:
@@ -149,6 +170,10 @@ def _left(left: Sequence[Left], full: bool) -> Table:
 
 def _summary(report: Report) -> list[Text]:
     totals = report.totals
+    if report.target == "diff":
+        counts = Counter(change.how for change in report.changes)
+        found = ", ".join(f"{count} {how}" for how, count in counts.items()) or "no difference"
+        return [Text(f"{found}; {totals.left} the same"), _sizes(totals)]
     verdict = ("exact", "green") if report.exact else ("approximate", "yellow")
     return [
         Text.assemble(
@@ -156,12 +181,16 @@ def _summary(report: Report) -> list[Text]:
             verdict,
             f"; {totals.left} left",
         ),
-        Text(
-            f"parameters {totals.parameters_before:,} → {totals.parameters_after:,}, "
-            f"buffers {totals.buffers_before:,} → {totals.buffers_after:,}"
-        ),
+        _sizes(totals),
         Text(_drift(report.drift)),
     ]
+
+
+def _sizes(totals: Totals) -> Text:
+    return Text(
+        f"parameters {totals.parameters_before:,} → {totals.parameters_after:,}, "
+        f"buffers {totals.buffers_before:,} → {totals.buffers_after:,}"
+    )
 
 
 def _plural(count: int, noun: str) -> str:

@@ -15,7 +15,9 @@ class Change:
     "weight", `before` and `after` are layers as they are written (`GroupNorm(8)`), `how` says what
     became of the learnt values, `exact` whether the function in eval mode is the same up to
     rounding, `note` whatever differs from what was asked, `groups` the number of groups where the new layer has
-    some, and `partner` the other layer where a norm was folded into one.
+    some, `partner` the other layer where a norm was folded into one, and `amount` the relative L2 distance
+    of a tensor that differs in value. Other kinds: "optimizer" and "copy" in training checkpoints, "module" and "tensor" in
+    what `normswap.diff` returns.
     """
 
     paths: tuple[str, ...]
@@ -27,6 +29,7 @@ class Change:
     note: str = ""
     groups: int | None = None
     partner: str | None = None
+    amount: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,160 @@
+"""What differs between two models or two checkpoints: keys, modules, shapes, values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap import checkpoint, entries
+from normswap.disk import release
+from normswap.report import Change, Left, Report, Totals
+
+Side = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
+TARGET = "diff"
+
+
+def diff(a: Side, b: Side, *, key: str | None = None, trust: bool = False, allow: Iterable[str] = ()) -> Report:
+    """What differs between `a` and `b`: two models, state dicts, or files and folders that hold some.
+
+    A change is of the kind "module" (another class at a path, where both sides have modules) or "tensor": added, removed,
+    renamed (another key, the same values), reshaped, of another dtype, or changed in value, with `amount`, the
+    relative L2 distance ‖b − a‖ / ‖a‖. What is the same is in `left`. Raises `FileError` as `normswap.load` does.
+    """
+    old, new = (_open(side, key, trust, allow) for side in (a, b))
+    before, after = _tensors(old), _tensors(new)
+    modules = list(_modules(old, new)) if isinstance(old, nn.Module) and isinstance(new, nn.Module) else []
+    changes = [*modules, *_changes(before, after)]
+    differ = {path for change in changes if change.kind == "tensor" for path in change.paths}
+    left = tuple(
+        Left(name, "tensor", str(value.dtype).removeprefix("torch."), "same")
+        for name, value in before.items()
+        if name not in differ
+    )
+    counts = [_count(side) for side in (old, new)]
+    totals = Totals(0, 0, len(left), counts[0][0], counts[1][0], counts[0][1], counts[1][1])
+    return Report(
+        TARGET, tuple(changes), left, totals, warnings=tuple(_made(old, "the first") + _made(new, "the second"))
+    )
+
+
+def _open(side: Side, key: str | None, trust: bool, allow: Iterable[str]) -> Any:
+    if isinstance(side, nn.Module | Mapping):
+        return side
+    found = checkpoint.read(side, trust=trust, allow=allow)
+    return entries.find_entries(found.content, key, Path(side))[0].value
+
+
+def _tensors(side: Any) -> dict[str, Tensor]:
+    state = side.state_dict() if isinstance(side, nn.Module) else side
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _modules(old: nn.Module, new: nn.Module) -> Iterator[Change]:
+    """Paths that lead to modules of different classes, or only on one side."""
+    before, after = (dict(side.named_modules(remove_duplicate=False)) for side in (old, new))
+    for path in dict.fromkeys([*before, *after]):
+        names = [_layer(side[path]) if path in side else "nothing" for side in (before, after)]
+        if names[0] != names[1]:
+            how = (
+                "modules added" if path not in before else "modules removed" if path not in after else "modules changed"
+            )
+            yield Change((path,), "module", names[0], names[1], how, False)
+
+
+def _layer(module: nn.Module) -> str:
+    groups = f"({module.num_groups})" if isinstance(module, nn.GroupNorm) else ""
+    return f"{type(module).__name__}{groups}"
+
+
+def _changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[Change]:
+    gone = [name for name in before if name not in after]
+    come = [name for name in after if name not in before]
+    renamed = _renamed({name: before[name] for name in gone}, {name: after[name] for name in come})
+    for name in gone:
+        if name not in renamed:
+            yield Change((name,), "tensor", _shape(before[name]), "nothing", "removed", False)
+            continue
+        amount = _distance(before[name], after[renamed[name]])
+        how = "renamed and changed in value" if amount else "renamed"
+        yield Change((name,), "tensor", *_names(name, renamed[name]), how, not amount, amount=amount or None)
+    for name in come:
+        if name not in renamed.values():
+            yield Change((name,), "tensor", "nothing", _shape(after[name]), "added", False)
+    for name in before:
+        if name in after:
+            yield from _compared(name, before[name], after[name])
+
+
+def _compared(name: str, old: Tensor, new: Tensor) -> Iterator[Change]:
+    shapes = (name,), "tensor", _shape(old), _shape(new)
+    if old.shape != new.shape:
+        yield Change(*shapes, "reshaped", False)
+    else:
+        amount = _distance(old, new)
+        if amount:
+            yield Change(*shapes, "changed in value", False, amount=amount)
+        elif old.dtype != new.dtype:
+            yield Change(*shapes, "another dtype", False)
+    release(old)
+    release(new)
+
+
+def _distance(old: Tensor, new: Tensor) -> float:
+    """‖new − old‖ / ‖old‖, inf where the old one is zero; 0 where they are equal, NaN in the same places included."""
+    if old.is_meta or new.is_meta or (old.dtype == new.dtype and torch.equal(old, new)):
+        return 0.0
+    a, b = (
+        tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64) for tensor in (old, new)
+    )
+    same = (a == b) | (a.isnan() & b.isnan())
+    if same.all():
+        return 0.0
+    size = torch.linalg.vector_norm(a).item()
+    return torch.linalg.vector_norm(b - a).item() / size if size else float("inf")
+
+
+def _names(old: str, new: str) -> tuple[str, str]:
+    """Two names of a tensor, with what they share at the end left out where one is the other behind a prefix."""
+    if new.endswith(f".{old}"):
+        return "…", f"{new.removesuffix(old)}…"
+    return (f"{old.removesuffix(new)}…", "…") if old.endswith(f".{new}") else (old, new)
+
+
+def _renamed(gone: Mapping[str, Tensor], come: Mapping[str, Tensor]) -> dict[str, str]:
+    """Old to new names, each of the new ones taken once: the same behind a prefix, or else the same values."""
+    found: dict[str, str] = {}
+    alike: dict[Any, list[str]] = {}
+    for name, value in come.items():
+        alike.setdefault((value.shape, value.dtype, name.rpartition(".")[2]), []).append(name)
+    for by_name in (True, False):
+        for name, value in gone.items():
+            candidates = alike.get((value.shape, value.dtype, name.rpartition(".")[2]), []) if name not in found else []
+            for other in candidates:
+                prefixed = other.endswith(f".{name}") or name.endswith(f".{other}")
+                if prefixed if by_name else value.numel() > 1 and _distance(value, come[other]) == 0:
+                    found[name] = other
+                    candidates.remove(other)
+                    break
+    return found
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.shape))}]"
+
+
+def _count(side: Any) -> tuple[int, int]:
+    """Elements of parameters and of buffers; of a state dict, all count as parameters."""
+    if isinstance(side, nn.Module):
+        return sum(p.numel() for p in side.parameters()), sum(b.numel() for b in side.buffers())
+    return sum(tensor.numel() for tensor in _tensors(side).values()), 0
+
+
+def _made(side: Any, which: str) -> list[str]:
+    recipe = checkpoint.recipe_of(side)
+    target = recipe.get("target") if isinstance(recipe, Mapping) else None
+    return [f"{which} was made by normswap: {target}"] if isinstance(target, str) else []
