@@ -32,6 +32,7 @@ Progress = Callable[[str], None]
 TRANSFERS = ("match", "copy", "reset")
 WS = ("preserve", "strict")
 WS_SCOPES = ("normed", "all")
+_PATIENCE = 10.0  # seconds that a run on noise may take which nobody asked for
 _MODULE_STATE = frozenset(vars(nn.Module()))
 _CONTENTS = {"_parameters", "_buffers", "_modules"}
 
@@ -164,7 +165,8 @@ def _run(
     if example_inputs is not None:
         progress("running the model before")
         try:
-            before, elements = probe.run(work, example_inputs, [site for site in sites if site.kind == "norm"])
+            watched = [site for site in sites if probe_only or site.kind == "norm"]
+            before, elements = probe.run(work, example_inputs, watched, _PATIENCE if probe_only else None)
         except ModelError as error:
             if not probe_only:
                 raise

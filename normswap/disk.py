@@ -25,7 +25,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 _RELEASED_FROM = 1 << 16  # bytes; smaller blocks are not worth a system call
-_MADV_PAGEOUT = 21
+_MADV_DONTNEED = 4
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _POSIX = os.name == "posix"
 _libc = ctypes.CDLL(None, use_errno=True) if _POSIX else None
@@ -208,8 +208,7 @@ def _sync(path: Path) -> None:
 def release(tensor: Tensor) -> None:
     """Give back the memory of a tensor whose values a file holds; they come back from there when they are read.
 
-    Where the system cannot tell (no Linux, or older than 5.4), nothing happens. Nothing is ever lost: pages that were
-    written to are kept. See madvise(2), MADV_PAGEOUT.
+    Nothing is ever lost: memory that no file holds, or that was written to since, is kept. Only on Linux.
     """
     if tensor.device.type == "cpu" and tensor.numel():
         storage = tensor.untyped_storage()
@@ -218,10 +217,27 @@ def release(tensor: Tensor) -> None:
 
 def release_block(address: int, size: int) -> None:
     """`release` for `size` bytes from `address`: the whole pages among them."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    first, end = -(-address // page) * page, (address + size) // page * page
-    if _libc is not None and end - first >= _RELEASED_FROM and hasattr(_libc, "madvise"):
-        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_PAGEOUT)
+    page = os.sysconf("SC_PAGE_SIZE") if _POSIX else 1
+    first, end = -(-address // page), (address + size) // page
+    if (end - first) * page < _RELEASED_FROM or _libc is None or not hasattr(_libc, "madvise"):
+        return
+    if _held_by_files(first, end):
+        _libc.madvise(ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), _MADV_DONTNEED)
+
+
+def _held_by_files(first: int, end: int) -> bool:
+    """Whether every page from `first` to before `end` that is in memory is a file's, as the kernel's page map tells.
+
+    A page of a private mapping that was written to is not. See the kernel's documentation of pagemap: of the 64 bits of
+    a page, 63 says that it is present, 62 swapped, 61 a file's.
+    """
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pages:
+            pages.seek(first * 8)
+            bits = numpy.frombuffer(pages.read((end - first) * 8), numpy.uint64) >> numpy.uint64(61)
+    except OSError:
+        return False
+    return len(bits) == end - first and bool(((bits == 0) | (bits == 0b101) | (bits == 1)).all())
 
 
 class Releasing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,15 +39,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def run(model: nn.Module, inputs: Any, sites: Iterable[Site] = ()) -> tuple[Any, dict[str, int]]:
+def run(
+    model: nn.Module, inputs: Any, sites: Iterable[Site] = (), limit: float | None = None
+) -> tuple[Any, dict[str, int]]:
     """The output of `model` in eval mode, and for each of `sites` it reached the least elements a channel had.
 
-    Raises `ModelError` where the forward fails.
+    Raises `ModelError` where the forward fails, or reaches a site after more than `limit` seconds.
     """
     elements: dict[str, int] = {}
+    started = time.monotonic()
 
     def watch(site: Site) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if limit is not None and time.monotonic() - started > limit:
+                raise TimeoutError
             if args and isinstance(args[0], Tensor) and args[0].dim() >= 2:
                 size = args[0].shape[2:].numel()
                 elements[site.path] = min(size, elements.get(site.path, size))
@@ -57,6 +63,8 @@ def run(model: nn.Module, inputs: Any, sites: Iterable[Site] = ()) -> tuple[Any,
     try:
         with evaluating(model):
             return call(model, inputs), elements
+    except TimeoutError:
+        raise ModelError(f"not measured: the model takes more than {limit:g} s; give --input-shape") from None
     except Exception as error:  # the forward is anybody's code
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ModelError(f"the model does not run on the example inputs: {type(error).__name__}: {reason}") from error

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20  # elements of a weight that are widened at once: bounds the memory beside a large model
+_CHUNK = 1 << 18  # elements of a weight that are widened at once: they stay in the processor's cache
 
 
 class Statistics(NamedTuple):
@@ -70,10 +70,13 @@ def rescale_input(stats: Statistics, scale: Tensor, bias: Tensor | None) -> Stat
 def filter_moments(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each filter of a weight of shape (out, in, *kernel): two of shape (out,)."""
     rows = max(1, _CHUNK // max(1, weight[0].numel()))
-    moments = [
-        torch.var_mean(widen(part).flatten(1), dim=1, correction=0) for part in torch.split(weight.detach(), rows)
-    ]
-    variances, means = zip(*moments, strict=True)
+    means, variances = [], []
+    for part in torch.split(weight.detach(), rows):
+        filters = widen(part).flatten(1)
+        mean = filters.mean(1)
+        deviations = filters - mean[:, None]
+        means.append(mean)
+        variances.append(torch.linalg.vector_norm(deviations, dim=1).square() / filters.shape[1])
     return torch.cat(means), torch.cat(variances)
 
 
