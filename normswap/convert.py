@@ -18,13 +18,12 @@ from torch.nn.parameter import is_lazy
 
 from normswap import probe
 from normswap.errors import ModelError, NormswapError, OptionError
-from normswap.graph import TRANSPOSED, Site, find_flow, find_sites, hidden_modules, own_attributes
-from normswap.layers import PLAIN
-from normswap.plan import Absorb, Context, Swap, parse_groups
+from normswap.graph import Site, find_flow, find_sites, hidden_modules
+from normswap.plan import Context, Swap, parse_groups
 from normswap.report import Change, Drift, Left, Report, Totals
+from normswap.swap import apply
 from normswap.targets import PLAIN_TARGET, Target, parse_target, plan_norm, plan_weight, strict_rescaling
 from normswap.trace import clone
-from normswap.transfer import scale_filters_, widen
 
 Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 Progress = Callable[[str], None]
@@ -33,8 +32,6 @@ TRANSFERS = ("match", "copy", "reset")
 WS = ("preserve", "strict")
 WS_SCOPES = ("normed", "all")
 _PATIENCE = 10.0  # seconds that a run on noise may take which nobody asked for
-_MODULE_STATE = frozenset(vars(nn.Module()))
-_CONTENTS = {"_parameters", "_buffers", "_modules"}
 
 
 class Conversion(NamedTuple):
@@ -195,7 +192,7 @@ def _run(
     changes = _changes(swaps)
 
     progress("swapping")
-    _apply(swaps)
+    apply(swaps)
     _prove(work, changes, left)
 
     moved = None
@@ -352,60 +349,6 @@ def _check_groups(target: Target, swaps: Sequence[Swap], options: Options) -> No
     widths = [swap.site.channels for swap in swaps if swap.site.kind == "norm"]
     if target.norm and target.norm.name == "gn" and widths and number > max(widths):
         raise OptionError(f"groups: {options.groups} is more than the {max(widths)} channels of the widest layer")
-
-
-# ---- swap once ----
-
-
-def _apply(swaps: Sequence[Swap]) -> None:
-    """Put built swaps into the model. Nothing here can fail for a reason that planning could have seen."""
-    with torch.no_grad():
-        for swap in swaps:
-            if swap.absorb is not None:
-                _take_in(swap.absorb)
-        for swap in swaps:
-            values = [(tensor, value() if callable(value) else value) for tensor, value in swap.writes]
-            if swap.module is not swap.site.module:
-                become(swap.site, swap.module)
-            for tensor, value in values:
-                tensor.copy_(value)
-
-
-def _take_in(absorb: Absorb) -> None:
-    layer, affine = absorb.site.module, absorb.affine
-    if absorb.site.base in PLAIN:
-        layer.weight_gain.mul_(affine.scale)  # type: ignore[union-attr, operator]
-        layer.weight_shift.mul_(affine.scale)  # type: ignore[union-attr, operator]
-    else:
-        transposed = layer.groups if absorb.site.base in TRANSPOSED else None
-        scale_filters_(layer.weight, affine.scale, transposed)  # type: ignore[arg-type]
-    if layer.bias is None:
-        layer.register_parameter("bias", absorb.bias)
-    layer.bias.copy_(widen(layer.bias) * affine.scale + affine.shift)  # type: ignore[union-attr, arg-type, operator]
-
-
-def become(site: Site, new: nn.Module) -> None:
-    """Turn a site's module into `new` where it stands, so that every alias, reference and the root itself follow.
-
-    Mode, hooks, and whatever was set from outside stay; the rest is `new`'s.
-    """
-    old = site.module
-    kept: dict[str, Any] = {}
-    if (
-        new._parameters is not old._parameters
-    ):  # `new` is no retyped view of `old`: carry over what is not the class's own
-        assert site.base is not None  # for the type checker: a site without a known class is never swapped
-        own = own_attributes(site.base)  # type: ignore[arg-type]
-        kept = {k: v for k, v in vars(old).items() if k in _MODULE_STATE - _CONTENTS or k not in own[""]}
-        for kind in _CONTENTS:
-            extra = {k: v for k, v in getattr(old, kind).items() if k not in own[kind] | {"weight", "bias"}}
-            getattr(new, kind).update(extra)
-        kept["training"] = old.training and new.training  # a norm that is built in eval mode stays in it
-        kept["_non_persistent_buffers_set"] = old._non_persistent_buffers_set & set(new._buffers)
-    state = {**vars(new), **kept}
-    old.__class__ = type(new)
-    old.__dict__.clear()
-    old.__dict__.update(state)
 
 
 # ---- prove and report ----

@@ -10,7 +10,7 @@ FLOORS = [
     {"trace", "disk", "entries", "pickles", "sources", "render", "bare"},
     {"graph", "tensorfiles", "distributed"},
     {"plan", "probe", "checkpoint"},
-    {"targets", "diff"},
+    {"targets", "swap", "diff"},
     {"convert"},
     {"recipe"},
     {"fitting"},

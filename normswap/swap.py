@@ -1,0 +1,68 @@
+"""Swap once: built replacements take the places of the old layers, where these stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.graph import TRANSPOSED, Site, own_attributes
+from normswap.layers import PLAIN
+from normswap.plan import Absorb, Swap
+from normswap.transfer import scale_filters_, widen
+
+_MODULE_STATE = frozenset(vars(nn.Module()))
+_CONTENTS = {"_parameters", "_buffers", "_modules"}
+
+
+def apply(swaps: Sequence[Swap]) -> None:
+    """Put built swaps into the model. Nothing here can fail for a reason that planning could have seen."""
+    with torch.no_grad():
+        for swap in swaps:
+            if swap.absorb is not None:
+                _take_in(swap.absorb)
+        for swap in swaps:
+            values = [(tensor, value() if callable(value) else value) for tensor, value in swap.writes]
+            if swap.module is not swap.site.module:
+                become(swap.site, swap.module)
+            for tensor, value in values:
+                tensor.copy_(value)
+
+
+def _take_in(absorb: Absorb) -> None:
+    layer, affine = absorb.site.module, absorb.affine
+    if absorb.site.base in PLAIN:
+        layer.weight_gain.mul_(affine.scale)  # type: ignore[union-attr, operator]
+        layer.weight_shift.mul_(affine.scale)  # type: ignore[union-attr, operator]
+    else:
+        transposed = layer.groups if absorb.site.base in TRANSPOSED else None
+        scale_filters_(layer.weight, affine.scale, transposed)  # type: ignore[arg-type]
+    if layer.bias is None:
+        layer.register_parameter("bias", absorb.bias)
+    layer.bias.copy_(widen(layer.bias) * affine.scale + affine.shift)  # type: ignore[union-attr, arg-type, operator]
+
+
+def become(site: Site, new: nn.Module) -> None:
+    """Turn a site's module into `new` where it stands, so that every alias, reference and the root itself follow.
+
+    Mode, hooks, and whatever was set from outside stay; the rest is `new`'s.
+    """
+    old = site.module
+    kept: dict[str, Any] = {}
+    if (
+        new._parameters is not old._parameters
+    ):  # `new` is no retyped view of `old`: carry over what is not the class's own
+        assert site.base is not None  # for the type checker: a site without a known class is never swapped
+        own = own_attributes(site.base)  # type: ignore[arg-type]
+        kept = {k: v for k, v in vars(old).items() if k in _MODULE_STATE - _CONTENTS or k not in own[""]}
+        for kind in _CONTENTS:
+            extra = {k: v for k, v in getattr(old, kind).items() if k not in own[kind] | {"weight", "bias"}}
+            getattr(new, kind).update(extra)
+        kept["training"] = old.training and new.training  # a norm that is built in eval mode stays in it
+        kept["_non_persistent_buffers_set"] = old._non_persistent_buffers_set & set(new._buffers)
+    state = {**vars(new), **kept}
+    old.__class__ = type(new)
+    old.__dict__.clear()
+    old.__dict__.update(state)
