@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,6 +81,21 @@ Full = Annotated[bool, typer.Option("--full", help="Print a line for every layer
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"normswap {version('normswap')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    show: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Swap the normalization of a trained PyTorch model, and keep the trained function."""
+
+
 @app.command()
 def convert(
     input: Input,
@@ -105,6 +122,9 @@ def convert(
     ws_scope: Annotated[
         WsScope, typer.Option(help="Standardize convolutions that a norm follows, or all.")
     ] = WsScope.normed,
+    layers: Annotated[
+        str, typer.Option(metavar="conv,linear,rnn", help="Whose weights ws and wn change, with commas.")
+    ] = "conv",
     include: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Convert only layers on these paths. Repeatable.")
     ] = None,
@@ -138,7 +158,7 @@ def convert(
             input, to, out, model=model, model_args=arguments, weights=weights, key=key, eps=eps, input_shape=shape,
             fold=fold, format=form, allow=_importable(allow), trust=trust, overwrite=overwrite, dry_run=dry_run,
             progress=progress, groups=groups, transfer=transfer.value, ws=ws.value, ws_scope=ws_scope.value,
-            include=include or None, exclude=exclude or None,
+            layers=tuple(layers.split(",")), include=include or None, exclude=exclude or None,
         )  # fmt: skip
     _print(report, input, "" if dry_run else str(out or files.default_out(input, to, form)), as_json, full, quiet)
 
@@ -221,7 +241,7 @@ def _speaking(phases: int, silent: bool) -> Iterator[Callable[[str], None]]:
             bar.start()
 
     try:
-        with warnings.catch_warnings():
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():  # what a model prints is not the report
             warnings.simplefilter("ignore", UserWarning)  # the report repeats ours; torch's are not the user's doing
             yield step
     except NormswapError as error:
@@ -262,6 +282,9 @@ def _print(report: Any, source: str, out: str, as_json: bool, full: bool, quiet:
 
 def main() -> None:
     """The command `normswap`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without → or × shows ? and not a traceback
     app()
 
 

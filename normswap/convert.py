@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import gc
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from normswap.report import Change, Drift, Left, Report, Totals
 from normswap.swap import apply
 from normswap.targets import PLAIN_TARGET, Target, parse_target, plan_norm, plan_weight, strict_rescaling
 from normswap.trace import clone
+from normswap.weights import LAYERS
 
 Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 Progress = Callable[[str], None]
@@ -31,6 +32,7 @@ Progress = Callable[[str], None]
 TRANSFERS = ("match", "copy", "reset")
 WS = ("preserve", "strict")
 WS_SCOPES = ("normed", "all")
+_EXACT = 1e5  # times the rounding of the coarsest parameter: more than any chain of layers adds up to
 _PATIENCE = 10.0  # seconds that a run on noise may take which nobody asked for
 
 
@@ -49,6 +51,7 @@ class Options:
     transfer: str = "match"
     ws: str = "preserve"
     ws_scope: str = "normed"
+    layers: Sequence[str] = ("conv",)
     include: Pattern = None
     exclude: Pattern = None
 
@@ -57,6 +60,10 @@ class Options:
         for name, known in (("transfer", TRANSFERS), ("ws", WS), ("ws_scope", WS_SCOPES)):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(known)}")
+        if isinstance(self.layers, str) or not self.layers or not set(self.layers) <= set(LAYERS):
+            raise OptionError(
+                f'layers: {self.layers!r} is not possible; give some of {", ".join(LAYERS)}: ("conv", "rnn")'
+            )
 
 
 def convert(
@@ -67,6 +74,7 @@ def convert(
     transfer: str = "match",
     ws: str = "preserve",
     ws_scope: str = "normed",
+    layers: Sequence[str] = ("conv",),
     include: Pattern = None,
     exclude: Pattern = None,
     example_inputs: Any = None,
@@ -76,14 +84,16 @@ def convert(
 
     Args:
         model: any module; it is left untouched unless `inplace`.
-        to: a name in `normswap.TARGETS`: `gn`, `ln`, `in`, `frozen`, `fold`, `ws`, or a pair (`gn-ws`).
+        to: a name in `normswap.TARGETS`: a norm (`gn`, `ln`, `in`, `frozen`, `fold`), a weight form (`ws`, `wn`), or
+            a pair (`gn-ws`).
         groups: for `gn`: `auto` (at most 8 groups, at least 4 channels in each), a number of
             groups (`32`), or channels a group (`"16c"`).
         transfer: `match` moves the running statistics into gain and bias, `copy` keeps gain and
             bias as they stand, `reset` makes them 1 and 0.
         ws: `preserve` starts from each filter's own std and mean, which is exact; `strict` takes the
             paper's form, which is not.
-        ws_scope: `normed` standardizes convolutions that a norm follows, `all` every one.
+        ws_scope: `normed` standardizes layers that a norm follows, `all` every one; recurrent ones are always taken.
+        layers: whose weights `ws` and `wn` change: some of `conv`, `linear`, `rnn`.
         include, exclude: glob patterns on module paths, or a function `(path, module) -> bool`.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With it, group
             counts regard the sizes of feature maps, and the report tells the drift of the output.
@@ -97,7 +107,7 @@ def convert(
         OptionError: an unknown target or option, or a pattern that matches no layer.
         ModelError: nothing to convert, a lazy module without weights, a distributed wrapper.
     """
-    options = Options(groups, transfer, ws, ws_scope, include, exclude)
+    options = Options(groups, transfer, ws, ws_scope, layers, include, exclude)
     return run(model, parse_target(to), options, example_inputs, inplace=inplace)
 
 
@@ -169,7 +179,8 @@ def _run(
                 raise
             problem = str(error)
     context = Context(
-        groups=options.groups, transfer=options.transfer, ws=options.ws, ws_scope=options.ws_scope, flow=flow,
+        groups=options.groups, transfer=options.transfer, ws=options.ws, ws_scope=options.ws_scope,
+        layers=tuple(options.layers), flow=flow,
         sites={site.path: site for site in sites}, elements={} if probe_only else elements, shared=_shared(work), excluded=frozenset(excluded),
         given=given, release=release,
     )  # fmt: skip
@@ -185,6 +196,10 @@ def _run(
     if not swaps and not may_be_idle:
         raise ModelError(_nothing(target, left + hidden))
     _check_groups(target, swaps, options)
+    if target.norm and swaps and not any(swap.site.kind == "norm" for swap in swaps):
+        notices.append(
+            f"no norm was changed: the model has none that {target.norm.name} can replace; see what was left"
+        )
     batch_norms = [site.module for site in sites if site in chosen and site.is_batch_norm]
     if batch_norms and all(_untrained(norm) for norm in batch_norms):
         notices.append("the running statistics were never trained: there is no function to keep")
@@ -193,12 +208,13 @@ def _run(
 
     progress("swapping")
     apply(swaps)
-    _prove(work, changes, left)
+    _prove(work, changes, left, options.layers)
 
     moved = None
     if example_inputs is not None:
         progress("running the model after")
-        moved = _drift(work, before, example_inputs, probe_name, problem)
+        exact = all(swap.exact for swap in swaps)
+        moved = Drift(probe_name, note=problem) if problem else _drift(work, before, example_inputs, probe_name, exact)
     left = sorted(left + hidden, key=lambda entry: entry.path)
     report = Report(
         target.name, tuple(changes), tuple(left), _totals(changes, left, counts, _count(work)), moved,
@@ -244,7 +260,10 @@ def _check_model(model: nn.Module) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return clone(model)
+        copied = clone(model)
+        if {id(module) for module in copied.modules()} & {id(module) for module in model.modules()}:
+            raise TypeError("a module's own copy is itself")
+        return copied
     except Exception as error:  # an attribute of the model that cannot be copied
         raise ModelError(
             f"the model cannot be copied ({type(error).__name__}: {error}); convert with inplace=True"
@@ -262,7 +281,12 @@ def _matching(sites: Sequence[Site], pattern: Pattern, option: str) -> set[Site]
     if callable(pattern):
         return {site for site in sites if any(pattern(path, site.module) for path in site.paths)}
     found: set[Site] = set()
-    for glob in [pattern] if isinstance(pattern, str) else pattern or ():
+    globs: list[Any] = (
+        [pattern] if isinstance(pattern, str) else list(pattern) if isinstance(pattern, Iterable) else [pattern]
+    )
+    if not all(isinstance(glob, str) for glob in globs):
+        raise OptionError(f"{option}: {pattern!r} is neither a glob, a list of globs nor a function")
+    for glob in globs:
         matched = {site for site in sites if any(fnmatch.fnmatchcase(path, glob) for path in site.paths)}
         if not matched:
             inside = any(path.startswith(f"{glob}.") for site in sites for path in site.paths)
@@ -277,8 +301,19 @@ def _matching(sites: Sequence[Site], pattern: Pattern, option: str) -> set[Site]
 
 
 def _shared(model: nn.Module) -> frozenset[int]:
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    return frozenset(key for key, count in owners.items() if count > 1)
+    """The ids of tensors that stand in more than one place, or share their memory with one that does."""
+    places: dict[int, list[int]] = defaultdict(list)
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                places[
+                    tensor.data_ptr() if tensor.layout is torch.strided and _has_memory(tensor) else id(tensor)
+                ].append(id(tensor))
+    return frozenset(key for keys in places.values() if len(keys) > 1 for key in keys)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return not tensor.is_meta and tensor.numel() > 0 and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
 
 
 def _hidden(model: nn.Module) -> tuple[list[Left], list[str]]:
@@ -321,14 +356,15 @@ def _decide(
     left = [
         Left(path, site.kind, site.name, plan)
         for site, plan in plans.items()
-        if isinstance(plan, str) and site.path not in context.absorbed and _reported(site)
+        if isinstance(plan, str) and site.path not in context.absorbed and _reported(site, context.layers)
         for path in site.paths
     ]
     return swaps, left
 
 
-def _reported(site: Site) -> bool:
-    return site.base is not nn.Linear
+def _reported(site: Site, layers: Sequence[str]) -> bool:
+    """Norms and convolutions always are; other layers if their weights may be changed."""
+    return site.kind == "norm" or site.layer_kind in ("conv", *layers)
 
 
 def _untrained(norm: nn.Module) -> bool:
@@ -354,10 +390,10 @@ def _check_groups(target: Target, swaps: Sequence[Swap], options: Options) -> No
 # ---- prove and report ----
 
 
-def _prove(model: nn.Module, changes: Sequence[Change], left: Sequence[Left]) -> None:
+def _prove(model: nn.Module, changes: Sequence[Change], left: Sequence[Left], layers: Sequence[str]) -> None:
     """A second walk: each norm and convolution that the model has now is one the report names."""
     named = {path for change in changes for path in change.paths} | {entry.path for entry in left}
-    missed = [path for site in find_sites(model) if _reported(site) for path in site.paths if path not in named]
+    missed = [path for site in find_sites(model) if _reported(site, layers) for path in site.paths if path not in named]
     if missed:
         raise NormswapError(f"{missed[0]}: neither changed nor left; this is a bug in normswap, please report it")
 
@@ -388,13 +424,19 @@ def _totals(changes: Sequence[Change], left: Sequence[Left], before: tuple[int, 
     return Totals(kinds["norm"], kinds["weight"], len(left), before[0], after[0], before[1], after[1])
 
 
-def _drift(model: nn.Module, before: Any, inputs: Any, name: str, problem: str) -> Drift:
-    if problem:
-        return Drift(name, note=problem)
+def _drift(model: nn.Module, before: Any, inputs: Any, name: str, exact: bool) -> Drift:
+    """The measured drift; raises `ModelError` where a model does not run any more, or moved though it should not have."""
     try:
-        return probe.drift(before, probe.run(model, inputs)[0], name)
+        moved = probe.drift(before, probe.run(model, inputs)[0], name)
     except ModelError as error:
-        return Drift(name, note=str(error))
+        raise ModelError(f"after conversion {error}; leave what it needs with exclude=") from error
+    precision = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+    if exact and moved.relative_l2 is not None and moved.relative_l2 > _EXACT * precision:
+        raise ModelError(
+            f"this conversion should be exact, but on {name} the output moved by {moved.relative_l2:.2g} (relative L2): the "
+            "forward does something that could not be seen; leave the layers concerned with exclude=, and please report it"
+        )
+    return moved
 
 
 def _recipe(target: Target, options: Options, changes: Sequence[Change]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,12 +17,12 @@ from normswap.checkpoint import RECIPE, Checkpoint
 from normswap.convert import Options, Progress, run
 from normswap.convert import fold as fold_model
 from normswap.entries import Binding, Entry
-from normswap.errors import OptionError
+from normswap.errors import FileError, OptionError
 from normswap.fitting import fill, parameters_of, source_of
 from normswap.optimizer import Parameter
 from normswap.report import Change, Left, Report
 from normswap.sources import Source
-from normswap.targets import Target, parse_target
+from normswap.targets import PLAIN_TARGET, Target, parse_target
 
 EPS = 1e-5
 """Assumed of a norm in a file without its model: torch's default."""
@@ -79,6 +80,8 @@ def convert_file(
     job = _Job(
         parse_target(to), Options(**options), model, model_args or {}, eps, input_shape, example_inputs, fold, progress
     )
+    if not sources.is_spec(str(path)) and not os.path.exists(path):
+        raise FileError(f"{path}: No such file or directory; check the name and the folder")
     out = default_out(path, to, format) if out is None else Path(out)
     form = _form(out, format)
     if not dry_run:
@@ -146,7 +149,7 @@ def _convert(found: Checkpoint, key: str | None, job: _Job) -> tuple[Checkpoint,
 
 def _convert_entry(entry: Entry, where: Path, job: _Job) -> _Done:
     if isinstance(entry.value, nn.Module):
-        if job.model is not None:
+        if job.model is not None or (job.arguments and not sources.is_spec(str(where))):
             raise OptionError(f"--model is for files without their model; {where} holds a {type(entry.value).__name__}")
         if job.eps is not None:
             raise OptionError(f"--eps is for files without their model; {where} has the eps of each norm")
@@ -194,8 +197,20 @@ def _convert_module(model: nn.Module, job: _Job) -> tuple[nn.Module, Report]:
     made = report.recipe | ({"folded": True} if job.fold else {}) | ({"previous": previous} if previous else {})
     if job.fold:
         job.progress("folding")
-        model = fold_model(model).model
+        model, baked = run(model, PLAIN_TARGET, Options(), may_be_idle=True, inplace=True)
+        report = _with_baked(report, baked)
     return model, replace(report, recipe=made)
+
+
+def _with_baked(report: Report, baked: Report) -> Report:
+    """The report of a conversion whose result was folded at once: layers are what the second step made of them."""
+    became = {change.paths: change for change in baked.changes}
+    changes = tuple(
+        replace(c, after=became[c.paths].after, how=f"{c.how}; {became[c.paths].how}") if c.paths in became else c
+        for c in report.changes
+    )
+    sizes = {name: getattr(baked.totals, name) for name in ("parameters_after", "buffers_after")}
+    return replace(report, changes=changes, totals=replace(report.totals, **sizes))
 
 
 def _convert_bare(entry: Entry, where: Path, job: _Job) -> _Done:
@@ -207,8 +222,8 @@ def _convert_bare(entry: Entry, where: Path, job: _Job) -> _Done:
             f"(torchvision:NAME, timm:NAME or file.py:factory). {', '.join(BARE_NORMS)} work without"
         )
     eps = EPS if job.eps is None else job.eps
-    if not eps >= 0:
-        raise OptionError(f"--eps {eps}: must be 0 or more")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise OptionError(f"--eps {eps}: must be a number from 0")
     norms = bare.norms_of(entry.value, eps)
     converted, report = run(norms, job.target, job.options, inplace=True, progress=job.progress)
     names = {
@@ -320,6 +335,8 @@ def fold_file(
     overwrite: bool = False,
 ) -> Report:
     """Fold the converted model in a file into plain torch layers and save it; `model.fold.pt` by default."""
+    if sources.is_spec(str(path)):
+        raise OptionError(f"{path} is a model, not a converted file; convert it first: --to fold, or --to gn-ws --fold")
     out = default_out(path, "fold") if out is None else Path(out)
     checkpoint.check_format(out, None, overwrite)
     found = checkpoint.read(path, trust=trust, allow=allow, scratch=out.resolve().parent)

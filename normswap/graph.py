@@ -7,7 +7,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from normswap.layers import PLAIN, STANDARDIZED, FrozenBatchNorm
+from normswap.layers import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.trace import skeleton, trace
+from normswap.weights import LAYERS, PLAIN, TRANSPOSED
 
 BATCH_NORMS: dict[type[nn.Module], int | None] = {
     nn.BatchNorm1d: 1,
@@ -25,16 +26,15 @@ BATCH_NORMS: dict[type[nn.Module], int | None] = {
     nn.BatchNorm3d: 3,
     nn.SyncBatchNorm: None,
     FrozenBatchNorm: None,
+    EstimatedBatchNorm: None,
 }
 """The sources of a conversion, and how many spatial dimensions each takes (None: any)."""
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (*STANDARDIZED, *PLAIN, *TRANSPOSED)
-WEIGHTS = (*CONVOLUTIONS, nn.Linear)
+WEIGHTS: tuple[type[nn.Module], ...] = (*PLAIN, *(cls for classes in LAYERS.values() for cls in classes))
 _OTHER_NORMS = (
-    nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+    BatchChannelNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
     nn.LocalResponseNorm, nn.CrossMapLRN2d,
 )  # fmt: skip
-_LINEAR_MAPS = (*WEIGHTS, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Embedding)
+_LINEAR_MAPS = (*WEIGHTS, nn.Bilinear, nn.MultiheadAttention, nn.Embedding)
 _FUNCTIONAL_NORMS = {F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, torch.batch_norm, torch.group_norm}
 _FUNCTIONAL_MAPS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
@@ -75,16 +75,22 @@ class Site:
     @property
     def channels(self) -> int:
         """Channels that a batch norm normalizes or that a weight layer puts out."""
-        for attribute in ("num_features", "out_channels", "out_features"):
+        for attribute in ("num_features", "out_channels", "out_features", "num_channels", "hidden_size"):
             if isinstance(size := getattr(self.module, attribute, None), int):
                 return size
         return int(self.module.running_mean.numel())  # type: ignore[union-attr, operator]  # torchvision's frozen norm
 
     @property
     def spatial_dims(self) -> int | None:
-        if isinstance(self.module, FrozenBatchNorm):
+        if isinstance(self.module, FrozenBatchNorm | EstimatedBatchNorm):
             return self.module.spatial_dims
         return batch_norms().get(self.base) if self.base else None
+
+    @property
+    def layer_kind(self) -> str:
+        """ "conv", "linear" or "rnn" of a weight layer; "conv" for one that only looks like a convolution."""
+        plain = PLAIN.get(self.base, self.base) if self.base else None
+        return next((kind for kind, classes in LAYERS.items() if plain in classes), "conv")
 
     @property
     def is_batch_norm(self) -> bool:
@@ -113,11 +119,41 @@ def _obstacle(module: nn.Module, base: type[nn.Module]) -> str:
     for method in ("forward", "_conv_forward", "__call__", "_call_impl"):
         if method in vars(module) or getattr(type(module), method, None) is not getattr(base, method, None):
             return f"has a {method} of its own, so it may do more than {base.__name__}"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "belongs to an attention layer, which reads its weight directly"
+    if extra := sorted(_own_names(type(module), base)):
+        return f"has methods of its own ({', '.join(extra[:3])}) beyond {base.__name__}"
+    if any("__slots__" in vars(cls) and vars(cls)["__slots__"] for cls in type(module).__mro__):
+        return "has __slots__, so its class cannot be exchanged"
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and tensor.is_inference():
+            return "was made in inference mode, so its tensors cannot be changed"
+        if tensor is not None and torch._debug_has_internal_overlap(tensor) == 1:
+            return "has a tensor whose elements share memory (expand)"
     if parametrize.is_parametrized(module):
-        return "has a parametrization on it"
-    if "weight" not in module._parameters and "weight" not in module._buffers and hasattr(module, "weight"):
-        return "has a weight that is computed (weight_norm, spectral_norm or a pruning mask)"
+        normalized = any("WeightNorm" in type(p).__name__ for ps in module.parametrizations.values() for p in ps)  # type: ignore[union-attr, operator]
+        return (
+            "is weight-normalized already, by torch's parametrization" if normalized else "has a parametrization on it"
+        )
+    if any("WeightNorm" in type(hook).__name__ for hook in module._forward_pre_hooks.values()):
+        return "is weight-normalized already, by torch's old weight_norm"
+    if base in PLAIN:
+        return ""
+    for name in ("weight", "bias"):
+        if name not in module._parameters and name not in module._buffers and hasattr(module, name):
+            return f"has a {name} that is computed (weight_norm, spectral_norm or a pruning mask)"
     return ""
+
+
+def _own_names(cls: type[nn.Module], base: type[nn.Module]) -> set[str]:
+    """Public methods that a subclass adds to a known class, and that an exchanged class would lose."""
+    above = cls.__mro__[: cls.__mro__.index(base)]
+    return {
+        name
+        for c in above
+        for name, value in vars(c).items()
+        if callable(value) and name[0] != "_" and not hasattr(base, name)
+    }
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -128,7 +164,16 @@ def find_sites(model: nn.Module) -> list[Site]:
         paths[id(module)].append(path)
         modules[id(module)] = module
     found = ((module, tuple(paths[key]), _classify(module)) for key, module in modules.items())
-    return [Site(module, where, *what) for module, where, what in found if what is not None]
+    sites = [Site(module, where, *what) for module, where, what in found if what is not None]
+    owners = {
+        child: site for site in sites if site.obstacle for child in site.module.modules() if child is not site.module
+    }
+    return [
+        replace(s, obstacle=f"is part of {owners[s.module].name}, which may read it directly")
+        if s.module in owners
+        else s
+        for s in sites
+    ]
 
 
 def hidden_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -180,10 +225,18 @@ class Flow:
     def seen(self, path: str) -> bool:
         return path in self.readers or path in self.writers
 
+    def _why(self, path: str) -> str:
+        """What stood in the way of tracing the nearest module around `path`."""
+        while path:
+            path = path.rpartition(".")[0]
+            if path in self.problems:
+                return f" ({self.problems[path][:100]})"
+        return ""
+
     def feeder(self, norm: str) -> tuple[str | None, str]:
         """The one layer whose output the norm reads and nothing else does; or None, and why."""
         if norm not in self.complete:
-            return None, "what comes before it could not be traced"
+            return None, f"what comes before it could not be traced{self._why(norm)}"
         writers = set(self.writers[norm])
         if None in writers:
             return None, "no convolution or linear layer directly before it"
@@ -207,6 +260,12 @@ def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
         return flow
     modules = dict(bones.named_modules(remove_duplicate=False))
     leaves = {id(modules[path]) for path in first}
+    hooked = {
+        id(modules[path])
+        for path, module in model.named_modules(remove_duplicate=False)
+        if path and (module._forward_hooks or module._forward_pre_hooks)
+    }
+    leaves |= hooked  # what hooks do to a value is not in any forward
     below: dict[str, set[str]] = defaultdict(set)  # the sites below each module that holds some
     for path, name in first.items():
         parts = path.split(".")
@@ -220,7 +279,7 @@ def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
             if traced.problem:
                 flow.problems[path] = traced.problem
             for graph in traced.graphs:
-                _Reader(graph, module, path, first, flow).read(traced.complete)
+                _Reader(graph, module, path, first, flow, hooked).read(traced.complete)
         for name, child in module.named_children():
             inner = f"{path}.{name}".lstrip(".")
             if inner not in first and not below[inner] <= flow.complete:
@@ -228,8 +287,15 @@ def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
 
     if "" not in first:
         visit(bones, "")
+    _doubt_unreached(flow, sites)
     _guess_unseen(flow, sites)
     return flow
+
+
+def _doubt_unreached(flow: Flow, sites: list[Site]) -> None:
+    """Where a forward passes one norm by, it may have chosen its neighbour: nothing is complete beside it."""
+    unreached = {site.path.rpartition(".")[0] for site in sites if site.is_batch_norm and not flow.seen(site.path)}
+    flow.complete -= {path for path in flow.complete if path.rpartition(".")[0] in unreached}
 
 
 def _guess_unseen(flow: Flow, sites: list[Site]) -> None:
@@ -244,10 +310,14 @@ def _guess_unseen(flow: Flow, sites: list[Site]) -> None:
 class _Reader:
     """Reads one traced graph into a `Flow`."""
 
-    def __init__(self, graph: fx.Graph, root: nn.Module, prefix: str, first: dict[str, str], flow: Flow):
+    def __init__(
+        self, graph: fx.Graph, root: nn.Module, prefix: str, first: dict[str, str], flow: Flow, hooked: set[int]
+    ):
         self.nodes = list(graph.nodes)
+        self.left_behind: set[fx.Node] = getattr(graph, "_left_behind", set())
         self.prefix, self.first, self.flow = prefix, first, flow
         self.modules = dict(root.named_modules(remove_duplicate=False))
+        self.hooked = {path for path, module in self.modules.items() if id(module) in hooked}
         self.behind: dict[fx.Node, bool] = {}  # whether a norm comes before the next weight layer
         self.single: dict[fx.Node, bool | None] = {}
 
@@ -258,6 +328,9 @@ class _Reader:
         if node.op != "call_module":
             return None
         return self.first.get(f"{self.prefix}.{node.target}".lstrip("."))
+
+    def _is_identity(self, node: fx.Node) -> bool:
+        return type(self._module(node)) is nn.Identity and str(node.target) not in self.hooked
 
     def _is_norm(self, node: fx.Node) -> bool:
         module = self._module(node)
@@ -308,7 +381,7 @@ class _Reader:
     def _writer(self, node: fx.Node) -> str | None:
         """The weight layer whose output is the whole input of this call of a norm."""
         source = _input(node)
-        while source is not None and type(self._module(source)) is nn.Identity:
+        while source is not None and self._is_identity(source):
             source = _input(source)
         return self._site(source) if source is not None and not self._is_norm(source) else None
 
@@ -316,11 +389,11 @@ class _Reader:
         """The norm behind each use of a weight layer's output; None for every other use."""
         found: list[str | None] = []
         for user in node.users:
-            if type(self._module(user)) is nn.Identity:
+            if self._is_identity(user):
                 found += self._readers(user)
             elif not _reads_shape_only(user):
                 found.append(self._site(user) if self._is_norm(user) and _input(user) is node else None)
-        return found
+        return found if node not in self.left_behind else [*found, None]
 
     def _is_single(self, node: fx.Node) -> bool | None:
         """Whether the value has one element per sample and channel (None: not known)."""
@@ -336,7 +409,7 @@ class _Reader:
         if node.target in ("mean", torch.mean):
             dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             return True if dims in ([2, 3], (2, 3), [-2, -1], (-2, -1), [-1, -2], (-1, -2)) else None
-        if isinstance(module, CONVOLUTIONS):
+        if isinstance(module, LAYERS["conv"]):
             pointwise = _all_ones(module.kernel_size) and not isinstance(module, TRANSPOSED)
             return bool(before and pointwise)
         if node.target in _RESHAPES or isinstance(module, nn.Unflatten | nn.Upsample):

@@ -1,8 +1,4 @@
-"""The modules a converted model is made of, beside torch's own.
-
-State-dict keys of replaced layers stay as they were; a standardized convolution adds the
-buffers `weight_gain` and `weight_shift`.
-"""
+"""The norms a converted model is made of, beside torch's own. State-dict keys of replaced layers stay as they were."""
 
 from __future__ import annotations
 
@@ -10,11 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
-
-STANDARDIZE_EPS = 1e-10
-"""Added to the variance of a filter, as in the paper's code; filters of std 1e-3 are common."""
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class FrozenBatchNorm(_NormBase):
@@ -34,53 +25,68 @@ class FrozenBatchNorm(_NormBase):
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
-def standardize_weight(weight: Tensor, gain: Tensor, shift: Tensor, eps: float = STANDARDIZE_EPS) -> Tensor:
-    """Weight standardization of `weight`, of shape (out, in, *kernel), over each filter's fan-in.
+class EstimatedBatchNorm(_NormBase):
+    """Batch normalization by moving estimates, which follow the data slowly and take no part in the gradient.
 
-    `ŵ = gain · (w − mean) / √(var + eps) + shift`, with the biased variance, and `gain` and `shift` of shape
-    (out,). Source: Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and
-    Weight Standardization". One fused call: a filter is a group of a group norm.
+    In train mode `running_mean` first moves towards the batch's mean, at the rate `momentum`, then `running_var`
+    towards the batch's mean square distance from it; then, as in eval mode,
+    `y = weight · (x − running_mean) / √(running_var + eps) + bias`, per channel of (N, C, *spatial). It learns at batch 1.
+    Source: Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
+    algorithm 1. The authors' published code takes the distance from the mean before it moves; here the paper is followed.
     """
-    out = weight.shape[0]
-    layout = _CHANNELS_LAST.get(weight.dim())
-    if layout is not None and weight.is_contiguous(memory_format=layout) and not weight.is_contiguous():
-        # The order within a filter does not matter to its statistics: read it as it lies in memory.
-        lying = weight.movedim(1, -1)
-        return F.group_norm(lying.reshape(1, out, -1), out, gain, shift, eps).view(lying.shape).movedim(-1, 1)
-    return F.group_norm(weight.reshape(1, out, -1), out, gain, shift, eps).view(weight.shape)
 
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        spatial_dims: int | None = None,
+    ):
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
+        self.spatial_dims = spatial_dims
 
-class _Standardized:
-    """Mixed into a convolution class: the convolution runs on its standardized weight."""
-
-    weight: Tensor
-    weight_gain: Tensor
-    weight_shift: Tensor
-    bias: Tensor | None
-
-    def standardized_weight(self) -> Tensor:
-        """The weight that the convolution runs with, of the shape of `weight`."""
-        return standardize_weight(self.weight, self.weight_gain, self.weight_shift)
+    @torch.no_grad()
+    def _follow(self, input: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        dims = [0, *range(2, input.dim())]
+        var, mean = torch.var_mean(input.to(self.running_mean.dtype), dims, correction=0)
+        self.running_mean.lerp_(mean, rate)
+        self.running_var.lerp_(var + (mean - self.running_mean).square(), rate)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.standardized_weight(), self.bias)  # type: ignore[attr-defined, no-any-return]
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            self._follow(input)
+            assert mean is not None and var is not None  # for the type checker: they are always tracked
+            mean, var = mean.clone(), var.clone()  # backward reads them, maybe after a further forward has moved them
+        return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
 
-class StandardizedConv1d(_Standardized, nn.Conv1d):
-    """`torch.nn.Conv1d` on a standardized weight; buffers `weight_gain`, `weight_shift` of shape (out_channels,)."""
+class BatchChannelNorm(EstimatedBatchNorm):
+    """Batch-channel normalization: `EstimatedBatchNorm`, then groups of channels normalized within each sample.
 
+    The channel half has one gain and one bias a group, `group_weight` and `group_bias`, of shape (num_groups,).
+    Source: Qiao et al. 2019, as above.
+    """
 
-class StandardizedConv2d(_Standardized, nn.Conv2d):
-    """`torch.nn.Conv2d` on a standardized weight; buffers `weight_gain`, `weight_shift` of shape (out_channels,)."""
+    def __init__(
+        self,
+        num_groups: int,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        spatial_dims: int | None = None,
+    ):
+        super().__init__(num_features, eps, momentum, affine, spatial_dims)
+        self.num_groups = num_groups
+        self.group_weight = nn.Parameter(torch.ones(num_groups))
+        self.group_bias = nn.Parameter(torch.zeros(num_groups))
 
-
-class StandardizedConv3d(_Standardized, nn.Conv3d):
-    """`torch.nn.Conv3d` on a standardized weight; buffers `weight_gain`, `weight_shift` of shape (out_channels,)."""
-
-
-STANDARDIZED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: StandardizedConv1d,
-    nn.Conv2d: StandardizedConv2d,
-    nn.Conv3d: StandardizedConv3d,
-}
-PLAIN = {ours: plain for plain, ours in STANDARDIZED.items()}
+    def forward(self, input: Tensor) -> Tensor:
+        each = self.num_features // self.num_groups
+        gain, bias = (p.repeat_interleave(each) for p in (self.group_weight, self.group_bias))
+        return F.group_norm(super().forward(input), self.num_groups, gain, bias, self.eps)

@@ -17,7 +17,7 @@ from torch import nn
 
 from normswap.errors import FileError, UnsafeFileError, first_line
 
-_SAFE_PACKAGES = ("torch.nn.", "torch.ao.", "torchvision.", "timm.", "normswap.layers.")
+_SAFE_PACKAGES = ("torch.nn.", "torch.ao.", "torchvision.", "timm.", "normswap.")
 _SAFE_HELPERS = {
     "torch.nn.functional.relu",
     "torch.nn.functional.relu6",

@@ -61,6 +61,7 @@ class Context:
     transfer: str
     ws: str
     ws_scope: str
+    layers: tuple[str, ...]
     flow: Flow
     sites: Mapping[str, Site]
     elements: Mapping[str, int] = field(default_factory=dict)
@@ -203,8 +204,15 @@ def elements_of(site: Site, context: Context) -> int | None:
     return 1 if flat else None  # BatchNorm1d takes (N, C) as well as (N, C, L)
 
 
-def retyped(old: nn.Module, cls: type[nn.Module], **buffers: Tensor) -> nn.Module:
-    """`old` as an instance of `cls`, with more buffers; parameters, hooks and attributes are the same objects."""
+def retyped(
+    old: nn.Module,
+    cls: type[nn.Module],
+    buffers: Mapping[str, Tensor] | None = None,
+    parameters: Mapping[str, nn.Parameter | None] | None = None,
+) -> nn.Module:
+    """`old` as an instance of `cls`, with more buffers, or other parameters; hooks and attributes are the same objects."""
     new = cls.__new__(cls)
-    new.__dict__ = {**vars(old), "_buffers": {**old._buffers, **buffers}}
+    new.__dict__ = {**vars(old), "_buffers": {**old._buffers, **(buffers or {})}}
+    if parameters is not None:
+        new.__dict__["_parameters"] = dict(parameters)
     return new

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normswap.errors import ModelError
+from normswap.errors import ModelError, OptionError, first_line
 from normswap.graph import Site
 from normswap.report import Drift
 
@@ -61,8 +61,9 @@ def run(
 
     handles = [watch(site) for site in sites]
     try:
-        with evaluating(model):
-            return call(model, inputs), elements
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)  # a forward that draws numbers draws the same before and after
+            return call(model, pytree.tree_map_only(Tensor, Tensor.clone, inputs)), elements
     except TimeoutError:
         raise ModelError(f"not measured: the model takes more than {limit:g} s; give --input-shape") from None
     except Exception as error:  # the forward is anybody's code
@@ -125,7 +126,10 @@ def guess_inputs(model: nn.Module, shape: tuple[int, ...] | None = None) -> tupl
             shape = (1, 3, 128, 128)
     name = f"noise {'×'.join(map(str, shape))}, seed {_SEED}"
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    value = noise(shape).to(like.device, like.dtype)
+    try:
+        value = noise(shape).to(like.device, like.dtype)
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        raise OptionError(f"input_shape: {shape} cannot be made: {first_line(error)}") from None
     if family.startswith("torchvision.models.detection"):
         return (list(value),), name
     if family.startswith("torchvision.models.optical_flow"):

@@ -11,6 +11,7 @@ from normswap.convert import Options, fold, run
 from normswap.errors import FileError
 from normswap.graph import find_sites
 from normswap.targets import TARGETS, parse_target
+from normswap.weights import LAYERS
 
 FORMAT = 1
 _MOST_STEPS = 16  # conversions of conversions
@@ -66,7 +67,7 @@ def replay(model: nn.Module, recipe: Any, where: object, *, steps: int = 0) -> n
                 f"{where}: its recipe is for another architecture: {path} has {sites[path].channels} channels, not a multiple of {groups} groups"
             )
     given = {path: layer["groups"] for path, layer in layers.items() if layer.get("groups") is not None}
-    chosen = Options(ws_scope="all", include=lambda path, module: path in layers)
+    chosen = Options(ws_scope="all", layers=tuple(LAYERS), include=lambda path, module: path in layers)
     converted, report = run(model, parse_target(recipe["target"]), chosen, given=given, inplace=True, may_be_idle=True)
     became = {path: change for change in report.changes for path in change.paths}
     for path, layer in layers.items():

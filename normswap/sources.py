@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -55,7 +56,7 @@ def build(spec: str, weights: str | None = None, arguments: Mapping[str, Any] | 
         raise ModelError(
             f"{spec}: the weights {weights} cannot be fetched: {error}; check the network, or convert a file"
         ) from error
-    except Exception as error:  # a factory is anybody's code
+    except (Exception, SystemExit) as error:  # a factory is anybody's code
         raise ModelError(f"{spec}: cannot be built: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec}: returned a {type(model).__name__}, not a torch.nn.Module")
@@ -98,8 +99,8 @@ def parse_arguments(pairs: list[str]) -> dict[str, Any]:
         if not equals or not name.isidentifier():
             raise OptionError(f"--model-arg {pair!r}: write NAME=VALUE, such as num_classes=10")
         try:
-            arguments[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+            arguments[name] = json.loads(json.dumps(ast.literal_eval(text)))
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             arguments[name] = text
     return arguments
 
@@ -171,6 +172,10 @@ def _module_of_file(path: Path) -> Any:
     sys.modules.setdefault(name, module)  # so that classes in it can be pickled
     try:
         described.loader.exec_module(module)
+    except SystemExit:
+        raise ModelError(
+            f"{path}: exits as it is imported; guard its main part with if __name__ == '__main__':"
+        ) from None
     except Exception as error:  # anybody's code
         raise ModelError(f"{path}: cannot be imported: {first_line(error)}") from error
     finally:
@@ -183,7 +188,7 @@ def _module_of_package(name: str, spec: str) -> Any:
         sys.path.insert(0, "")  # a module in the folder where the command runs
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, ValueError, TypeError) as error:
         raise OptionError(f"{spec}: {name} cannot be imported ({error}); install it, or run in its folder") from None
-    except Exception as error:  # anybody's code
+    except (Exception, SystemExit) as error:  # anybody's code
         raise ModelError(f"{spec}: {name} cannot be imported: {first_line(error)}") from error

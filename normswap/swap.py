@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.graph import TRANSPOSED, Site, own_attributes
-from normswap.layers import PLAIN
+from normswap.graph import Site, own_attributes
 from normswap.plan import Absorb, Swap
 from normswap.transfer import scale_filters_, widen
+from normswap.weights import NORMALIZED, STANDARDIZED, filter_groups
 
 _MODULE_STATE = frozenset(vars(nn.Module()))
 _CONTENTS = {"_parameters", "_buffers", "_modules"}
@@ -33,12 +33,13 @@ def apply(swaps: Sequence[Swap]) -> None:
 
 def _take_in(absorb: Absorb) -> None:
     layer, affine = absorb.site.module, absorb.affine
-    if absorb.site.base in PLAIN:
+    if absorb.site.base in STANDARDIZED.values():
         layer.weight_gain.mul_(affine.scale)  # type: ignore[union-attr, operator]
         layer.weight_shift.mul_(affine.scale)  # type: ignore[union-attr, operator]
+    elif absorb.site.base in NORMALIZED.values():
+        layer.weight_g.mul_(affine.scale.view_as(layer.weight_g))  # type: ignore[union-attr, operator, arg-type]
     else:
-        transposed = layer.groups if absorb.site.base in TRANSPOSED else None
-        scale_filters_(layer.weight, affine.scale, transposed)  # type: ignore[arg-type]
+        scale_filters_(layer.weight, affine.scale, filter_groups(layer))  # type: ignore[arg-type]
     if layer.bias is None:
         layer.register_parameter("bias", absorb.bias)
     layer.bias.copy_(widen(layer.bias) * affine.scale + affine.shift)  # type: ignore[union-attr, arg-type, operator]
@@ -51,9 +52,9 @@ def become(site: Site, new: nn.Module) -> None:
     """
     old = site.module
     kept: dict[str, Any] = {}
-    if (
-        new._parameters is not old._parameters
-    ):  # `new` is no retyped view of `old`: carry over what is not the class's own
+    if new._forward_hooks is old._forward_hooks:  # `new` is `old` retyped; a norm may have given it a bias since
+        new._parameters.update({k: p for k, p in old._parameters.items() if new._parameters.get(k, p) is None})
+    else:  # carry over what is not the class's own
         assert site.base is not None  # for the type checker: a site without a known class is never swapped
         own = own_attributes(site.base)  # type: ignore[arg-type]
         kept = {k: v for k, v in vars(old).items() if k in _MODULE_STATE - _CONTENTS or k not in own[""]}
@@ -66,3 +67,5 @@ def become(site: Site, new: nn.Module) -> None:
     old.__class__ = type(new)
     old.__dict__.clear()
     old.__dict__.update(state)
+    if isinstance(old, nn.RNNBase):
+        old._init_flat_weights()  # torch's own list of the weights, which other parameters make stale

@@ -7,15 +7,17 @@ A new target is one function and one row. A function gets a site and the context
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normswap.errors import OptionError
-from normswap.graph import CONVOLUTIONS, Site
-from normswap.layers import PLAIN, STANDARDIZE_EPS, STANDARDIZED, FrozenBatchNorm
+from normswap.graph import Site
+from normswap.layers import FrozenBatchNorm
 from normswap.plan import (
     LEAST_ELEMENTS,
     Absorb,
@@ -29,7 +31,17 @@ from normswap.plan import (
     read_statistics,
     retyped,
 )
-from normswap.transfer import Statistics, as_affine, filter_moments
+from normswap.transfer import Statistics, as_affine, filter_moments, widen
+from normswap.weights import (
+    NORMALIZED,
+    PLAIN,
+    STANDARDIZE_EPS,
+    STANDARDIZED,
+    as_filters,
+    filter_groups,
+    gain_shape,
+    weight_names,
+)
 
 Plan = Callable[[Site, Context], "Swap | str"]
 
@@ -164,8 +176,10 @@ def _cannot_absorb(into: Site, norm: Site, context: Context) -> str:
         return "has a weight that is also read directly"
     if any(id(p) in context.shared for p in (layer.weight, layer.bias)):
         return "shares its weight with another layer"
-    if layer._forward_hooks or norm.module._forward_pre_hooks:
-        return "has a forward hook after it that would see other values"
+    if layer._forward_hooks or layer._forward_pre_hooks or norm.module._forward_pre_hooks:
+        return "has a forward hook, which would see other values"
+    if into.layer_kind == "linear" and norm.spatial_dims in (2, 3):
+        return "is linear, and the norm takes another dimension than its own"
     return ""
 
 
@@ -173,44 +187,73 @@ def _cannot_absorb(into: Site, norm: Site, context: Context) -> str:
 
 
 def to_standardized(site: Site, context: Context) -> Swap | str:
-    """A convolution on standardized weights (Qiao et al. 2019); exact where gain and shift keep the filter's."""
-    if site.base in PLAIN:
+    """A layer on standardized weights (Qiao et al. 2019); exact where gain and shift keep the filters' own."""
+    if site.base in STANDARDIZED.values():
         return "is standardized already"
-    if site.base not in STANDARDIZED:
-        return "is transposed, which weight standardization does not cover"
-    weight = site.module.weight
-    assert isinstance(weight, Tensor)  # for the type checker: a computed weight is an obstacle
-    if weight[0].numel() < 2:
-        return "has a fan-in of 1: nothing to standardize over"
-    if not weight.is_floating_point():
-        return "has a weight that is not real"
-    if context.ws_scope == "normed" and site.path not in context.flow.normed:
-        return (
-            "has no normalization after it"
-            if context.flow.seen(site.path)
-            else "was not traced, and no norm stands beside it"
-        )
+    if problem := _cannot_compute(site, STANDARDIZED):
+        return problem
+    seen = context.flow.seen(site.path)
+    if context.ws_scope == "normed" and site.layer_kind != "rnn" and site.path not in context.flow.normed:
+        return "has no normalization after it" if seen else "was not traced, and no norm stands beside it"
     strict = context.ws == "strict"
-    gain, shift = torch.ones(len(weight), device=weight.device), torch.zeros(len(weight), device=weight.device)
-    if not strict:
-        shift, variance = filter_moments(weight)
-        context.release(weight)
-        if (scale := context.absorbed.get(site.path)) is not None:
-            shift, variance = shift * scale, variance * scale.square()
-        gain = (variance + STANDARDIZE_EPS).sqrt()
-    new = retyped(
-        site.module, STANDARDIZED[site.base], weight_gain=gain.to(weight.dtype), weight_shift=shift.to(weight.dtype)
-    )
+    buffers: dict[str, Tensor] = {}
+    for name in weight_names(site.module):
+        weight = getattr(site.module, name)
+        filters = as_filters(weight, filter_groups(site.module))
+        if filters.shape[1] < 2:
+            return "has a fan-in of 1: nothing to standardize over"
+        gain, shift = torch.ones(len(filters), device=weight.device), torch.zeros(len(filters), device=weight.device)
+        if not strict:
+            shift, variance = filter_moments(filters)
+            context.release(weight)
+            if (scale := context.absorbed.get(site.path)) is not None:
+                shift, variance = shift * scale, variance * scale.square()
+            gain = (variance + STANDARDIZE_EPS).sqrt()
+        buffers |= {f"{name}_gain": gain.to(weight.dtype), f"{name}_shift": shift.to(weight.dtype)}
+    new = retyped(site.module, STANDARDIZED[site.base], buffers)  # type: ignore[index]
     how = "gain 1, shift 0" if strict else "gain and shift keep each filter's own std and mean"
-    note = "" if context.flow.seen(site.path) else "not traced: a norm of its width stands beside it"
+    note = "" if seen or site.layer_kind == "rnn" else "not traced: a norm of its width stands beside it"
     return Swap(site, new, type(new).__name__, how, not strict, note)
+
+
+def to_normalized(site: Site, context: Context) -> Swap | str:
+    """A layer on normalized weights (Salimans & Kingma 2016): each filter's length a parameter of its own; exact."""
+    if site.base in NORMALIZED.values():
+        return "is weight-normalized already"
+    if problem := _cannot_compute(site, NORMALIZED):
+        return problem
+    old, parameters = site.module, {}
+    for name, parameter in old._parameters.items():
+        if name not in weight_names(old):
+            parameters[name] = parameter
+            continue
+        assert parameter is not None  # for the type checker: a computed weight is an obstacle
+        groups = filter_groups(old)
+        length = torch.linalg.vector_norm(widen(as_filters(parameter, groups)), dim=1)
+        context.release(parameter)
+        if (scale := context.absorbed.get(site.path)) is not None:
+            length = length * scale.abs()
+        g = length.to(parameter.dtype).view(gain_shape(parameter, groups))
+        parameters |= {f"{name}_g": nn.Parameter(g, requires_grad=parameter.requires_grad), f"{name}_v": parameter}
+    new = retyped(old, NORMALIZED[site.base], parameters=parameters)  # type: ignore[index]
+    return Swap(site, new, type(new).__name__, "g is each filter's own length", True)
+
+
+def _cannot_compute(site: Site, form: Mapping[type[nn.Module], type[nn.Module]]) -> str:
+    if site.base in PLAIN:
+        return f"is {site.name} already: fold it first (normswap.fold)"
+    if site.base not in form:
+        return f"{site.name} is not covered"
+    if not all(getattr(site.module, name).is_floating_point() for name in weight_names(site.module)):
+        return "has a weight that is not real"
+    return ""
 
 
 def strict_rescaling(site: Site) -> Tensor:
     """By how much strict standardization multiplies each filter of a convolution, of shape (out_channels,)."""
     weight = site.module.weight
     assert isinstance(weight, Tensor)  # for the type checker: the site was planned
-    return 1 / (filter_moments(weight)[1] + STANDARDIZE_EPS).sqrt()
+    return 1 / (filter_moments(as_filters(weight, filter_groups(site.module)))[1] + STANDARDIZE_EPS).sqrt()
 
 
 def rescale_statistics(site: Site, context: Context) -> Swap | str:
@@ -245,25 +288,29 @@ def to_plain_norm(site: Site, context: Context) -> Swap | str:
 
 
 def to_plain_weight(site: Site, context: Context) -> Swap | str:
-    """A standardized convolution as a plain one, its standardized weight baked in."""
+    """A re-parametrized layer as a plain one, its standardized or normalized weights baked in."""
     if site.base not in PLAIN:
         return "is a plain layer"
     old = site.module
-    new = retyped(old, PLAIN[site.base])
-    del new._buffers["weight_gain"], new._buffers["weight_shift"]
-    assert isinstance(old.weight, nn.Parameter)  # for the type checker: a computed weight is an obstacle
-    weight = old.weight
-    if id(weight) in context.shared:
-        weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-        new._parameters["weight"] = old._parameters["weight"] = weight
-    return Swap(
-        site,
-        new,
-        PLAIN[site.base].__name__,
-        "standardized weight baked in",
-        True,
-        writes=((weight, old.standardized_weight),),
-    )  # type: ignore[arg-type]
+    normalized, names = site.base in NORMALIZED.values(), weight_names(old)
+    held = {name: old._parameters[f"{name}_v" if normalized else name] for name in names}
+    writes: list[tuple[Tensor, Any]] = []
+    for name, weight in held.items():
+        assert weight is not None  # for the type checker: a layer of ours has all its weights
+        if id(weight) in context.shared:
+            held[name] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        writes.append((held[name], partial(old.computed, name)))  # type: ignore[arg-type, operator, misc]
+    parameters: dict[str, nn.Parameter | None] = {}
+    for name, parameter in old._parameters.items():
+        plain = name.removesuffix("_v") if normalized else name
+        if plain in held or not (normalized and name.removesuffix("_g") in held):
+            parameters[plain] = held.get(plain, parameter)
+    new = retyped(old, PLAIN[site.base], parameters=parameters)
+    for name in names:
+        for buffer in (f"{name}_gain", f"{name}_shift"):
+            new._buffers.pop(buffer, None)
+    form = "normalized" if normalized else "standardized"
+    return Swap(site, new, PLAIN[site.base].__name__, f"{form} weight baked in", True, writes=tuple(writes))
 
 
 # ---- the tables ----
@@ -318,11 +365,19 @@ WEIGHTS: dict[str, Form] = {
     for form in (
         Form(
             "ws",
-            "StandardizedConv",
+            "Standardized Conv, Linear, RNN",
             "exact; approximate with ws=strict",
             "Qiao et al. 2019",
             "GroupNorm at batch 1 and 2",
             to_standardized,
+        ),
+        Form(
+            "wn",
+            "Normalized Conv, Linear, RNN",
+            "exact",
+            "Salimans & Kingma 2016",
+            "recurrent nets, training without norms (fold-wn)",
+            to_normalized,
         ),
     )
 }
@@ -346,7 +401,9 @@ def parse_target(name: str) -> Target:
     """The target called `name`; raises `OptionError`, which lists the known ones."""
     if isinstance(name, str) and name in TARGETS:
         return TARGETS[name]
-    near = difflib.get_close_matches(str(name), TARGETS, 1)
+    asked = str(name).lower()
+    turned = "-".join(reversed(asked.split("-")))
+    near = [n for n in (asked, turned) if n in TARGETS] or difflib.get_close_matches(asked, TARGETS, 1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise OptionError(f"unknown target {name!r}{hint}; the known ones are {', '.join(TARGETS)}")
 
@@ -359,15 +416,29 @@ def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:
         return "is not a batch norm"
     if site.path in context.flow.touched:
         return "has tensors that a forward reads directly"
+    if problem := _unsound(site.module):
+        return problem
     if target.norm is not None:
         return target.norm.plan(site, context)
     return rescale_statistics(site, context) if site.path in context.rescaled else f"{target.name} changes no norms"
 
 
+def _unsound(norm: nn.Module) -> str:
+    """What is wrong with the statistics of a batch norm, where no layer could carry them."""
+    mean, var = norm.running_mean, norm.running_var
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.is_meta:
+        return ""
+    if not (mean.isfinite().all() and var.isfinite().all()):
+        return "has running statistics that are not finite"
+    return "has a negative running variance" if (var < 0).any() else ""
+
+
 def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:
     """The swap of a weight layer, or why it is left."""
-    if target.weight is None or site.base not in CONVOLUTIONS:
+    if target.weight is None or site.base is None:
         return site.obstacle if site.base is None else f"{target.name} changes no weights of this kind"
+    if site.layer_kind not in context.layers and target is not PLAIN_TARGET:
+        return f"is not among the layers to change: {', '.join(context.layers)}"
     if site.obstacle:
         return site.obstacle
     return target.weight.plan(site, context)

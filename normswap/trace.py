@@ -7,13 +7,17 @@ ways), loops over sequences of unknown length (two rounds), and train mode besid
 
 from __future__ import annotations
 
+import builtins
 import copy
+import enum
 import inspect
+import itertools
 import sys
 import types
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +25,8 @@ import torch
 from torch import Tensor, fx, nn
 
 _MAX_RUNS = 32  # runs of one forward; a forward with more branches than these cover counts as incomplete
+_MAX_FLAGS = 3  # of a forward's boolean arguments, tried both ways
+_MODULE_STATE = frozenset(vars(nn.Module()))
 _MAX_ROUNDS = 100  # answers alike at one place in the code: ends a loop whose condition is data
 _WRONG_WAY = (AssertionError, ValueError, NotImplementedError)  # a branch that only refuses its input
 
@@ -90,7 +96,10 @@ _HOOKS = frozenset(name for name in vars(nn.Module()) if "_hooks" in name)
 
 
 class _Tracer(fx.Tracer):
-    """Follows one combination of branches; a place in the code is decided once a run."""
+    """Follows one combination of branches; a place in the code is decided once a run.
+
+    `inexact` says what a forward asked of a value that a symbolic run cannot answer as a real one would.
+    """
 
     proxy_buffer_attributes = True  # a buffer that a forward reads directly must show in the graph
 
@@ -98,16 +107,24 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._is_leaf = is_leaf
         self.decisions = dict(decisions)
+        self.inexact = ""
+        self.last_asked: list[
+            tuple[types.CodeType, int]
+        ] = []  # code and line of each frame that led to the last decision
         self._asked: Counter[Any] = Counter()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_code.co_filename.startswith(fx.__path__[0]):
+        chain, self.last_asked = [], []
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not trace.__code__:
+            if not frame.f_code.co_filename.startswith(_FX):
+                chain.append((frame.f_code, frame.f_lasti))
+                self.last_asked.append((frame.f_code, frame.f_lineno))
             frame = frame.f_back
-        place = (frame.f_code, frame.f_lasti)
+        place = (self.scope.module_path, tuple(chain))  # one instance of a block may go where another does not
         self._asked[place] += 1
         decided = self.decisions.setdefault(place, True)
         return decided if self._asked[place] <= _MAX_ROUNDS else not decided
@@ -115,41 +132,139 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         return iter([obj[0], obj[1]])  # type: ignore[index]
 
+    def refused(self, error: BaseException) -> bool:
+        """Whether `error` says that the branch just taken only refuses its input."""
+        if not isinstance(error, _WRONG_WAY) or isinstance(error, fx.proxy.TraceError):
+            return False
+        tail = error.__traceback__
+        while tail is not None and tail.tb_next is not None:
+            tail = tail.tb_next
+        return tail is not None and any(
+            tail.tb_frame.f_code is code and 0 <= tail.tb_lineno - line <= _REFUSAL_LINES
+            for code, line in self.last_asked
+        )
 
-def _defaults(module: nn.Module) -> dict[str, Any]:
-    """Arguments that a caller usually leaves out, at their defaults; flags are left open, as branches."""
+
+_FX = fx.__path__[0]
+_TORCH = torch.__path__[0]
+_REFUSAL_LINES = 3  # from the test of an input to the end of the statement that refuses it
+
+
+@contextmanager
+def _observed(tracer: _Tracer) -> Iterator[None]:
+    """Note where a forward asks for the type of a value: a symbolic one is no tensor, so the answer misleads."""
+    real = builtins.isinstance
+
+    def watched(value: Any, kinds: Any) -> bool:
+        if real(value, fx.Proxy) and not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
+            tracer.inexact = "its forward asks for the type of a value"
+        return real(value, kinds)
+
+    builtins.isinstance = watched
+    try:
+        yield
+    finally:
+        builtins.isinstance = real
+
+
+@contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Attributes of all modules, and containers in their classes, as they were: a run leaves symbolic values behind."""
+    modules = list(module.modules())
+    states = [{k: _opened(v) for k, v in vars(m).items()} for m in modules]
+    classes = {cls for m in modules for cls in type(m).__mro__ if not cls.__module__.startswith("torch.")}
+    shared = [(v, copy.copy(v)) for cls in classes for v in vars(cls).values() if type(v) in (dict, list, set)]
+    try:
+        yield
+    finally:
+        for m, state in zip(modules, states, strict=True):
+            vars(m).clear()
+            vars(m).update(state)
+        for value, before in shared:
+            value.clear()
+            (value.extend if type(value) is list else value.update)(before)
+
+
+def _opened(value: Any) -> Any:
+    return copy.copy(value) if type(value) in (dict, list, set, OrderedDict) else value
+
+
+def _left_behind(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:
+    """Values of `graph` that a run has left in attributes: whoever reads these reads them too."""
+    found = set()
+    for m in module.modules():
+        for name, value in vars(m).items():
+            if name not in _MODULE_STATE:
+                values = (
+                    value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
+                )
+                found |= {v.node for v in values if isinstance(v, fx.Proxy) and v.node.graph is graph}
+    return found
+
+
+def _arguments(module: nn.Module) -> list[tuple[dict[str, Any], bool]]:
+    """Ways to call a forward as to the arguments that a caller may leave out: flags both ways, the rest at their defaults.
+
+    The last, which gives something where None stands, may fail: not every forward can be run so.
+    """
     parameters = inspect.signature(module.forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is None or type(p.default) in (int, float, str)}
+    fixed = {
+        p.name: p.default
+        for p in parameters
+        if type(p.default) in (int, float, str) or isinstance(p.default, enum.Enum)
+    }
+    flags = [p.name for p in parameters if type(p.default) is bool][:_MAX_FLAGS]
+    absent = {p.name: None for p in parameters if p.default is None}
+    ways = [dict(zip(flags, way, strict=True)) for way in itertools.product((True, False), repeat=len(flags))]
+    calls = [{**fixed, **absent, **way} for way in ways]
+    return [(call, True) for call in calls] + ([({**fixed, **ways[0]}, False)] if absent else [])
+
+
+def _modes(module: nn.Module) -> list[list[bool]]:
+    """Train mode, eval mode, and the mode that the modules are in where they differ."""
+    modules = list(module.modules())
+    own = [m.training for m in modules]
+    return [[mode] * len(modules) for mode in (True, False)] + ([own] if len(set(own)) > 1 else [])
 
 
 def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
     """The graphs of `module.forward`, in which modules for which `is_leaf` holds are single nodes.
 
-    `module` is trained and evaluated in turn and may be left with proxies in its attributes: pass a copy.
+    `module` is left as it was, but its forward runs: pass a copy.
     """
     graphs: list[fx.Graph] = []
     problem = ""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        for training in (True, False):
-            module.train(training)
-            pending: list[dict[Any, bool]] = [{}]
-            for _ in range(_MAX_RUNS):
-                if not pending:
-                    break
-                asked = pending.pop()
-                tracer = _Tracer(is_leaf, asked)
-                try:
-                    graphs.append(tracer.trace(module, concrete_args=_defaults(module)))
-                except Exception as error:  # a forward is anybody's code: whatever it raises means "not traceable"
-                    refused = isinstance(error, _WRONG_WAY) and not isinstance(error, fx.proxy.TraceError)
-                    if not (refused and tracer.decisions):
-                        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-                # Flip each new decision, keeping those before it: every branch is entered once.
-                taken = list(tracer.decisions.items())
-                for index in range(len(asked), len(taken)):
-                    place, way = taken[index]
-                    pending.append({**dict(taken[:index]), place: not way})
-            if pending:
-                problem = f"more than {_MAX_RUNS} branches"
+    for modes, (arguments, must_run) in itertools.product(_modes(module), _arguments(module)):
+        pending: list[dict[Any, bool]] = [{}]
+        for _ in range(_MAX_RUNS):
+            if not pending:
+                break
+            asked = pending.pop()
+            tracer = _Tracer(is_leaf, asked)
+            try:
+                with _symbolic(), _restored(module), _observed(tracer):
+                    for m, mode in zip(module.modules(), modes, strict=True):
+                        m.__dict__["training"] = mode  # not train(): some exchange weights in it
+                    graph = tracer.trace(module, concrete_args=arguments)
+                    graph._left_behind = _left_behind(module, graph)  # type: ignore[attr-defined]
+                graphs.append(graph)
+                problem = problem or tracer.inexact
+            except Exception as error:  # a forward is anybody's code: whatever it raises means "not traceable"
+                if must_run and not tracer.refused(error):
+                    problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            # Flip each new decision, keeping those before it: every branch is entered once.
+            taken = list(tracer.decisions.items())
+            for index in range(len(asked), len(taken)):
+                place, way = taken[index]
+                pending.append({**dict(taken[:index]), place: not way})
+        if pending:
+            problem = f"more than {_MAX_RUNS} branches"
     return Traced(tuple(graphs), not problem and bool(graphs), problem)
+
+
+@contextmanager
+def _symbolic() -> Iterator[None]:
+    """No gradients, warnings or random numbers of a symbolic run reach anybody."""
+    with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        yield

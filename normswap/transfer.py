@@ -68,7 +68,7 @@ def rescale_input(stats: Statistics, scale: Tensor, bias: Tensor | None) -> Stat
 
 
 def filter_moments(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each filter of a weight of shape (out, in, *kernel): two of shape (out,)."""
+    """Mean and biased variance of each filter of a weight of shape (out, *fan-in): two of shape (out,)."""
     rows = max(1, _CHUNK // max(1, weight[0].numel()))
     means, variances = [], []
     for part in torch.split(weight.detach(), rows):

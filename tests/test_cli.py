@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 import normswap
 from normswap import cli
-from normswap.layers import StandardizedConv2d
+from normswap.weights import StandardizedConv2d
 
 
 def run(*arguments: object) -> Result:
@@ -55,7 +55,7 @@ def test_every_option_arrives(saved: Path) -> None:
     assert run("convert", saved, "--to", "gn-ws", "-o", out, *options).stdout == ""
     recipe = normswap.load(out).normswap_recipe
     assert recipe["options"] == {
-        "groups": "4c", "transfer": "copy", "ws": "strict", "ws_scope": "all",
+        "groups": "4c", "transfer": "copy", "ws": "strict", "ws_scope": "all", "layers": ["conv"],
         "include": ["layer1.*", "fc"], "exclude": ["*.bn2"],
     }  # fmt: skip
     assert set(recipe["layers"]) == {f"layer1.{i}.{name}" for i in (0, 1) for name in ("bn1", "conv1", "conv2")}

@@ -14,8 +14,8 @@ from zoo import chain, conv_norm, mlp, randomize
 import normswap
 from normswap import ModelError, NormswapError, OptionError
 from normswap.graph import find_flow, find_sites
-from normswap.layers import StandardizedConv2d
 from normswap.plan import Context, choose_groups
+from normswap.weights import StandardizedConv2d
 
 
 def resnet(**arguments: object) -> nn.Module:
@@ -158,7 +158,7 @@ def test_groups(channels: int, groups: str | int, elements: int | None) -> None:
     model = nn.BatchNorm2d(channels)
     (site,) = find_sites(model)
     known = {} if elements is None else {"": elements}
-    context = Context(groups, "match", "preserve", "normed", find_flow(model, [site]), {"": site}, known)
+    context = Context(groups, "match", "preserve", "normed", ("conv",), find_flow(model, [site]), {"": site}, known)
     chosen = choose_groups(site, context)
     if isinstance(chosen, str):
         assert channels * (elements or 2) == 1
@@ -256,7 +256,7 @@ def test_fold_with_a_layer_that_was_not_selected() -> None:
 
 
 def test_unknown_target_lists_the_known() -> None:
-    with pytest.raises(OptionError, match=r"did you mean gn-ws.*gn, gn-ws, ln"):
+    with pytest.raises(OptionError, match=r"did you mean gn-ws.*gn, gn-ws, gn-wn, ln"):
         normswap.convert(resnet(), "gnws")
 
 

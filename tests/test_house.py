@@ -6,7 +6,7 @@ from pathlib import Path
 import normswap
 
 FLOORS = [
-    {"errors", "report", "transfer", "layers", "optimizer"},
+    {"errors", "report", "transfer", "layers", "weights", "optimizer"},
     {"trace", "disk", "entries", "pickles", "sources", "render", "bare"},
     {"graph", "tensorfiles", "distributed"},
     {"plan", "probe", "checkpoint"},

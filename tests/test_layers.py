@@ -8,7 +8,8 @@ from torch import nn
 from zoo import randomize
 
 import normswap
-from normswap.layers import STANDARDIZED, FrozenBatchNorm, standardize_weight
+from normswap.layers import FrozenBatchNorm
+from normswap.weights import STANDARDIZED, standardize_weight
 
 CONVS = [(nn.Conv1d, (2, 4, 9)), (nn.Conv2d, (2, 4, 9, 9)), (nn.Conv3d, (2, 4, 5, 5, 5))]
 

@@ -18,7 +18,8 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 @dataclass(frozen=True)
 class Quirk:
-    """A model, the shape of its input, and what must change: norms by gn, ln and in; by frozen; by fold; convolutions by ws."""
+    """A model, the shape of its input, and what must change: norms by gn, ln and in; by frozen; by fold; convolutions by ws, and
+    by wn, which takes those without a norm as well."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...] = (2, 3, 8, 8)
@@ -26,18 +27,19 @@ class Quirk:
     frozen: int | None = None
     fold: int | None = None
     ws: int = 1
+    wn: int | None = None
     dtype: torch.dtype = torch.float32
     warns: bool = False
 
     def expected(self, target: str) -> tuple[int, int]:
         """(norms, weights) that `target` changes; a fold changes the layer that takes the norm in as well."""
         norm, _, weight = target.partition("-")
-        if norm == "ws":
-            norm, weight = "", "ws"
+        if norm in ("ws", "wn"):
+            norm, weight = "", norm
         frozen = self.norms if self.frozen is None else self.frozen
         fold = frozen if self.fold is None else self.fold
         norms = {"": 0, "frozen": frozen, "fold": fold}.get(norm, self.norms)
-        weights = self.ws if weight else 0
+        weights = {"": 0, "ws": self.ws}.get(weight, self.ws if self.wn is None else self.wn)
         return norms, max(weights, fold) if norm == "fold" else weights
 
 
@@ -371,14 +373,14 @@ QUIRKS: dict[str, Quirk] = {
     "pre-activation": Quirk(PreActivation, norms=3, fold=1, ws=3),
     "concatenation": Quirk(Concatenation, fold=0, ws=2),
     "depthwise": Quirk(lambda: conv_norm(conv=lambda: nn.Conv2d(3, 6, 3, groups=3), norm=B(6))),
-    "depthwise 1×1": Quirk(lambda: conv_norm(conv=lambda: nn.Conv2d(3, 6, 1, groups=3), norm=B(6)), ws=0),
+    "depthwise 1×1": Quirk(lambda: conv_norm(conv=lambda: nn.Conv2d(3, 6, 1, groups=3), norm=B(6)), ws=0, wn=1),
     "padding reflect": Quirk(lambda: conv_norm(conv=lambda: nn.Conv2d(3, 8, 3, padding=2, padding_mode="reflect"))),
     "convolution without bias": Quirk(lambda: conv_norm(conv=lambda: nn.Conv2d(3, 8, 3, bias=False))),
-    "transposed": Quirk(Grouped, (2, 4, 5, 5), ws=0),
+    "transposed": Quirk(Grouped, (2, 4, 5, 5)),
     "convolution used twice": Quirk(ConvTwice, norms=2, fold=0),
     "convolution with two norms": Quirk(ConvThenTwoNorms, norms=2, fold=0),
     "convolution beside its norm": Quirk(NormAndSkip, fold=0),
-    "norm first": Quirk(lambda: nn.Sequential(B(3), nn.ReLU(), nn.Conv2d(3, 8, 3)), fold=0, ws=0),
+    "norm first": Quirk(lambda: nn.Sequential(B(3), nn.ReLU(), nn.Conv2d(3, 8, 3)), fold=0, ws=0, wn=1),
     "identity between": Quirk(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Identity(), B(8))),
     "forward hook": Quirk(lambda: touched(conv_norm(), _add("register_forward_hook", _notes))),
     "lambda hook": Quirk(lambda: touched(conv_norm(), _add("register_forward_hook", lambda m, i, o: None))),

@@ -1,0 +1,213 @@
+"""Layers whose weights are re-parametrized: standardized or normalized at each forward.
+
+Each is a subclass of torch's own layer. A standardized one keeps its keys and adds the buffers `weight_gain` and
+`weight_shift`; a normalized one has `weight_g` and `weight_v` instead of `weight`, and loads `torch.nn.utils.parametrizations`'
+spelling too. Recurrent layers have these for each of their weights (`weight_ih_l0_gain`).
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STANDARDIZE_EPS = 1e-10
+"""Added to the variance of a filter, as in the paper's code; filters of std 1e-3 are common."""
+
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+RECURRENT: tuple[type[nn.Module], ...] = (nn.RNN, nn.LSTM, nn.GRU)
+CELLS: tuple[type[nn.Module], ...] = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def weight_names(layer: nn.Module) -> list[str]:
+    """The weights of a layer, biases left out, by the names that its plain class gives them."""
+    if isinstance(layer, nn.RNNBase):
+        return [name for name in layer._flat_weights_names if name.startswith("weight")]
+    return ["weight_ih", "weight_hh"] if isinstance(layer, nn.RNNCellBase) else ["weight"]
+
+
+def filter_groups(layer: nn.Module) -> int | None:
+    """The groups of a transposed convolution, whose filters do not lie along the first dimension; None for all others."""
+    return int(layer.groups) if isinstance(layer, TRANSPOSED) else None  # type: ignore[arg-type]
+
+
+def as_filters(weight: Tensor, groups: int | None = None) -> Tensor:
+    """`weight` as (out, fan-in): a weight (out, in, *kernel), or a transposed convolution's (in, out / groups, *kernel)."""
+    if groups is None:
+        return weight.reshape(weight.shape[0], -1)
+    blocks = weight.reshape(groups, -1, *weight.shape[1:])
+    return blocks.transpose(1, 2).reshape(groups * weight.shape[1], -1)
+
+
+def as_weight(filters: Tensor, like: Tensor, groups: int | None = None) -> Tensor:
+    """The inverse of `as_filters`, in the shape of `like`."""
+    if groups is None:
+        return filters.view(like.shape)
+    blocks = filters.view(groups, like.shape[1], -1, *like.shape[2:])
+    return blocks.transpose(1, 2).reshape(like.shape)
+
+
+# ---- weight standardization ----
+
+
+def standardize_weight(
+    weight: Tensor, gain: Tensor, shift: Tensor, eps: float = STANDARDIZE_EPS, groups: int | None = None
+) -> Tensor:
+    """Weight standardization of `weight` over each filter's fan-in; see `as_filters` for the shapes, and for `groups`.
+
+    `ŵ = gain · (w − mean) / √(var + eps) + shift`, with the biased variance, and `gain` and `shift` of shape
+    (out,). Source: Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and
+    Weight Standardization". One fused call: a filter is a group of a group norm.
+    """
+    layout = _CHANNELS_LAST.get(weight.dim())
+    last = layout is not None and weight.is_contiguous(memory_format=layout) and not weight.is_contiguous()
+    if groups is None and last:
+        # The order within a filter does not matter to its statistics: read it as it lies in memory.
+        lying = weight.movedim(1, -1)
+        return _standardize(lying.reshape(len(lying), -1), gain, shift, eps).view(lying.shape).movedim(-1, 1)
+    return as_weight(_standardize(as_filters(weight, groups), gain, shift, eps), weight, groups)
+
+
+def _standardize(filters: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
+    return F.group_norm(filters.unsqueeze(0), len(filters), gain, shift, eps).squeeze(0)
+
+
+class _Standardized(nn.Module):
+    """Mixed into a layer's class: its weights are standardized."""
+
+    def computed(self, name: str = "weight") -> Tensor:
+        """The weight that the layer runs with, of the shape of the parameter `name`."""
+        gain, shift = getattr(self, f"{name}_gain"), getattr(self, f"{name}_shift")
+        return standardize_weight(getattr(self, name), gain, shift, groups=filter_groups(self))
+
+
+# ---- weight normalization ----
+
+
+def normalize_weight(v: Tensor, g: Tensor, groups: int | None = None) -> Tensor:
+    """Weight normalization `ŵ = g · v / ‖v‖`, the norm over each filter's fan-in; a filter of zeros stays one.
+
+    `g` has the shape of `v` with 1 for what the norm is over: (out, 1, *1), or for a transposed convolution
+    (groups, out / groups, *1). Source: Salimans & Kingma 2016, "Weight Normalization".
+    """
+    length = torch.linalg.vector_norm(as_filters(v, groups), dim=1)
+    scale = g.flatten() / torch.where(length == 0, torch.ones_like(length), length)
+    if groups is None:
+        return v * scale.view(-1, *[1] * (v.dim() - 1))
+    blocks = v.reshape(groups, -1, *v.shape[1:]) * scale.view(groups, 1, v.shape[1], *[1] * (v.dim() - 2))
+    return blocks.reshape(v.shape)
+
+
+def gain_shape(weight: Tensor, groups: int | None = None) -> tuple[int, ...]:
+    """The shape of `g` for a weight; without groups, or with one, that of torch's own `weight_norm`."""
+    rest = [1] * (weight.dim() - 2)
+    return (len(weight), 1, *rest) if groups is None else (groups, weight.shape[1], *rest)
+
+
+class _Normalized(nn.Module):
+    """Mixed into a layer's class: its weights are normalized."""
+
+    def computed(self, name: str = "weight") -> Tensor:
+        """The weight that the layer runs with, of the shape of the parameter `name` of the plain layer."""
+        return normalize_weight(getattr(self, f"{name}_v"), getattr(self, f"{name}_g"), filter_groups(self))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in weight_names(self):  # the spelling of torch.nn.utils.parametrizations.weight_norm
+            for other, ours in (("original0", "g"), ("original1", "v")):
+                key = f"{prefix}parametrizations.{name}.{other}"
+                if key in state_dict:
+                    state_dict[f"{prefix}{name}_{ours}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+# ---- the layers ----
+
+
+class _Conv:
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.computed(), self.bias)  # type: ignore[no-any-return]
+
+
+class _Transposed:
+    def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        dims = self.computed().dim() - 2
+        padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+        )
+        run = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dims]
+        return run(input, self.computed(), self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
+
+
+class _Linear:
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return F.linear(input, self.computed(), self.bias)
+
+
+class _Recurrent:
+    """Runs the plain forward on weights that are computed anew, so that none is ever stale."""
+
+    def forward(self: Any, input: Any, hx: Any = None) -> Any:
+        names = set(weight_names(self))
+        weights = [self.computed(n) if n in names else getattr(self, n) for n in self._flat_weights_names]
+        return PLAIN[type(self)].forward(_Instead(self, _flat_weights=weights), input, hx)
+
+    def flatten_parameters(self) -> None:
+        """Nothing: the weights that run are made at each forward."""
+
+
+class _Cell:
+    def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
+        weights = {name: self.computed(name) for name in weight_names(self)}
+        return PLAIN[type(self)].forward(_Instead(self, **weights), input, hx)
+
+
+class _Instead:
+    """A module with some of its attributes exchanged, for the methods of its class to run on."""
+
+    def __init__(self, module: nn.Module, **values: Any):
+        self.__dict__.update(values, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(type(self._module), name, None)
+        return types.MethodType(method, self) if isinstance(method, types.FunctionType) else getattr(self._module, name)
+
+
+class _ReadableWeight:
+    """`weight` of a normalized layer, computed, for code that reads it."""
+
+    @property
+    def weight(self: Any) -> Tensor:
+        return self.computed()  # type: ignore[no-any-return]
+
+
+def _classes(prefix: str, form: type, form_doc: str) -> dict[type[nn.Module], type[nn.Module]]:
+    """A class for each plain layer, known by its name in this file, so that it can be pickled."""
+    made: dict[type[nn.Module], type[nn.Module]] = {}
+    for forward, plain_classes in _FORWARDS:
+        for plain in plain_classes:
+            readable = (_ReadableWeight,) if form is _Normalized and forward not in (_Recurrent, _Cell) else ()
+            name = f"{prefix}{plain.__name__}"
+            members = {"__module__": __name__, "__doc__": f"`torch.nn.{plain.__name__}` on {form_doc}."}
+            made[plain] = globals()[name] = type(name, (*readable, forward, form, plain), members)
+    return made
+
+
+_FORWARDS: Iterable[tuple[type, tuple[type[nn.Module], ...]]] = (
+    (_Conv, CONVOLUTIONS), (_Transposed, TRANSPOSED), (_Linear, (nn.Linear,)), (_Recurrent, RECURRENT), (_Cell, CELLS),
+)  # fmt: skip
+STANDARDIZED = _classes("Standardized", _Standardized, "standardized weights")
+NORMALIZED = _classes("Normalized", _Normalized, "normalized weights")
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    ours: plain for table in (STANDARDIZED, NORMALIZED) for plain, ours in table.items()
+}
+"""The plain class of each re-parametrized one."""
+LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
+    "conv": (*CONVOLUTIONS, *TRANSPOSED), "linear": (nn.Linear,), "rnn": (*RECURRENT, *CELLS),
+}  # fmt: skip
+"""The kinds of layers that a user chooses among."""
