@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,3 +83,11 @@ def parameters(state: Mapping[str, Any]) -> tuple[Parameter, ...]:
                 found.append(Parameter(name, tuple(value.shape)))
             seen.add(place)
     return tuple(found)
+
+
+def within_norms_prefix(state: Mapping[str, Any], found: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
+    """Those of `found` under the longest prefix that all norms of `state` share: what stands beside it is no part of the model."""
+    prefix = os.path.commonprefix(norm_prefixes(state))
+    prefix = prefix[: prefix.rfind(".") + 1]
+    top = prefix.partition(".")[0] + "." if prefix else ""
+    return tuple(p for p in found if p.name.startswith(top))

@@ -31,7 +31,7 @@ FORMATS = ("pt", "safetensors", "dcp")
 _LONGEST_RECIPE = 1 << 26  # bytes
 _INDEX = ".index.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "model.pt")
-_OPTIMIZER = "optimizer.bin"
+_OPTIMIZERS = "optimizer*.bin"
 _NO_MODELS = (".onnx", ".pt2", ".npz", ".json", ".pb")
 
 
@@ -42,7 +42,7 @@ class Checkpoint:
     `kind` is "pt" (what `torch.save` wrote), "safetensors", "dcp" or "folder" (weight files with others beside
     them, such as Accelerate's). `content` is a module, a state dict, or a dict that holds some. `header` is a
     safetensors header's or an index's metadata, `nested` torch's map of nested keys in a distributed checkpoint, `shards` the
-    weight files of a folder with their keys, `optimizer` the content of a folder's optimizer file.
+    weight files of a folder with their keys, `optimizers` the contents of its optimizer files by name.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class Checkpoint:
     nested: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     shards: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     index: str = ""
-    optimizer: Any = None
+    optimizers: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read(
@@ -112,7 +112,7 @@ def _read_folder(path: Path, trust: bool, allow: tuple[str, ...], scratch: Path 
         )
     inner = _read_file(path / name, trust, allow)
     return replace(
-        inner, path=path, kind="folder", shards={name: tuple(inner.content)}, optimizer=_optimizer(path, trust, allow)
+        inner, path=path, kind="folder", shards={name: tuple(inner.content)}, optimizers=_optimizers(path, trust, allow)
     )
 
 
@@ -142,13 +142,12 @@ def _read_shards(index: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint
         raise FileError(f"{index}: does not agree with its files: {odd} stands in one of them alone")
     header = dict(described.get("metadata") or {})
     content = _stated(state, index, header.pop(RECIPE, None))
-    optimizer = _optimizer(index.parent, trust, allow)
-    return Checkpoint(index.parent, "folder", content, header, shards=shards, index=index.name, optimizer=optimizer)
+    optimizers = _optimizers(index.parent, trust, allow)
+    return Checkpoint(index.parent, "folder", content, header, shards=shards, index=index.name, optimizers=optimizers)
 
 
-def _optimizer(folder: Path, trust: bool, allow: tuple[str, ...]) -> Any:
-    file = folder / _OPTIMIZER
-    return pickles.read(file, trust=trust, allow=allow) if file.is_file() else None
+def _optimizers(folder: Path, trust: bool, allow: tuple[str, ...]) -> dict[str, Any]:
+    return {file.name: pickles.read(file, trust=trust, allow=allow) for file in sorted(folder.glob(_OPTIMIZERS))}
 
 
 def _stated(tensors: Mapping[str, Any], path: Path, recipe: str | None) -> OrderedDict[str, Any]:
@@ -312,9 +311,9 @@ def _write_shards(found: Checkpoint, folder: Path, mapped: bool) -> None:
         described = {"metadata": {**found.header, "total_size": total, **recipe}}
         weight_map = {key: name for name, part in parts.items() for key in part}
         (folder / found.index).write_text(json.dumps({**described, "weight_map": weight_map}, indent=2) + "\n")
-    if found.optimizer is not None:
-        with open(folder / _OPTIMIZER, "wb") as file:
-            torch.save(found.optimizer, file)
+    for name, state in found.optimizers.items():
+        with open(folder / name, "wb") as file:
+            torch.save(state, file)
     for other in found.path.iterdir():
         if not (folder / other.name).exists():
             (shutil.copytree if other.is_dir() else shutil.copy2)(other, folder / other.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import os
 import secrets
@@ -87,10 +88,18 @@ def write_folder(path: str | os.PathLike[str], write: Callable[[Path], object], 
             for name in names:
                 _sync(Path(place, name))
             _sync(Path(place))
-        if overwrite and target.exists():
-            _exchange(temporary, target)
-        else:
-            os.rename(temporary, target)  # fails on a folder that holds something
+        while True:
+            try:
+                if overwrite and target.exists():
+                    _exchange(temporary, target)
+                else:
+                    os.rename(temporary, target)  # fails on a folder that holds something
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                if not overwrite:
+                    raise FileExistsError(target) from None
         _sync(target.parent)
     return path
 
@@ -102,7 +111,8 @@ def _reported(path: Path) -> Iterator[None]:
     except FileExistsError:
         raise FileError(f"{path}: appeared while it was being written; give another name, or --overwrite") from None
     except (OSError, RuntimeError, ValueError) as error:
-        raise FileError(f"{path}: cannot be written: {first_line(error)}") from error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides a full disk
+        raise FileError(f"{path}: cannot be written: {first_line(cause)}") from error
 
 
 @contextmanager
@@ -115,10 +125,11 @@ def _temporary(target: Path, folder: bool = False) -> Iterator[Path]:
             temporary.mkdir()
         else:
             temporary.touch(exist_ok=False)
-        held = _lock(temporary)
-        if temporary.exists():
-            break
-        _unlock(held)  # another run took it for a dead one's before it was locked
+        with suppress(FileNotFoundError):
+            held = _lock(temporary)
+            if temporary.exists():
+                break
+            _unlock(held)  # another run took it for a dead one's before it was locked
     try:
         yield temporary
     finally:
@@ -186,7 +197,7 @@ def _exchange(source: Path, target: Path) -> None:
         and _libc.renameat2(_AT_FDCWD, old, _AT_FDCWD, new, _RENAME_EXCHANGE) == 0
     ):
         return
-    aside = source.with_name(f"{source.name}.old")
+    aside = source.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     os.rename(target, aside)
     os.rename(source, target)
     os.rename(aside, source)
@@ -259,13 +270,9 @@ class Releasing:
 def scratch_tensor(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) -> Tensor:
     """An empty tensor whose memory is a file in `folder` that has no name any more; small ones, or without a folder, in memory."""
     size = math.prod(shape) * dtype.itemsize
-    if folder is None or size < _RELEASED_FROM or not _POSIX:
+    if folder is None or size < _RELEASED_FROM or not os.path.isdir("/proc/self/fd"):
         return torch.empty(shape, dtype=dtype)
-    handle, name = tempfile.mkstemp(dir=folder)
-    try:
-        os.truncate(handle, size)
-        storage = torch.UntypedStorage.from_file(name, shared=True, nbytes=size)
-    finally:
-        os.close(handle)
-        os.unlink(name)
+    with tempfile.TemporaryFile(dir=folder) as file:  # without a name from the start, where the system can
+        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and no signal later
+        storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, nbytes=size)
     return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[call-overload, no-any-return]

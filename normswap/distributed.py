@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
@@ -144,8 +145,10 @@ def read(path: str | os.PathLike[str], scratch: Path | None) -> tuple[dict[str, 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process does it all is meant
             load(state, storage_reader=_Reader(path), planner=_LoadPlanner(False, False), no_dist=True)
-    except Exception as error:  # whatever a broken shard raises; torch wraps it
+    except (Exception, CheckpointException) as error:  # whatever a broken shard raises; torch wraps it
         inner = error.__cause__ or error
+        if isinstance(error, CheckpointException):
+            inner = next(iter(error.failures.values()))[0]
         raise FileError(f"{path}: is damaged or incomplete ({first_line(inner)})") from None
     mappings = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
     return state, mappings
@@ -158,4 +161,8 @@ def write(state: dict[str, Any], folder: Path, mappings: Mapping[str, tuple[Any,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         writer = FileSystemWriter(folder, sync_files=False)
-        save(plain, storage_writer=writer, planner=_SavePlanner(nested), no_dist=True)
+        try:
+            save(plain, storage_writer=writer, planner=_SavePlanner(nested), no_dist=True)
+        except CheckpointException as error:  # no Exception: torch's own base
+            inner = next(iter(error.failures.values()))[0]
+            raise inner from None

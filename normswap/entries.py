@@ -37,7 +37,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        return ".".join(self.keys)
+        return ".".join(map(str, self.keys))
 
 
 def find_entries(content: Any, key: str | None, where: object) -> list[Entry]:
@@ -67,10 +67,11 @@ def _under(content: Any, key: str, where: object) -> Entry:
     while rest:
         if not isinstance(found, Mapping):
             break
-        step = rest if rest in found else rest.partition(".")[0]
+        step: Any = rest if rest in found else rest.partition(".")[0]
+        step = next((name for name in found if str(name) == step), step)
         if step not in found:
             break
-        found, rest = found[step], rest[len(step) + 1 :]
+        found, rest = found[step], rest[len(str(step)) + 1 :]
         keys.append(step)
     if rest or not _is_model(found):
         names = [str(n) for n, v in content.items() if _is_model(v)] if isinstance(content, Mapping) else []
@@ -86,6 +87,14 @@ def is_state(value: Any) -> bool:
     tensors = [name for name, entry in value.items() if isinstance(entry, Tensor)]
     others = (name for name, entry in value.items() if not isinstance(entry, Tensor | Raw))
     return bool(tensors) and all(name.endswith(("_extra_state", *_BESIDE)) for name in others)
+
+
+def other_models(content: Any, found: Sequence[Entry]) -> list[str]:
+    """Names of what looks like a model in a training checkpoint and is not among `found`."""
+    if not isinstance(content, Mapping) or is_state(content):
+        return []
+    taken = {entry.keys[0] for entry in found if entry.keys}
+    return [str(name) for name, value in content.items() if name not in taken and _is_model(value)] if taken else []
 
 
 def _is_model(value: Any) -> bool:
@@ -222,15 +231,17 @@ def rebuild(
 ) -> OrderedDict[str, Any]:
     """`state` with the keys of each binding exchanged for the new state dict of its model, all others as they were."""
     result: OrderedDict[str, Any] = OrderedDict()
-    owner = {outer: index for index, binding in enumerate(bindings) for outer in binding.names.values()}
-    written: set[int] = set()
+    owner: dict[str, tuple[int, str]] = {}
+    parts: dict[tuple[int, str], dict[str, Any]] = {}  # by binding and module: a module's keys stand together
+    for index, (binding, new) in enumerate(zip(bindings, states, strict=True)):
+        owner |= {outer: (index, name.rpartition(".")[0]) for name, outer in binding.names.items()}
+        for name, value in new.items():
+            parts.setdefault((index, name.rpartition(".")[0]), {})[binding.outer(name)] = value
     for key, value in state.items():
-        index = owner.get(key)
-        if index is None:
-            result[key] = value
-        elif index not in written:
-            written.add(index)
-            result.update((bindings[index].outer(name), new) for name, new in states[index].items())
+        place = owner.get(key)
+        result.update({key: value} if place is None else parts.pop(place, {}))
+    for part in parts.values():
+        result.update(part)
     result._metadata = _metadata(state, bindings, states)  # type: ignore[attr-defined]  # torch's own place
     return result
 

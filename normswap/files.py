@@ -18,7 +18,7 @@ from normswap.convert import Options, Progress, run
 from normswap.convert import fold as fold_model
 from normswap.entries import Binding, Entry
 from normswap.errors import FileError, OptionError
-from normswap.fitting import fill, parameters_of, source_of
+from normswap.fitting import fill, parameters_of, source_of, with_others
 from normswap.optimizer import Parameter
 from normswap.report import Change, Left, Report
 from normswap.sources import Source
@@ -119,12 +119,11 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Done:
-    """A converted entry: its new value, the report, and the parameters that an optimizer had and will have."""
+    """A converted entry: its new value, the report, and what an optimizer may have had as parameters, and will have."""
 
     value: Any
     report: Report
-    before: tuple[Parameter, ...]
-    after: tuple[Parameter, ...]
+    ways: tuple[tuple[tuple[Parameter, ...], tuple[Parameter, ...]], ...]
 
 
 def _convert(found: Checkpoint, key: str | None, job: _Job) -> tuple[Checkpoint, Report]:
@@ -132,19 +131,24 @@ def _convert(found: Checkpoint, key: str | None, job: _Job) -> tuple[Checkpoint,
     content = found.content
     dones: list[_Done] = []
     copies: list[Change] = []
-    for entry in entries.find_entries(content, key, found.path):
-        done = _convert_entry(entry, found.path, job)
+    made: dict[int, _Done] = {}  # one module may stand under two names
+    sources_of = entries.find_entries(content, key, found.path)
+    for entry in sources_of:
+        place = id(entry.value)
+        done = made[place] = made.get(place) or _convert_entry(entry, found.path, job)
         content = entries.put(content, entry, done.value)
         copied = (entry.name,), "copy", "copy of the model", "converted", "converted like the model", done.report.exact
         copies += [Change(*copied)] if dones else []
         dones.append(done)
     first, report = dones[0], dones[0].report
     content, changes, notices = _mend(content, first, flat=found.kind == "dcp")
-    held, more, further = _mend({"optimizer": found.optimizer}, first)
+    held, more, further = _mend(dict(found.optimizers), first)
+    if others := entries.other_models(found.content, sources_of):
+        further.append(f"not converted, though it looks like a model: {', '.join(others)}; convert it with --key")
     report = replace(
         report, changes=(*report.changes, *copies, *changes, *more), warnings=(*report.warnings, *notices, *further)
     )
-    return replace(found, content=content, optimizer=held.get("optimizer")), report
+    return replace(found, content=content, optimizers=held), report
 
 
 def _convert_entry(entry: Entry, where: Path, job: _Job) -> _Done:
@@ -156,12 +160,13 @@ def _convert_entry(entry: Entry, where: Path, job: _Job) -> _Done:
         before = parameters_of(entry.value)
         model, report = _convert_module(entry.value, job)
         checkpoint.set_recipe(model, report.recipe)
-        return _Done(model, report, before, parameters_of(model))
+        return _Done(model, report, ((before, parameters_of(model)),))
     if job.model is None:
         return _convert_bare(entry, where, job)
     if job.eps is not None:
         raise OptionError("--eps is for files without their model; the one that --model makes has its own")
-    filled = fill(entry.value, job.model, job.arguments, where)
+    named = f"{where}: {entry.name}" if entry.keys else where
+    filled = fill(entry.value, job.model, job.arguments, named)
     before = parameters_of(filled[0][1])
     converted = [(binding, *_convert_module(model, job)) for binding, model in filled]
     report = converted[0][2]
@@ -174,7 +179,12 @@ def _convert_entry(entry: Entry, where: Path, job: _Job) -> _Done:
     listed = ", ".join(beside[:3]) + ("" if len(beside) <= 3 else f" and {len(beside) - 3} more")
     notices = (f"beside the model, kept as it was: {listed}",) if beside else ()
     report = replace(report, recipe=recipe_made, warnings=(*report.warnings, *notices))
-    return _Done(value, report, before, parameters_of(converted[0][1]))
+    after = parameters_of(converted[0][1])
+    binding = converted[0][0]
+    beside_too = tuple(
+        with_others(state, binding, parameters) for state, parameters in ((entry.value, before), (value, after))
+    )
+    return _Done(value, report, ((before, after), beside_too))  # type: ignore[arg-type]
 
 
 def _convert_module(model: nn.Module, job: _Job) -> tuple[nn.Module, Report]:
@@ -246,7 +256,9 @@ def _convert_bare(entry: Entry, where: Path, job: _Job) -> _Done:
     report = replace(
         report, left=(*report.left, *left), warnings=(*report.warnings, *notices), totals=totals, recipe=made
     )
-    return _Done(value, report, bare.parameters(entry.value), bare.parameters(value))
+    every = bare.parameters(entry.value), bare.parameters(value)
+    inner = bare.within_norms_prefix(entry.value, every[0]), bare.within_norms_prefix(entry.value, every[1])
+    return _Done(value, report, (every, inner))
 
 
 def _counts(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, int]:
@@ -273,7 +285,7 @@ def _with_source(
 
 def _mend(content: Any, done: _Done, flat: bool = False) -> tuple[Any, list[Change], list[str]]:
     """`content` with its optimizers' states carried over, a change for each parameter, and what could not be done."""
-    mended, carried, lost = (optimizer.mend_flat if flat else optimizer.mend)(content, done.before, done.after)
+    mended, carried, lost = (optimizer.mend_flat if flat else optimizer.mend)(content, done.ways)
     changes = [
         Change((parameter,), "optimizer", "state", after, f"{name}: state of parameters that {why}", True)
         for name, state in carried.items()

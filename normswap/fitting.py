@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from normswap import checkpoint, entries, recipe, sources
 from normswap.entries import Binding
@@ -35,7 +35,7 @@ def source_of(
 
 
 def fill(
-    state: Mapping[str, Any], model: Source, arguments: Mapping[str, Any], where: Path
+    state: Mapping[str, Any], model: Source, arguments: Mapping[str, Any], where: object
 ) -> list[tuple[Binding, nn.Module]]:
     """The model, on the tensors of `state`: once for each copy of it there. A converted state dict gets a converted model.
 
@@ -69,7 +69,7 @@ def fill(
     raise ModelError(f"{where}: the model that was given has tensors on meta that the file does not hold")
 
 
-def _assign(model: nn.Module, state: Mapping[str, Any], binding: Binding, where: Path) -> None:
+def _assign(model: nn.Module, state: Mapping[str, Any], binding: Binding, where: object) -> None:
     """Put the tensors of `state` into `model` as they are, parameters that it ties staying tied."""
     tied: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -96,3 +96,16 @@ def _assign(model: nn.Module, state: Mapping[str, Any], binding: Binding, where:
 def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
     """The parameters of a model as an optimizer sees them."""
     return tuple(Parameter(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters())
+
+
+def with_others(state: Mapping[str, Any], binding: Binding, parameters: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
+    """`parameters` of a model under their names in `state`, and with them, in the order of `state`, what may be parameters beside it."""
+    own = {binding.outer(p.name): p for p in parameters}
+    bound = set(binding.names.values())
+    found = []
+    for name, value in state.items():
+        if name in own:
+            found.append(Parameter(name, own[name].shape, own[name].trained))
+        elif name not in bound and isinstance(value, Tensor) and value.is_floating_point():
+            found.append(Parameter(name, tuple(value.shape)))
+    return tuple(found)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -29,14 +31,20 @@ class Carried:
     dropped: tuple[str, ...]
 
 
-def mend(
-    content: Any, before: Sequence[Parameter], after: Sequence[Parameter]
-) -> tuple[Any, dict[str, Carried], list[str]]:
-    """A training checkpoint with its optimizers' states carried over: by name what became of each, and which were lost."""
+Parameters = Sequence[Parameter]
+_DEEPEST, _MOST = 5, 10_000  # how far a checkpoint is searched: a hostile one may have no end
+
+
+def mend(content: Any, ways: Sequence[tuple[Parameters, Parameters]]) -> tuple[Any, dict[str, Carried], list[str]]:
+    """A training checkpoint with its optimizers' states carried over: by name what became of each, and which were lost.
+
+    `ways` are the parameters before and after, as far as each may be what the optimizer was made for, likeliest first.
+    """
     carried: dict[str, Carried] = {}
     lost = []
     for place, state in list(find_optimizers(content)):
-        name, result = ".".join(map(str, place)), carry_over(state, before, after)
+        name = ".".join(map(str, place))
+        result = next((c for before, after in ways if (c := carry_over(state, before, after)) is not None), None)
         content = _replaced(content, place, None if result is None else result.state)
         if result is None:
             lost.append(name)
@@ -46,27 +54,48 @@ def mend(
 
 
 def mend_flat(
-    content: Mapping[str, Any], before: Sequence[Parameter], after: Sequence[Parameter]
+    content: Mapping[str, Any], ways: Sequence[tuple[Parameters, Parameters]]
 ) -> tuple[Any, dict[str, Carried], list[str]]:
-    """`mend` for a distributed checkpoint, whose optimizer entries have the parameter's name in their own."""
-    gone = {p.name for p in before} - {p.name for p in after}
-    result = type(content)(
-        (key, value)
-        for key, value in content.items()
-        if not (".state." in key and any(f".{name}." in key for name in gone))
-    )  # type: ignore[call-arg]
-    result._metadata = getattr(content, "_metadata", {})  # type: ignore[attr-defined]  # torch's own place
-    return result, {}, []
+    """`mend` for a distributed checkpoint, whose optimizer entries have the parameter's name, or its number, in their own."""
+    before, after = ways[0]
+    names, still = {p.name for p in before}, {p.name for p in after}
+    states: dict[str, dict[str, list[str]]] = {}  # by optimizer, then by parameter
+    for key in content:
+        optimizer, found, rest = key.partition(".state.")
+        if found and (owner := _owner(rest, names)) is not None:
+            states.setdefault(optimizer, {}).setdefault(owner, []).append(key)
+    carried: dict[str, Carried] = {}
+    lost, gone = [], set()
+    for optimizer, owners in states.items():
+        numbered = any(owner.isdecimal() for owner in owners)
+        if numbered and names != still:
+            lost.append(optimizer)
+            gone |= {key for key in content if key.startswith(f"{optimizer}.")}
+        elif not numbered:
+            dropped = tuple(owner for owner in owners if owner not in still)
+            gone |= {key for owner in dropped for key in owners[owner]}
+            carried[optimizer] = Carried({}, tuple(owner for owner in owners if owner in still), dropped)
+    result = content.copy()  # type: ignore[attr-defined]  # an OrderedDict
+    for key in gone:
+        del result[key]
+    return result, carried, lost
+
+
+def _owner(rest: str, names: set[str]) -> str | None:
+    """The parameter, or its number, that an optimizer's entry is about: `layer.weight` of `layer.weight.exp_avg`."""
+    inner = rest.rpartition(".")[0]
+    if inner.isdecimal():
+        return inner
+    ends = (0, *(m.end() for m in re.finditer(r"\.", inner)))
+    return next((inner[at:] for at in ends if inner[at:] in names), None)
 
 
 def _replaced(content: Any, place: tuple[Any, ...], value: Any) -> Any:
-    """`content` with `value` at `place`, or without that place."""
+    """`content` with `value` at `place`; None at the top of a dict takes the place away."""
     changed = content.copy()
-    if len(place) == 2:
-        items = list(content[place[0]])
-        items[place[1]] = value
-        changed[place[0]] = items
-    elif value is None:
+    if len(place) > 1:
+        changed[place[0]] = _replaced(content[place[0]], place[1:], value)
+    elif value is None and isinstance(changed, dict):
         del changed[place[0]]
     else:
         changed[place[0]] = value
@@ -74,11 +103,17 @@ def _replaced(content: Any, place: tuple[Any, ...], value: Any) -> Any:
 
 
 def find_optimizers(content: Any) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
-    """Every optimizer's state dict at the top of a training checkpoint, or in a list there, with where it stands."""
-    for key, value in content.items() if isinstance(content, Mapping) else ():
-        for index, item in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            if is_optimizer(item):
-                yield ((key,) if index is None else (key, index)), item
+    """Every optimizer's state dict in the dicts and lists of a training checkpoint, with where it stands."""
+    pending: list[tuple[tuple[Any, ...], Any]] = [((), content)]
+    for _ in range(_MOST):
+        if not pending:
+            return
+        place, value = pending.pop(0)
+        if place and is_optimizer(value):
+            yield place, value
+        elif len(place) < _DEEPEST and type(value) in (dict, list, OrderedDict):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            pending += [((*place, key), item) for key, item in items if type(item) in (dict, list, OrderedDict)]
 
 
 def is_optimizer(value: Any) -> bool:
@@ -97,63 +132,84 @@ def carry_over(state: Mapping[str, Any], before: Sequence[Parameter], after: Seq
     A parameter keeps its state under its name; a new one gets none and joins the group of its kin; groups keep
     their options and the model's order. None where it cannot be told which parameter is which.
     """
-    names = _assign(state, before)
-    if names is None:
+    assigned = _assign(state, before)
+    if assigned is None or (set(before) != set(after) and _is_flat(state, before)):
         return None
-    shapes = {p.name: p.shape for p in after}
+    names, order = assigned
     home = {
         name: index for index, group in enumerate(state["param_groups"]) for name in (names[i] for i in group["params"])
     }
-    everyone = len(home) == len(before)
-    new = [
-        p.name
-        for p in after
-        if p.name not in home and (everyone or p.trained) and p.name not in {b.name for b in before}
-    ]
-    home |= {name: _kin(name, home, shapes) for name in new}
+    known, everyone = {p.name for p in before}, len(home) == len(before)
+    for parameter in after:
+        if parameter.name not in known and (everyone or parameter.trained):
+            home[parameter.name] = order.group_of(parameter, home)
     groups: list[dict[str, Any]] = []
     numbers: dict[str, int] = {}
     for index, group in enumerate(state["param_groups"]):
         members = [p.name for p in after if home.get(p.name) == index]
+        was = [names[i] for i in group["params"]]
+        if was != [p.name for p in before if p.name in set(was)]:  # in an order of its own, which torch goes by
+            members.sort(key=lambda name: was.index(name) if name in was else len(was))
         numbers |= {name: len(numbers) + offset for offset, name in enumerate(members)}
         mended = {**group, "params": [numbers[name] for name in members]}
         if "param_names" in group:
-            mended["param_names"] = members
-        groups.append(mended)
+            outer = dict(zip(was, group["param_names"], strict=True))
+            prefix = next(iter(outer.values()), "").removesuffix(next(iter(outer), ""))
+            mended["param_names"] = [outer.get(name, prefix + name) for name in members]
+        if members or not was or not order.drops_empty:
+            groups.append(mended)
     held = {names[index]: value for index, value in state["state"].items() if index in names}
     kept = {numbers[name]: value for name, value in held.items() if name in numbers}
     result = {**state, "state": kept, "param_groups": groups}
     return Carried(result, tuple(n for n in held if n in numbers), tuple(n for n in held if n not in numbers))
 
 
-def _kin(name: str, home: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The group for a new parameter: that of a vanished one of its kind, else of any one, else the last."""
-    leaf = name.rpartition(".")[2]
-    same = [other for other in home if other.rpartition(".")[2] == leaf]
-    gone = [other for other in same if other not in shapes]
-    return next((home[other] for other in (*gone, *same)), max(home.values(), default=0))
+def _is_flat(state: Mapping[str, Any], before: Parameters) -> bool:
+    """Whether an optimizer keeps all parameters in one vector, as LBFGS does."""
+    total = sum(math.prod(p.shape) for p in before)
+    entries = [entry for entry in state["state"].values() if isinstance(entry, Mapping)]
+    vectors = [v for entry in entries for v in entry.values() if isinstance(v, Tensor) and v.dim() == 1]
+    return len(before) > 1 and any(v.numel() == total for v in vectors)
 
 
 # ---- which parameter is which ----
 
 
-def _assign(state: Mapping[str, Any], parameters: Sequence[Parameter]) -> dict[Any, str] | None:
+@dataclass(frozen=True)
+class _Order:
+    """An order in which parameters may have been handed to an optimizer, and how they were told apart into groups."""
+
+    names: tuple[str, ...]
+    kind: Callable[[Parameter], Any] | None = None
+    classes: tuple[Any, ...] = ()
+    drops_empty: bool = False
+
+    def group_of(self, parameter: Parameter, home: Mapping[str, int]) -> int:
+        """The group of a new parameter: that of its kind, else that of one called alike, else the last."""
+        if self.kind is not None and self.kind(parameter) in self.classes:
+            return self.classes.index(self.kind(parameter))
+        leaf = parameter.name.rpartition(".")[2]
+        alike = (index for name, index in home.items() if name.rpartition(".")[2] == leaf)
+        return next(alike, max(home.values(), default=0))
+
+
+def _assign(state: Mapping[str, Any], parameters: Parameters) -> tuple[dict[Any, str], _Order] | None:
     """The name behind each index of an optimizer's state, where shapes bear it out."""
     groups = [group["params"] for group in state["param_groups"]]
     indices = [index for group in groups for index in group]
     if any(isinstance(index, Tensor | list | dict) for index in indices):
         return None
     shapes = {p.name: p.shape for p in parameters}
-    if all("param_names" in group for group in state["param_groups"]):
-        named = [_plain(name, shapes) for group in state["param_groups"] for name in group["param_names"]]
-        orders: Iterator[list[str]] = iter([named] if None not in named else [])  # type: ignore[list-item]
+    if groups and all("param_names" in group for group in state["param_groups"]):
+        named = tuple(_plain(name, shapes) or "" for group in state["param_groups"] for name in group["param_names"])
+        orders: Iterable[_Order] = [_Order(named)] if all(named) else []
     else:
         orders = _orders([len(group) for group in groups], parameters)
     for order in orders:
-        if len(order) == len(indices):
-            names = dict(zip(indices, order, strict=True))
+        if len(order.names) == len(indices):
+            names = dict(zip(indices, order.names, strict=True))
             if all(_fits(state["state"].get(index), shapes[name]) for index, name in names.items()):
-                return names
+                return names, order
     return None
 
 
@@ -181,19 +237,18 @@ _FULL_SIZE = {
 }
 
 
-def _orders(sizes: Sequence[int], parameters: Sequence[Parameter]) -> Iterator[list[str]]:
+def _orders(sizes: Sequence[int], parameters: Parameters) -> Iterator[_Order]:
     """The orders in which training scripts hand over parameters: as they are, or in groups by kind."""
     for chosen in (list(parameters), [p for p in parameters if p.trained]):
-        yield [p.name for p in chosen]
-        norms = _norms(chosen)
-        for kind in _kinds(norms):
+        yield _Order(tuple(p.name for p in chosen))
+        for kind, drops_empty in _kinds(_norms(chosen)):
             classes: dict[Any, list[str]] = {}
             for p in chosen:
                 classes.setdefault(kind(p), []).append(p.name)
             if len(classes) == len(sizes):
-                for order in permutations(classes.values()):
-                    if [len(members) for members in order] == list(sizes):
-                        yield [name for members in order for name in members]
+                for order in permutations(classes):
+                    if [len(classes[key]) for key in order] == list(sizes):
+                        yield _Order(tuple(name for key in order for name in classes[key]), kind, order, drops_empty)
 
 
 def _norms(parameters: Sequence[Parameter]) -> set[str]:
@@ -201,8 +256,11 @@ def _norms(parameters: Sequence[Parameter]) -> set[str]:
     return {p.name.rpartition(".")[0] for p in parameters if p.name.endswith("weight") and len(p.shape) == 1}
 
 
-def _kinds(norms: set[str]) -> list[Callable[[Parameter], Any]]:
-    """How scripts tell parameters with weight decay from those without: timm, torchvision's references, Ultralytics."""
+def _kinds(norms: set[str]) -> list[tuple[Callable[[Parameter], Any], bool]]:
+    """How scripts tell parameters with weight decay from those without, and whether they leave empty groups out.
+
+    In turn: timm; biases apart; torchvision's references, in three ways; Ultralytics.
+    """
 
     def normed(p: Parameter) -> bool:
         return p.name.rpartition(".")[0] in norms
@@ -211,10 +269,10 @@ def _kinds(norms: set[str]) -> list[Callable[[Parameter], Any]]:
         return p.name.endswith("bias")
 
     return [
-        lambda p: len(p.shape) <= 1,
-        bias,
-        normed,
-        lambda p: normed(p) or bias(p),
-        lambda p: "norm" if normed(p) else "bias" if bias(p) else "weight",
-        lambda p: "bias" if bias(p) else "norm" if normed(p) else "weight",
+        (lambda p: len(p.shape) <= 1, False),
+        (bias, False),
+        (normed, True),
+        (lambda p: normed(p) or bias(p), True),
+        (lambda p: "norm" if normed(p) else "bias" if bias(p) else "weight", True),
+        (lambda p: "bias" if bias(p) else "norm" if normed(p) else "weight", False),
     ]

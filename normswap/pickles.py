@@ -69,6 +69,8 @@ def _read_safely(path: Path, zipped: bool, allow: Iterable[str]) -> Any:
     allowed = {name: _import(name, path) for name in allow}
     if zipped:
         allowed |= {name: _safe_class(name, path) for name in _globals(path) if name not in allowed}
+    if "numpy.dtype" in allowed:  # the class of what it makes, which no pickle names
+        allowed |= {name: _import(name, path) for name in _SAFE_HELPERS if name.startswith("numpy.dtypes.")}
     while True:  # one class more a round: what the first look did not find, and torch's older format
         try:
             with torch.serialization.safe_globals([(found, name) for name, found in allowed.items()]):
