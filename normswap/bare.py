@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normswap.optimizer import Parameter
@@ -26,10 +26,17 @@ def norm_prefixes(state: Mapping[str, Any]) -> list[str]:
 
 def _is_norm(state: Mapping[str, Any], prefix: str) -> bool:
     found = [state.get(prefix + name) for name in (*_STATISTICS, *_AFFINE)]
-    vectors = [v for v in found if isinstance(v, Tensor) and v.dim() == 1 and v.is_floating_point()]
+    counted = state.get(f"{prefix}num_batches_tracked")
+    if counted is not None and not isinstance(counted, Tensor):
+        return False
+    vectors = [v for v in found if isinstance(v, Tensor) and v.dim() == 1 and _is_plain(v)]
     present = [v for v in found if v is not None]
     complete = all(isinstance(v, Tensor) for v in found[:2])
     return complete and len(vectors) == len(present) and len({len(v) for v in vectors}) == 1 and len(vectors[0]) > 0
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_meta
 
 
 def norms_of(state: Mapping[str, Any], eps: float) -> nn.Module:
@@ -86,8 +93,6 @@ def parameters(state: Mapping[str, Any]) -> tuple[Parameter, ...]:
 
 
 def within_norms_prefix(state: Mapping[str, Any], found: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
-    """Those of `found` under the longest prefix that all norms of `state` share: what stands beside it is no part of the model."""
-    prefix = os.path.commonprefix(norm_prefixes(state))
-    prefix = prefix[: prefix.rfind(".") + 1]
-    top = prefix.partition(".")[0] + "." if prefix else ""
-    return tuple(p for p in found if p.name.startswith(top))
+    """Those of `found` under the name that all norms of `state` begin with, if there is one: others are no part of the model."""
+    tops = {p.partition(".")[0] for p in norm_prefixes(state)}
+    return tuple(p for p in found if p.name.partition(".")[0] in tops) if len(tops) == 1 else found

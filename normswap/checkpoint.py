@@ -32,6 +32,9 @@ _LONGEST_RECIPE = 1 << 26  # bytes
 _INDEX = ".index.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "model.pt")
 _OPTIMIZERS = "optimizer*.bin"
+_PARTS = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
+_MOST_SHARED = 64  # times its size that the tensors of a file may claim together: some share memory
+_MOST_PATHS, _DEEPEST = 1_000_000, 100
 _NO_MODELS = (".onnx", ".pt2", ".npz", ".json", ".pb")
 
 
@@ -83,13 +86,30 @@ def read(
         raise FileError(f"{path}: {error.strerror or error}") from None
 
 
-def _read_file(path: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
+def check_input(path: Path) -> None:
+    """Raise `FileError` for a file that is none of a kind that can be read, by its first bytes."""
+    try:
+        if path.is_file() and not path.name.endswith(_INDEX) and not _has_tensors(path):
+            pickles.check_kind(path)
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: {getattr(error, 'strerror', None) or error}; check the name and the folder") from None
+
+
+def _has_tensors(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(16)
-    if tensorfiles.is_safetensors(head) and (path.suffix == ".safetensors" or head[8:10] == b'{"'):
+    return tensorfiles.is_safetensors(head) and (path.suffix == ".safetensors" or head[8:10] == b'{"')
+
+
+def _read_file(path: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
+    if _has_tensors(path):
         tensors, header = tensorfiles.read(path)
         return Checkpoint(path, "safetensors", _stated(tensors, path, header.pop(RECIPE, None)), header)
     found = pickles.read(path, trust=trust, allow=allow)
+    for model in _modules_in(found):
+        if _paths(model, path, {}) > _MOST_PATHS:
+            raise FileError(f"{path}: holds a {type(model).__name__} with more paths to its parts than can be followed")
     _check_sizes(path, found)
     return Checkpoint(path, "pt", found)
 
@@ -101,7 +121,7 @@ def _read_folder(path: Path, trust: bool, allow: tuple[str, ...], scratch: Path 
         text = _unpacked(recipe.data) if isinstance(recipe, Raw) else None
         nested = {name: where for name, where in nested.items() if name != RECIPE}
         return Checkpoint(path, "dcp", _stated(state, path, text), nested=nested)
-    indices = sorted(path.glob(f"*{_INDEX}"))
+    indices = sorted(index for index in path.glob(f"*{_INDEX}") if index.is_file())
     if indices:
         return _read_shards(indices[0], trust, allow)
     name = next((name for name in _WEIGHTS if (path / name).is_file()), None)
@@ -111,6 +131,8 @@ def _read_folder(path: Path, trust: bool, allow: tuple[str, ...], scratch: Path 
             f"or one of {', '.join(_WEIGHTS)}; give the name of a file"
         )
     inner = _read_file(path / name, trust, allow)
+    if not isinstance(inner.content, Mapping):
+        raise FileError(f"{path / name}: holds a {type(inner.content).__name__}, not a state dict")
     return replace(
         inner, path=path, kind="folder", shards={name: tuple(inner.content)}, optimizers=_optimizers(path, trust, allow)
     )
@@ -122,6 +144,7 @@ def _read_shards(index: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint
         described = json.loads(index.read_text())
         weight_map = described["weight_map"]
         names = sorted(set(weight_map.values()))
+        header = dict(described.get("metadata") or {})
         safe = all(Path(name).name == name for name in names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(f"{index}: is no index of weight files ({first_line(error)})") from None
@@ -138,9 +161,8 @@ def _read_shards(index: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint
         state |= part
         shards[name] = tuple(part)
     if state.keys() != weight_map.keys():
-        odd = sorted(state.keys() ^ weight_map.keys())[0]
+        odd = min(map(str, state.keys() ^ weight_map.keys()))
         raise FileError(f"{index}: does not agree with its files: {odd} stands in one of them alone")
-    header = dict(described.get("metadata") or {})
     content = _stated(state, index, header.pop(RECIPE, None))
     optimizers = _optimizers(index.parent, trust, allow)
     return Checkpoint(index.parent, "folder", content, header, shards=shards, index=index.name, optimizers=optimizers)
@@ -169,16 +191,41 @@ def _unpacked(data: bytes) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _modules_in(found: Any) -> list[nn.Module]:
+    values = [found, *found.values()] if isinstance(found, Mapping) else [found]
+    return [value for value in values if isinstance(value, nn.Module)]
+
+
+def _paths(module: nn.Module, path: Path, known: dict[int, int | None], depth: int = 0) -> int:
+    """How many paths lead into `module`. Raises for one that holds itself, or that is not built as torch builds one."""
+    if id(module) not in known:
+        known[id(module)] = None
+        held = vars(module)
+        for name, kind in _PARTS.items():
+            part = held.get(name)
+            if not isinstance(part, dict) or not all(v is None or isinstance(v, kind) for v in part.values()):
+                raise FileError(f"{path}: is damaged: its {type(module).__name__} lacks {name}")
+        children = [child for child in module._modules.values() if child is not None]
+        if depth < _DEEPEST:
+            known[id(module)] = 1 + sum(_paths(child, path, known, depth + 1) for child in children)
+    found = known[id(module)]
+    if found is None:
+        raise FileError(f"{path}: holds a {type(module).__name__} that holds itself, or is nested too deep")
+    return found
+
+
 def _check_sizes(path: Path, found: Any) -> None:
     """No tensor may claim more than the file holds: a view that repeats one element does, to exhaust memory."""
-    size = path.stat().st_size
-    tensors = found.state_dict(keep_vars=True) if isinstance(found, nn.Module) else found
-    parts = [tensors, *tensors.values()] if isinstance(tensors, Mapping) else []
+    size, total = path.stat().st_size, 0
+    parts = [found, *found.values()] if isinstance(found, Mapping) else []
+    for model in _modules_in(found):
+        parts += [{**dict(model.named_parameters()), **dict(model.named_buffers())}]
     for part in parts:
         for name, value in part.items() if isinstance(part, Mapping) else ():
             if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
                 claimed = value.numel() * value.itemsize
-                if claimed > size:
+                total += claimed
+                if claimed > size or total > _MOST_SHARED * size:
                     raise FileError(f"{path}: {name} claims {claimed:,} bytes, more than the file holds")
 
 
@@ -315,5 +362,15 @@ def _write_shards(found: Checkpoint, folder: Path, mapped: bool) -> None:
         with open(folder / name, "wb") as file:
             torch.save(state, file)
     for other in found.path.iterdir():
-        if not (folder / other.name).exists():
-            (shutil.copytree if other.is_dir() else shutil.copy2)(other, folder / other.name)
+        if (folder / other.name).exists():
+            continue
+        if other.is_dir() and not other.is_symlink():
+            shutil.copytree(other, folder / other.name, symlinks=True, ignore=_odd)
+        elif other.is_symlink() or other.is_file():
+            shutil.copy2(other, folder / other.name, follow_symlinks=False)
+
+
+def _odd(place: str, names: list[str]) -> set[str]:
+    """What is neither a file, a folder nor a link, and cannot be copied: a pipe, a device."""
+    paths = {name: Path(place, name) for name in names}
+    return {name for name, path in paths.items() if not (path.is_symlink() or path.is_file() or path.is_dir())}

@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -28,24 +37,45 @@ from normswap.disk import release, scratch_tensor
 from normswap.entries import Raw
 from normswap.errors import FileError, UnsafeFileError, first_line
 
-_SAFE_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _SAFE_GLOBALS = {
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+            "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set"),
     ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("pathlib", "WindowsPath"),
 }  # fmt: skip
+_BUILT = (
+    Metadata, MetadataIndex, TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata, TensorProperties,
+    StorageMeta, _StorageInfo,
+)  # fmt: skip
 _LARGEST_CLAIM = 2  # times the bytes on disk that the tensors may claim: a shard can be compressed
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads the file `.metadata`, and nothing but torch's own descriptions in it: no other class is loaded."""
+class _MetadataUnpickler(pickle._Unpickler):
+    """Reads the file `.metadata`, and nothing but torch's own descriptions in it: no other class is loaded or changed.
+
+    The reader that is written in Python: the one in C takes memory for whatever number a memo entry claims.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
-        if dtype or (module, name) in _SAFE_GLOBALS or (module in _SAFE_MODULES and "." not in name and name[0] != "_"):
-            return super().find_class(module, name)
-        if module in _SAFE_MODULES and name in ("_MEM_FORMAT_ENCODING", "_StorageInfo"):
+        if dtype or (module, name) in _SAFE_GLOBALS:
             return super().find_class(module, name)
         raise UnsafeFileError(f"its .metadata asks for {module}.{name}, which no distributed checkpoint needs")
+
+    def load_build(self) -> None:
+        if type(self.stack[-2]) not in _BUILT:  # type: ignore[attr-defined]  # pickle's own names are not typed
+            raise UnsafeFileError("its .metadata changes a class or a module, which no distributed checkpoint needs")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class _Reader(FileSystemReader):
@@ -103,11 +133,16 @@ def read_metadata(path: Path) -> Metadata:
         raise UnsafeFileError(f"{path}: {error}") from None
     except Exception as error:  # whatever a broken pickle raises
         raise FileError(f"{file}: is damaged ({first_line(error)})") from None
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+    if not isinstance(metadata, Metadata):
         raise FileError(f"{file}: does not describe a distributed checkpoint")
-    if metadata.storage_meta is None:
-        metadata.storage_meta = StorageMeta()
-    _check_claims(path, metadata)
+    try:
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        _check_claims(path, metadata)
+    except FileError:
+        raise
+    except Exception as error:  # whatever attributes of other kinds raise
+        raise FileError(f"{file}: is damaged ({first_line(error)})") from None
     return metadata
 
 
@@ -120,13 +155,32 @@ def _check_claims(path: Path, metadata: Metadata) -> None:
         if not (path / name).is_file():
             raise FileError(f"{path}: {name} is missing; the checkpoint is incomplete")
     held = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    claimed = 0
     for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(name, str):
+            raise FileError(f"{path}: an entry is called {name!r}, which is no text")
         if isinstance(entry, TensorStorageMetadata):
-            claimed = entry.size.numel() * entry.properties.dtype.itemsize
+            if min(entry.size, default=0) < 0 or not isinstance(entry.size, torch.Size):
+                raise FileError(f"{path}: {name} has no size")
+            claimed += math.prod(entry.size) * entry.properties.dtype.itemsize
             if claimed > _LARGEST_CLAIM * held:
                 raise FileError(f"{path}: {name} claims {claimed:,} bytes, more than the folder holds")
+            if not _is_whole(entry):
+                raise FileError(f"{path}: {name} has parts that do not make a whole; the checkpoint is damaged")
         elif not isinstance(entry, BytesStorageMetadata):
             raise FileError(f"{path}: {name} is neither a tensor nor bytes")
+
+
+def _is_whole(entry: TensorStorageMetadata) -> bool:
+    """Whether the parts of a tensor lie in it and fill it: torch would leave the rest as the memory was before."""
+    parts = [part for part in entry.chunks if 0 not in part.sizes]
+    inside = all(
+        at >= 0 and size > 0 and at + size <= end
+        for part in parts
+        for at, size, end in zip(part.offsets, part.sizes, entry.size, strict=True)
+    )
+    apart = len({tuple(part.offsets) for part in parts}) == len(parts)
+    return inside and apart and sum(math.prod(part.sizes) for part in parts) == math.prod(entry.size)
 
 
 def read(path: str | os.PathLike[str], scratch: Path | None) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
@@ -145,12 +199,13 @@ def read(path: str | os.PathLike[str], scratch: Path | None) -> tuple[dict[str, 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process does it all is meant
             load(state, storage_reader=_Reader(path), planner=_LoadPlanner(False, False), no_dist=True)
-    except (Exception, CheckpointException) as error:  # whatever a broken shard raises; torch wraps it
+    except (Exception, CheckpointException) as error:  # whatever a broken shard raises; torch's is no Exception
         inner = error.__cause__ or error
         if isinstance(error, CheckpointException):
             inner = next(iter(error.failures.values()))[0]
         raise FileError(f"{path}: is damaged or incomplete ({first_line(inner)})") from None
-    mappings = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    found = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    mappings = {name: tuple(place) for name, place in found.items() if isinstance(place, tuple | list)}
     return state, mappings
 
 

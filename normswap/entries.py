@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ def find_entries(content: Any, key: str | None, where: object) -> list[Entry]:
     found = [Entry((name,), content[name]) for name in MODEL_KEYS if _is_model(content.get(name))]
     if found:
         return found
-    if sum(isinstance(value, Tensor) for value in content.values()) * 2 > len(content):
+    named = all(isinstance(name, str) for name in content)
+    if named and sum(isinstance(value, Tensor) for value in content.values()) * 2 > len(content):
         return [Entry((), content)]
     others = [str(name) for name, value in content.items() if _is_model(value)]
     if others:
@@ -106,7 +108,7 @@ def put(content: Any, entry: Entry, value: Any) -> Any:
     if not entry.keys:
         return value
     first, rest = entry.keys[0], Entry(entry.keys[1:], None)
-    changed = content.copy()
+    changed = copy.copy(content)
     changed[first] = put(content[first], rest, value)
     return changed
 

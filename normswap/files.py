@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from normswap import bare, checkpoint, disk, entries, optimizer, probe, sources
+from normswap import bare, checkpoint, disk, entries, optimizer, probe, recipe, sources
 from normswap.checkpoint import RECIPE, Checkpoint
 from normswap.convert import Options, Progress, run
 from normswap.convert import fold as fold_model
 from normswap.entries import Binding, Entry
-from normswap.errors import FileError, OptionError
+from normswap.errors import FileError, ModelError, NormswapError, OptionError, first_line
 from normswap.fitting import fill, parameters_of, source_of, with_others
 from normswap.optimizer import Parameter
 from normswap.report import Change, Left, Report
@@ -80,8 +81,8 @@ def convert_file(
     job = _Job(
         parse_target(to), Options(**options), model, model_args or {}, eps, input_shape, example_inputs, fold, progress
     )
-    if not sources.is_spec(str(path)) and not os.path.exists(path):
-        raise FileError(f"{path}: No such file or directory; check the name and the folder")
+    if not sources.is_spec(str(path)):
+        checkpoint.check_input(Path(path))
     out = default_out(path, to, format) if out is None else Path(out)
     form = _form(out, format)
     if not dry_run:
@@ -95,11 +96,27 @@ def convert_file(
         if weights is not None:
             raise OptionError(f"--weights {weights} is for a model of a library; {path} has its own")
         found = checkpoint.read(path, trust=trust, allow=allow, scratch=None if dry_run else out.resolve().parent)
-    found, report = _convert(found, key, job)
+    with _naming(path):
+        found, report = _convert(found, key, job)
     if not dry_run:
         progress(f"writing {out}")
         _write(found, out, form, key, overwrite)
     return report
+
+
+@contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors about the content of a file name the file; a module in it that is not whole is such an error."""
+    try:
+        yield
+    except (ModelError, FileError) as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
+    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, NormswapError) or sources.is_spec(str(path)):
+            raise
+        raise FileError(f"{path}: the module in it is damaged, or of another version ({first_line(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -233,7 +250,10 @@ def _convert_bare(entry: Entry, where: Path, job: _Job) -> _Done:
         )
     eps = EPS if job.eps is None else job.eps
     if not (math.isfinite(eps) and eps >= 0):
-        raise OptionError(f"--eps {eps}: must be a number from 0")
+        raise OptionError(f"--eps {eps}: must be 0 or more, and finite")
+    previous = checkpoint.recipe_of(entry.value)
+    if previous is not None:
+        recipe.check(previous, where)
     norms = bare.norms_of(entry.value, eps)
     converted, report = run(norms, job.target, job.options, inplace=True, progress=job.progress)
     names = {
@@ -244,13 +264,13 @@ def _convert_bare(entry: Entry, where: Path, job: _Job) -> _Done:
     }
     value = entries.rebuild(
         entry.value,
-        [Binding({name: name for name in sorted(names, key=list(entry.value).index)})],
+        [Binding({name: name for name in [n for n in entry.value if n in names]})],
         [converted.state_dict()],
     )
     reason = f"{job.target.name} changes no weights of this kind"
     left = [Left(path, "weight", "convolution", reason) for path in bare.convolution_keys(entry.value)]
     notices = (f"eps is not in the file: {eps:g} is assumed (--eps); nor are the sizes of maps, and what follows what",)
-    made = _with_source(report.recipe, None, {}, checkpoint.recipe_of(entry.value))
+    made = _with_source(report.recipe, None, {}, previous)
     checkpoint.set_recipe(value, made)
     totals = replace(report.totals, left=report.totals.left + len(left), **_counts(entry.value, value))
     report = replace(
@@ -400,7 +420,13 @@ def load(
     if isinstance(entry.value, nn.Module):
         return entry.value
     source, arguments = source_of(entry.value, model, model_args, path)
-    return fill(entry.value, source, arguments, path)[0][1]
+    try:
+        with _naming(path):
+            return fill(entry.value, source, arguments, path)[0][1]
+    except OptionError as error:
+        if model is not None:
+            raise
+        raise FileError(f"{path}: its recipe names a model that cannot be made: {error}") from None
 
 
 def save(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -27,11 +28,29 @@ def source_of(
     made = checkpoint.recipe_of(state)
     spec = made.get("model") if isinstance(made, Mapping) else None
     if isinstance(spec, str) and sources.is_spec(spec):
-        told = made.get("model_args")
-        return spec, told if isinstance(told, Mapping) and all(isinstance(k, str) for k in told) else {}
+        return spec, _harmless(made.get("model_args"), where)
     raise FileError(
         f"{where}: holds a state dict: tensors without their model; give it: load(path, model=factory), or --model SPEC"
     )
+
+
+_DANGEROUS = re.compile("path|file|url|dir|pretrained|checkpoint|cfg|cache|weights|hub", re.IGNORECASE)
+_MOST_ARGUMENT = 1_000_000
+
+
+def _harmless(arguments: Any, where: object) -> dict[str, Any]:
+    """A model's arguments that a file tells, if they are numbers and words that lead nowhere. Raises `FileError`."""
+    told = dict(arguments) if isinstance(arguments, Mapping) else {}
+    for name, value in told.items():
+        plain = isinstance(value, bool | int | float | str) and not (
+            isinstance(value, int) and abs(value) > _MOST_ARGUMENT
+        )
+        if not isinstance(name, str) or not plain or _DANGEROUS.search(name):
+            raise FileError(
+                f"{where}: its recipe makes the model with {name!r}, which is not taken from a file; give the model: "
+                "load(path, model=factory), or --model SPEC"
+            )
+    return told
 
 
 def fill(
@@ -77,13 +96,15 @@ def _assign(model: nn.Module, state: Mapping[str, Any], binding: Binding, where:
             if parameter is not None:
                 tied.setdefault(id(parameter), []).append((module, name))
     part = OrderedDict((name, state[outer]) for name, outer in binding.names.items())
-    known = getattr(state, "_metadata", None) or {}
+    known = getattr(state, "_metadata", None)
+    known = known if isinstance(known, Mapping) else {}
     outer = {name: binding.outer(f"{name}.x" if name else "x")[:-1].rstrip(".") for name, _ in model.named_modules()}
     part._metadata = {name: known[place] for name, place in outer.items() if place in known}  # type: ignore[attr-defined]
     try:
         missing, unexpected = model.load_state_dict(part, strict=False, assign=True)
-    except RuntimeError as error:  # hooks of the model's own
-        raise FileError(f"{where}: does not fit the model: {str(error).splitlines()[-1].strip()}") from None
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:  # hooks of the model's own, or odd tensors
+        last = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        raise FileError(f"{where}: does not fit the model: {last}") from None
     odd = [name for name in missing if not name.endswith("num_batches_tracked")] + list(unexpected)
     if odd:
         raise FileError(f"{where}: does not fit the model: {', '.join(odd[:3])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections import OrderedDict
@@ -75,7 +76,7 @@ def mend_flat(
             dropped = tuple(owner for owner in owners if owner not in still)
             gone |= {key for owner in dropped for key in owners[owner]}
             carried[optimizer] = Carried({}, tuple(owner for owner in owners if owner in still), dropped)
-    result = content.copy()  # type: ignore[attr-defined]  # an OrderedDict
+    result: Any = copy.copy(content)  # with torch's `_metadata`, which its own copy leaves behind
     for key in gone:
         del result[key]
     return result, carried, lost
@@ -92,7 +93,7 @@ def _owner(rest: str, names: set[str]) -> str | None:
 
 def _replaced(content: Any, place: tuple[Any, ...], value: Any) -> Any:
     """`content` with `value` at `place`; None at the top of a dict takes the place away."""
-    changed = content.copy()
+    changed = copy.copy(content)
     if len(place) > 1:
         changed[place[0]] = _replaced(content[place[0]], place[1:], value)
     elif value is None and isinstance(changed, dict):
@@ -197,11 +198,13 @@ def _assign(state: Mapping[str, Any], parameters: Parameters) -> tuple[dict[Any,
     """The name behind each index of an optimizer's state, where shapes bear it out."""
     groups = [group["params"] for group in state["param_groups"]]
     indices = [index for group in groups for index in group]
-    if any(isinstance(index, Tensor | list | dict) for index in indices):
+    if not all(isinstance(index, int | str) for index in indices):
         return None
     shapes = {p.name: p.shape for p in parameters}
     if groups and all("param_names" in group for group in state["param_groups"]):
-        named = tuple(_plain(name, shapes) or "" for group in state["param_groups"] for name in group["param_names"])
+        lists = [group["param_names"] for group in state["param_groups"]]
+        sound = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
+        named = tuple(_plain(name, shapes) or "" for names in lists for name in names) if sound else ("",)
         orders: Iterable[_Order] = [_Order(named)] if all(named) else []
     else:
         orders = _orders([len(group) for group in groups], parameters)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import struct
+import threading
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,15 @@ from torch import nn
 
 from normswap.errors import FileError, UnsafeFileError, first_line
 
-_SAFE_PACKAGES = ("torch.nn.", "torch.ao.", "torchvision.", "timm.", "normswap.")
+_SAFE_PACKAGES = (
+    "torch.nn.",
+    "torch.ao.",
+    "torchvision.models.",
+    "torchvision.ops.",
+    "timm.models.",
+    "timm.layers.",
+    "normswap.",
+)
 _SAFE_HELPERS = {
     "torch.nn.functional.relu",
     "torch.nn.functional.relu6",
@@ -59,7 +70,7 @@ def read(path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[s
         UnsafeFileError: a class that is not allowed; the message says how to allow it.
     """
     path = Path(path)
-    zipped = _check_kind(path)
+    zipped = check_kind(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickle protocols and typed storages: nothing that a user can mend
         return _load(path, weights_only=False, mmap=zipped) if trust else _read_safely(path, zipped, allow)
@@ -73,7 +84,7 @@ def _read_safely(path: Path, zipped: bool, allow: Iterable[str]) -> Any:
         allowed |= {name: _import(name, path) for name in _SAFE_HELPERS if name.startswith("numpy.dtypes.")}
     while True:  # one class more a round: what the first look did not find, and torch's older format
         try:
-            with torch.serialization.safe_globals([(found, name) for name, found in allowed.items()]):
+            with _no_constructors(), torch.serialization.safe_globals([(f, name) for name, f in allowed.items()]):
                 return _load(path, weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             match = _REFUSED.search(str(error))
@@ -91,6 +102,25 @@ def _read_safely(path: Path, zipped: bool, allow: Iterable[str]) -> Any:
             allowed[name] = _safe_class(name, path)
 
 
+@contextmanager
+def _no_constructors() -> Iterator[None]:
+    """No module is made anew meanwhile: a pickle of one restores its parts, while a constructor may take memory, or a
+    file from anywhere. Other threads make modules as ever.
+    """
+    real, loading = nn.Module.__init__, threading.get_ident()
+
+    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() == loading:
+            raise UnsafeFileError(f"it calls {type(self).__name__}(...), where a module is only restored")
+        real(self, *args, **kwargs)
+
+    nn.Module.__init__ = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__init__ = real  # type: ignore[method-assign]
+
+
 def _globals(path: Path) -> list[str]:
     """What the pickle names and torch does not allow by itself; the pickle is read, not run."""
     try:
@@ -102,6 +132,8 @@ def _globals(path: Path) -> list[str]:
 def _load(path: Path, *, weights_only: bool, mmap: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mmap or None)
+    except UnsafeFileError as error:
+        raise UnsafeFileError(f"{path}: is not what torch.save makes of a model: {error}") from None
     except pickle.UnpicklingError as error:
         if weights_only:
             raise
@@ -117,7 +149,7 @@ def _load(path: Path, *, weights_only: bool, mmap: bool) -> Any:
         raise FileError(f"{path}: is damaged or incomplete ({first_line(error)})") from None
 
 
-def _check_kind(path: Path) -> bool:
+def check_kind(path: Path) -> bool:
     """Whether the file is a zip archive of `torch.save`; raises for every other kind but torch's older one."""
     with path.open("rb") as file:
         head = file.read(512)
@@ -146,7 +178,7 @@ def _is_text(head: bytes) -> bool:
 def _check_archive(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+            entries, table = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, UnicodeDecodeError, OverflowError):
         raise FileError(
             f"{path}: is truncated or damaged: its table of contents cannot be read; copy or save it again"
@@ -163,7 +195,22 @@ def _check_archive(path: Path) -> bool:
     if "data.pkl" not in names:
         raise FileError(f"{path}: is a zip archive, but not one that torch.save wrote")
     _check_entries(path, entries)
+    if table != _table_of_contents(path):
+        raise FileError(f"{path}: is a zip archive with two tables of contents, or with something before or after it")
     return True
+
+
+def _table_of_contents(path: Path) -> int:
+    """Where a zip archive without a comment says that its table begins (APPNOTE 4.3.14 to 4.3.16); torch reads it there."""
+    with path.open("rb") as file:
+        file.seek(-min(98, path.stat().st_size), os.SEEK_END)
+        end = file.read()
+    signature, *_, offset, comment = struct.unpack("<4s4H2LH", end[-22:])
+    if signature != b"PK\x05\x06" or comment:
+        return -1
+    if offset == 0xFFFFFFFF and end[-98:-94] == b"PK\x06\x06":
+        return int(struct.unpack("<Q", end[-50:-42])[0])
+    return int(offset)
 
 
 def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:

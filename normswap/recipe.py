@@ -15,12 +15,13 @@ from normswap.weights import LAYERS
 
 FORMAT = 1
 _MOST_STEPS = 16  # conversions of conversions
+_DEEPEST = 16  # parts of a prefix
 _MISSED = 3  # names in a message
 
 
-def check(recipe: Any, where: object) -> dict[str, Any]:
+def check(recipe: Any, where: object, steps: int = 0) -> dict[str, Any]:
     """`recipe`, which came from a file, if it is one that this version can repeat. Raises `FileError`."""
-    if not isinstance(recipe, Mapping) or not isinstance(recipe.get("format"), int):
+    if not isinstance(recipe, Mapping) or type(recipe.get("format")) is not int:
         raise FileError(f"{where}: its recipe is damaged; give the model and convert it again")
     if recipe["format"] > FORMAT:
         made = recipe.get("versions")
@@ -34,6 +35,10 @@ def check(recipe: Any, where: object) -> dict[str, Any]:
         raise FileError(f"{where}: its recipe names the target {target!r}, which is none of {', '.join(TARGETS)}")
     if not isinstance(layers, Mapping) or not all(_is_layer(path, layer) for path, layer in layers.items()):
         raise FileError(f"{where}: its recipe is damaged: the layers are not paths with what they became")
+    if recipe.get("previous") is not None:
+        if steps >= _MOST_STEPS:
+            raise FileError(f"{where}: its recipe is damaged: too many conversions of conversions")
+        check(recipe["previous"], where, steps + 1)
     return dict(recipe)
 
 
@@ -62,6 +67,8 @@ def replay(model: nn.Module, recipe: Any, where: object, *, steps: int = 0) -> n
         raise FileError(f"{where}: its recipe is for another architecture: the model has no {listed}")
     for path, layer in layers.items():
         groups = layer.get("groups")
+        if not (sites[path].is_batch_norm or sites[path].kind == "weight"):
+            raise FileError(f"{where}: its recipe is for another architecture: {path} is a {sites[path].name} already")
         if groups is not None and sites[path].channels % groups:
             raise FileError(
                 f"{where}: its recipe is for another architecture: {path} has {sites[path].channels} channels, not a multiple of {groups} groups"
@@ -83,7 +90,8 @@ def replay(model: nn.Module, recipe: Any, where: object, *, steps: int = 0) -> n
 
 def _relative(layers: Mapping[str, Any], sites: Mapping[str, Any]) -> dict[str, Any]:
     """The layers by the model's own paths: a conversion without the model saw them under the prefix of the file."""
-    deepest = max((path.count(".") for path in layers), default=0)
+    deepest = max((path.count(".") for path in layers), default=0) - min((path.count(".") for path in sites), default=0)
+    deepest = min(deepest, _DEEPEST)
     for cut in range(deepest + 1):
         shortened = {path.split(".", cut)[-1]: layer for path, layer in layers.items()}
         if all(path in sites for path in shortened):

@@ -424,8 +424,13 @@ def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:
 
 
 def _unsound(norm: nn.Module) -> str:
-    """What is wrong with the statistics of a batch norm, where no layer could carry them."""
+    """What is wrong with a batch norm, so that no layer could stand in for it."""
     mean, var = norm.running_mean, norm.running_var
+    if not isinstance(norm.eps, int | float):
+        return "has an eps that is no number"
+    sizes = {len(t) for t in (mean, var, norm.weight, norm.bias) if isinstance(t, Tensor) and t.dim() == 1}
+    if len(sizes | {getattr(norm, "num_features", *sizes or {0})}) > 1:
+        return "has tensors of different sizes"
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.is_meta:
         return ""
     if not (mean.isfinite().all() and var.isfinite().all()):

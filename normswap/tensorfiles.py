@@ -58,7 +58,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
         block = mapped[8 + length + start : 8 + length + end]
         if block.data_ptr() % dtype.itemsize:
             block = block.clone()
-        tensors[name] = torch.empty(0, dtype=dtype).set_(block, 0, entry["shape"])  # type: ignore[call-overload]
+        try:
+            tensors[name] = torch.empty(0, dtype=dtype).set_(block, 0, entry["shape"])  # type: ignore[call-overload]
+        except (RuntimeError, TypeError) as error:  # a shape of which one number is 0 and another beyond all bounds
+            raise FileError(f"{path}: {name} has an impossible shape ({first_line(error)})") from None
     return tensors, metadata
 
 

@@ -191,7 +191,7 @@ class Fragile:
 
 
 def killed_after_bytes(source: Path, count: int) -> None:
-    disk.open = lambda *arguments: Fragile(open(*arguments), count)  # noqa: SIM115
+    disk.open = lambda *arguments, **named: Fragile(open(*arguments, **named), count)  # noqa: SIM115
     normswap.convert_file(source, "gn", out_of(source), overwrite=True)
 
 
