@@ -36,7 +36,8 @@ def _is_norm(state: Mapping[str, Any], prefix: str) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_meta
+    known = tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    return known and tensor.layout is torch.strided and not tensor.is_meta
 
 
 def norms_of(state: Mapping[str, Any], eps: float) -> nn.Module:

@@ -245,7 +245,8 @@ def set_recipe(content: Any, recipe: Any) -> None:
     if isinstance(content, nn.Module):
         content.__dict__[RECIPE] = recipe
     else:
-        content._metadata = OrderedDict(getattr(content, "_metadata", None) or {})
+        known = getattr(content, "_metadata", None)
+        content._metadata = OrderedDict(known if isinstance(known, Mapping) else {})
         content._metadata[RECIPE] = recipe
 
 

@@ -251,7 +251,8 @@ def rebuild(
 def _metadata(
     state: Mapping[str, Any], bindings: Sequence[Binding], states: Sequence[Mapping[str, Any]]
 ) -> OrderedDict[str, Any]:
-    metadata = OrderedDict(getattr(state, "_metadata", None) or {})
+    known = getattr(state, "_metadata", None)
+    metadata = OrderedDict(known if isinstance(known, Mapping) else {})
     for binding, new in zip(bindings, states, strict=True):
         for module, value in (getattr(new, "_metadata", None) or {}).items():
             metadata[binding.outer(f"{module}.x" if module else "x").removesuffix("x").removesuffix(".")] = value

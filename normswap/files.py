@@ -106,17 +106,13 @@ def convert_file(
 
 @contextmanager
 def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors about the content of a file name the file; a module in it that is not whole is such an error."""
+    """Errors about the content of a file name the file."""
     try:
         yield
     except (ModelError, FileError) as error:
         if str(path) in str(error):
             raise
         raise type(error)(f"{path}: {error}") from error
-    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, NormswapError) or sources.is_spec(str(path)):
-            raise
-        raise FileError(f"{path}: the module in it is damaged, or of another version ({first_line(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -175,7 +171,12 @@ def _convert_entry(entry: Entry, where: Path, job: _Job) -> _Done:
         if job.eps is not None:
             raise OptionError(f"--eps is for files without their model; {where} has the eps of each norm")
         before = parameters_of(entry.value)
-        model, report = _convert_module(entry.value, job)
+        try:
+            model, report = _convert_module(entry.value, job)
+        except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
+            if isinstance(error, NormswapError) or sources.is_spec(str(where)):
+                raise
+            raise FileError(f"{where}: its module is damaged, or of another version ({first_line(error)})") from error
         checkpoint.set_recipe(model, report.recipe)
         return _Done(model, report, ((before, parameters_of(model)),))
     if job.model is None:
@@ -196,12 +197,13 @@ def _convert_entry(entry: Entry, where: Path, job: _Job) -> _Done:
     listed = ", ".join(beside[:3]) + ("" if len(beside) <= 3 else f" and {len(beside) - 3} more")
     notices = (f"beside the model, kept as it was: {listed}",) if beside else ()
     report = replace(report, recipe=recipe_made, warnings=(*report.warnings, *notices))
-    after = parameters_of(converted[0][1])
-    binding = converted[0][0]
-    beside_too = tuple(
-        with_others(state, binding, parameters) for state, parameters in ((entry.value, before), (value, after))
+    binding, model, _ = converted[0]
+    after = parameters_of(model)
+    beside_too = (
+        with_others(entry.value, binding, model, before),
+        with_others(value, binding, model, after),
     )
-    return _Done(value, report, ((before, after), beside_too))  # type: ignore[arg-type]
+    return _Done(value, report, ((before, after), beside_too))
 
 
 def _convert_module(model: nn.Module, job: _Job) -> tuple[nn.Module, Report]:

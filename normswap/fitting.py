@@ -119,10 +119,12 @@ def parameters_of(model: nn.Module) -> tuple[Parameter, ...]:
     return tuple(Parameter(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters())
 
 
-def with_others(state: Mapping[str, Any], binding: Binding, parameters: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
+def with_others(
+    state: Mapping[str, Any], binding: Binding, model: nn.Module, parameters: tuple[Parameter, ...]
+) -> tuple[Parameter, ...]:
     """`parameters` of a model under their names in `state`, and with them, in the order of `state`, what may be parameters beside it."""
     own = {binding.outer(p.name): p for p in parameters}
-    bound = set(binding.names.values())
+    bound = {*binding.names.values(), *(binding.outer(name) for name in model.state_dict())}
     found = []
     for name, value in state.items():
         if name in own:

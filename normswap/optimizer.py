@@ -251,7 +251,12 @@ def _orders(sizes: Sequence[int], parameters: Parameters) -> Iterator[_Order]:
             if len(classes) == len(sizes):
                 for order in permutations(classes):
                     if [len(classes[key]) for key in order] == list(sizes):
-                        yield _Order(tuple(name for key in order for name in classes[key]), kind, order, drops_empty)
+                        yield _Order(
+                            tuple(name for key in order for name in classes[key]),
+                            kind,
+                            order,
+                            drops_empty and order[0] != "bias",
+                        )
 
 
 def _norms(parameters: Sequence[Parameter]) -> set[str]:
@@ -262,7 +267,7 @@ def _norms(parameters: Sequence[Parameter]) -> set[str]:
 def _kinds(norms: set[str]) -> list[tuple[Callable[[Parameter], Any], bool]]:
     """How scripts tell parameters with weight decay from those without, and whether they leave empty groups out.
 
-    In turn: timm; biases apart; torchvision's references, in three ways; Ultralytics.
+    In turn: timm; biases apart; torchvision's references, in three ways; these and Ultralytics, which keeps empty ones.
     """
 
     def normed(p: Parameter) -> bool:
@@ -277,5 +282,5 @@ def _kinds(norms: set[str]) -> list[tuple[Callable[[Parameter], Any], bool]]:
         (normed, True),
         (lambda p: normed(p) or bias(p), True),
         (lambda p: "norm" if normed(p) else "bias" if bias(p) else "weight", True),
-        (lambda p: "bias" if bias(p) else "norm" if normed(p) else "weight", False),
+        (lambda p: "bias" if bias(p) else "norm" if normed(p) else "weight", True),  # Ultralytics puts biases first
     ]

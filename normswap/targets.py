@@ -433,9 +433,9 @@ def _unsound(norm: nn.Module) -> str:
         return "has tensors of different sizes"
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.is_meta:
         return ""
-    if not (mean.isfinite().all() and var.isfinite().all()):
+    if not (widen(mean).isfinite().all() and widen(var).isfinite().all()):
         return "has running statistics that are not finite"
-    return "has a negative running variance" if (var < 0).any() else ""
+    return "has a negative running variance" if (widen(var) < 0).any() else ""
 
 
 def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:

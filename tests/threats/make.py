@@ -567,6 +567,7 @@ def a_module_with_text_for_statistics(folder: Path) -> Path:
     return _module(folder, lambda model: model[1]._buffers.update(running_mean="mean"))
 
 
+@may_load
 @threat
 def a_norm_with_a_huge_size(folder: Path) -> Path:
     return _module(folder, lambda model: model[1].__dict__.update(num_features=1 << 40))
@@ -578,6 +579,7 @@ def a_norm_with_text_for_eps(folder: Path) -> Path:
     return _module(folder, lambda model: model[1].__dict__.update(eps="small"))
 
 
+@may_load
 @threat
 def a_norm_with_text_for_its_size(folder: Path) -> Path:
     return _module(folder, lambda model: model[1].__dict__.update(num_features="eight"))
