@@ -27,7 +27,7 @@ from normswap.targets import PLAIN_TARGET, Target, parse_target
 
 EPS = 1e-5
 """Assumed of a norm in a file without its model: torch's default."""
-BARE_NORMS = ("gn", "ln", "in", "frozen")
+BARE_NORMS = ("gn", "ln", "in", "est", "bcn", "frozen")
 _LARGE = 200_000_000  # parameters: a larger model is not run on noise without being asked to
 
 

@@ -140,7 +140,8 @@ def _obstacle(module: nn.Module, base: type[nn.Module]) -> str:
     if base in PLAIN:
         return ""
     for name in ("weight", "bias"):
-        if name not in module._parameters and name not in module._buffers and hasattr(module, name):
+        held = name in module._parameters or name in module._buffers
+        if not held and isinstance(getattr(module, name, None), torch.Tensor):
             return f"has a {name} that is computed (weight_norm, spectral_norm or a pruning mask)"
     return ""
 
@@ -445,7 +446,7 @@ def _reads_shape_only(node: fx.Node) -> bool:
 @functools.cache
 def own_attributes(base: Any) -> dict[str, frozenset[str]]:
     """The names that an instance of a batch norm class has by itself, as attributes, parameters and buffers."""
-    fresh = base(1)
+    fresh = base(1, 1) if issubclass(base, BatchChannelNorm | nn.GroupNorm) else base(1)
     return {"": frozenset(vars(fresh))} | {
         kind: frozenset(getattr(fresh, kind)) for kind in ("_parameters", "_buffers", "_modules")
     }

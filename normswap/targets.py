@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from normswap.errors import OptionError
 from normswap.graph import Site
-from normswap.layers import FrozenBatchNorm
+from normswap.layers import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.plan import (
     LEAST_ELEMENTS,
     Absorb,
@@ -31,7 +31,7 @@ from normswap.plan import (
     read_statistics,
     retyped,
 )
-from normswap.transfer import Statistics, as_affine, filter_moments, widen
+from normswap.transfer import Statistics, as_affine, filter_moments, match_output, widen
 from normswap.weights import (
     NORMALIZED,
     PLAIN,
@@ -116,24 +116,72 @@ def to_frozen(site: Site, context: Context) -> Swap | str:
     """The same batch norm by fixed statistics: exact, and gain and bias are trained as before."""
     if site.base is FrozenBatchNorm or "Frozen" in site.name:
         return "has fixed statistics already"
+    new = FrozenBatchNorm(site.channels, eps_of(site.module), affine=False, spatial_dims=site.spatial_dims)
+    return _keep_statistics(site, context, new, "statistics fixed")
+
+
+def to_estimated(site: Site, context: Context) -> Swap | str:
+    """The same batch norm by moving estimates (Qiao et al. 2019): exact, and it learns at batch 1."""
+    if site.base is EstimatedBatchNorm:
+        return "goes by moving estimates already"
+    new = EstimatedBatchNorm(site.channels, eps_of(site.module), _rate(site), False, site.spatial_dims)
+    return _keep_statistics(site, context, new, "statistics become moving estimates")
+
+
+def to_batch_channel(site: Site, context: Context) -> Swap | str:
+    """Batch-channel norm (Qiao et al. 2019): moving estimates, then groups that start as those are over the data."""
+    chosen = choose_groups(site, context)
+    if isinstance(chosen, str):
+        return chosen
+    groups, note = chosen
+    new = BatchChannelNorm(groups, site.channels, eps_of(site.module), _rate(site), False, site.spatial_dims)
+    kept = _keep_statistics(site, context, new, "statistics become moving estimates")
+    if isinstance(kept, str):
+        return kept
+    stats = read_statistics(site, context)
+    assert stats is not None  # for the type checker: a norm without statistics was left above
+    how = f"{kept.how}; a gain and a bias a group"
+    if context.transfer == "match":
+        gain, bias = match_output(stats, groups)
+        like = site.module.running_mean
+        new.group_weight = nn.Parameter(gain.to(like))  # type: ignore[arg-type]
+        new.group_bias = nn.Parameter(bias.to(like))  # type: ignore[arg-type]
+        how = f"{kept.how}; groups start as these are over the data"
+    else:
+        new.to(site.module.running_mean.device, site.module.running_mean.dtype)  # type: ignore[union-attr, arg-type]
+    return replace(kept, after=f"{kept.after}({groups})", how=how, exact=False, note=note, groups=groups)
+
+
+def _rate(site: Site) -> float | None:
+    """How fast estimates follow: as the batch norm's own running statistics did."""
+    momentum = getattr(site.module, "momentum", 0.1)
+    return momentum if momentum is None or momentum else 0.1
+
+
+def _keep_statistics(site: Site, context: Context, new: nn.Module, how: str) -> Swap | str:
+    """`new`, a norm by running statistics, on the tensors of the one at `site`."""
     stats = read_statistics(site, context)
     if stats is None:
-        return "has no running statistics to fix (track_running_stats=False)"
+        return "has no running statistics (track_running_stats=False)"
     old = site.module
-    new = FrozenBatchNorm(site.channels, eps_of(old), affine=False, spatial_dims=site.spatial_dims)
     writes: list[tuple[Tensor, Tensor]] = []
     for name in ("weight", "bias"):
-        new.register_parameter(name, getattr(old, name))
-        if getattr(old, name) is not None and context.transfer == "reset":
-            parameter, write = place(site, name, getattr(stats, name), context)
-            new.register_parameter(name, parameter)
+        held = getattr(old, name)
+        if held is not None and (context.transfer == "reset" or not isinstance(held, nn.Parameter)):
+            held, write = place(site, name, getattr(stats, name), context)
             writes += write
-    new.affine = old.weight is not None
-    new._buffers.update((name, old._buffers[name]) for name in new._buffers)
-    exact, how = context.transfer != "reset", "statistics fixed"
+        new.register_parameter(name, held)
+    new.affine = old.weight is not None  # type: ignore[assignment]
+    counted = torch.zeros((), dtype=torch.long, device=old.running_mean.device)  # type: ignore[union-attr, arg-type]
+    new._buffers.update(
+        {"num_batches_tracked": counted}, **{n: b for n, b in old._buffers.items() if n in new._buffers}
+    )
+    exact = context.transfer != "reset"
     if site.path in context.rescaled and context.transfer == "match":
         writes += _statistics_writes(site, stats)
-        exact, how = False, "statistics fixed, rescaled for standardized weights"
+        exact, how = False, f"{how}, rescaled for standardized weights"
+    if context.transfer == "reset":
+        how = f"{how}; gain 1, bias 0"
     return Swap(site, new, type(new).__name__, how, exact, writes=tuple(writes))
 
 
@@ -269,22 +317,33 @@ def rescale_statistics(site: Site, context: Context) -> Swap | str:
 
 
 def to_plain_norm(site: Site, context: Context) -> Swap | str:
-    """A norm of normswap's own as torch layers: folded, or else a batch norm in eval mode."""
-    if site.base is not FrozenBatchNorm:
+    """A norm of normswap's own as torch layers: folded, or else a batch norm in eval mode; and a group norm behind it."""
+    if site.base not in (FrozenBatchNorm, EstimatedBatchNorm, BatchChannelNorm):
         return "is a plain layer"
-    folded = to_folded(site, context)
+    old, folded = site.module, to_folded(site, context)
+    channels = _channel_half(old) if isinstance(old, BatchChannelNorm) else None
     if isinstance(folded, Swap):
-        return folded
-    old = site.module
+        return folded if channels is None else replace(folded, module=channels, after=f"GroupNorm({old.num_groups})")
     classes = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
     cls = classes.get(site.spatial_dims or 0, nn.SyncBatchNorm)
     new = cls(site.channels, eps=eps_of(old), momentum=0.0, device="meta").eval()
-    new._parameters.update(old._parameters)
+    new._parameters.update({name: old._parameters[name] for name in ("weight", "bias")})
     new._buffers.update(old._buffers)
     new.affine = old.weight is not None
-    return Swap(
-        site, new, cls.__name__, "statistics fixed as long as it is in eval mode", True, f"not folded: {folded}"
-    )
+    how, note = "statistics fixed as long as it is in eval mode", f"not folded: {folded}"
+    if channels is None:
+        return Swap(site, new, cls.__name__, how, True, note)
+    return Swap(site, nn.Sequential(new, channels), f"{cls.__name__}, GroupNorm({old.num_groups})", how, True, note)
+
+
+def _channel_half(norm: BatchChannelNorm) -> nn.GroupNorm:
+    """The second half of a batch-channel norm as torch's group norm."""
+    new = nn.GroupNorm(norm.num_groups, norm.num_features, eps=norm.eps, device="meta")
+    each = norm.num_features // norm.num_groups
+    for name, parameter in (("weight", norm.group_weight), ("bias", norm.group_bias)):
+        spread = parameter.detach().repeat_interleave(each)
+        new.register_parameter(name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
+    return new
 
 
 def to_plain_weight(site: Site, context: Context) -> Swap | str:
@@ -341,6 +400,22 @@ NORMS: dict[str, Form] = {
             "Ulyanov et al. 2016",
             "style transfer, contrast that should not matter",
             to_instance_norm,
+        ),
+        Form(
+            "est",
+            "EstimatedBatchNorm",
+            "exact",
+            "Qiao et al. 2019",
+            "batch 1 without another norm",
+            to_estimated,
+        ),
+        Form(
+            "bcn",
+            "BatchChannelNorm",
+            "approximate, moment-matched",
+            "Qiao et al. 2019",
+            "batch 1 and 2, best with ws",
+            to_batch_channel,
         ),
         Form(
             "frozen",
@@ -412,7 +487,7 @@ def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:
     """The swap of a normalization, or why it is left."""
     if site.obstacle:
         return site.obstacle
-    if not site.is_batch_norm:
+    if not site.is_batch_norm and not (target is PLAIN_TARGET and site.base is BatchChannelNorm):
         return "is not a batch norm"
     if site.path in context.flow.touched:
         return "has tensors that a forward reads directly"

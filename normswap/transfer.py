@@ -61,6 +61,19 @@ def match_groups(stats: Statistics, groups: int) -> Affine:
     return Affine(weight.flatten(), bias.flatten())
 
 
+def match_output(stats: Statistics, groups: int) -> Affine:
+    """The gain and bias a group with which the channel half of a batch-channel norm undoes its own normalization.
+
+    They are the standard deviation and the mean that the batch half's output has over the group: its channels have
+    the means β_c and the variances γ_c²·σ²_c / (σ²_c + ε). Both of shape (groups,). Exact where a sample has the data's.
+    """
+    mean = stats.bias.view(groups, -1)
+    var = (as_affine(stats).scale.square() * stats.var).view(groups, -1)
+    group_mean = mean.mean(1, keepdim=True)
+    group_var = var.mean(1, keepdim=True) + (mean - group_mean).square().mean(1, keepdim=True)
+    return Affine((group_var + stats.eps).sqrt().flatten(), group_mean.flatten())
+
+
 def rescale_input(stats: Statistics, scale: Tensor, bias: Tensor | None) -> Statistics:
     """Statistics of a channel whose convolution is multiplied by `scale`, its bias `bias` apart."""
     offset = torch.zeros_like(stats.mean) if bias is None else widen(bias)

@@ -1,6 +1,7 @@
 """The layers of our own against plain references."""
 
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from zoo import randomize
 
 import normswap
-from normswap.layers import FrozenBatchNorm
+from normswap.layers import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.weights import STANDARDIZED, standardize_weight
 
 CONVS = [(nn.Conv1d, (2, 4, 9)), (nn.Conv2d, (2, 4, 9, 9)), (nn.Conv3d, (2, 4, 5, 5, 5))]
@@ -71,3 +72,70 @@ def test_frozen_norm_is_the_same_in_both_modes_and_trains_its_affine(shape: tupl
     frozen(x).sum().backward()
     assert frozen.weight.grad is not None and frozen.bias.grad is not None
     torch.testing.assert_close(frozen.running_mean, norm.running_mean)
+
+
+def by_the_paper(
+    x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, rate: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The estimates after one step, spelled out for each channel as algorithm 1 of Qiao et al. 2019 has them."""
+    for c in range(x.shape[1]):
+        values = x[:, c].flatten()
+        mean[c] = mean[c] + rate * (sum(values) / len(values) - mean[c])
+        var[c] = var[c] + rate * (sum((v - mean[c]) ** 2 for v in values) / len(values) - var[c])
+    return mean, var
+
+
+@pytest.mark.parametrize("groups", [0, 1, 2])
+def test_estimates_follow_the_paper_and_take_no_part_in_the_gradient(groups: int) -> None:
+    torch.manual_seed(0)
+    norm = randomize(BatchChannelNorm(groups, 4) if groups else EstimatedBatchNorm(4)).double().train()
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    for _ in range(2):
+        x = torch.randn(1, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+        y = norm(x)
+        mean, var = by_the_paper(x.detach(), mean, var, 0.1)
+        torch.testing.assert_close((norm.running_mean, norm.running_var), (mean, var))
+        scale = (norm.weight / (var + norm.eps).sqrt()).view(1, -1, 1, 1)
+        wanted = scale * (x - mean.view(1, -1, 1, 1)) + norm.bias.view(1, -1, 1, 1)
+        if groups:
+            each = wanted.view(1, groups, -1)
+            each = (each - each.mean(2, keepdim=True)) / (each.var(2, correction=0, keepdim=True) + norm.eps).sqrt()
+            each = norm.group_weight.view(1, -1, 1) * each + norm.group_bias.view(1, -1, 1)
+            wanted = each.view(x.shape)
+        torch.testing.assert_close(y, wanted)
+        gradients = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+        torch.testing.assert_close(gradients, torch.autograd.grad(wanted.square().sum(), x))
+    assert norm.num_batches_tracked == 2
+    seen = norm.running_mean.clone()
+    norm.eval()(x)
+    assert torch.equal(norm.running_mean, seen), "eval mode learns nothing"
+
+
+def test_a_step_between_forward_and_backward_does_no_harm() -> None:
+    norm = EstimatedBatchNorm(3).train()
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    first = norm(x)
+    norm(x)
+    first.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: EstimatedBatchNorm(4), lambda: BatchChannelNorm(2, 4), lambda: FrozenBatchNorm(4)]
+)
+def test_gradients_of_norms(make: Callable[[], nn.Module]) -> None:
+    norm = randomize(make()).double().eval()
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(norm, x)
+
+
+def test_batch_channel_norm_starts_as_the_batch_norm() -> None:
+    """Where a sample has the statistics of the data, the channel half undoes its own normalization."""
+    torch.manual_seed(0)
+    norm = randomize(nn.BatchNorm2d(8)).double().eval()
+    x = torch.randn(3, 8, 40, 40, dtype=torch.float64)
+    x = (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), correction=0, keepdim=True)
+    x = x * norm.running_var.sqrt().view(1, -1, 1, 1) + norm.running_mean.view(1, -1, 1, 1)
+    converted = normswap.convert(norm, "bcn", groups=2).model
+    assert type(converted) is BatchChannelNorm and converted.num_groups == 2
+    torch.testing.assert_close(converted(x), norm(x), rtol=1e-4, atol=1e-4)

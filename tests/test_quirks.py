@@ -131,7 +131,11 @@ def test_in_place_keeps_root_and_parameters(target: str) -> None:
     held = {id(p) for p in model.parameters()}
     converted, _ = normswap.convert(model, target, inplace=True)
     assert converted is model
-    assert {id(p) for n, p in model.named_parameters() if n not in ("0.bias", "0.weight_g")} <= held
+    assert {
+        id(p)
+        for n, p in model.named_parameters()
+        if n not in ("0.bias", "0.weight_g", "1.group_weight", "1.group_bias")
+    } <= held
 
 
 def test_in_place_root_norm() -> None:
@@ -158,3 +162,30 @@ def test_hooks_fire_and_can_be_removed() -> None:
 def test_uninitialized_lazy_module_is_refused() -> None:
     with pytest.raises(ModelError, match=r"1 \(LazyBatchNorm2d\) is lazy.*run the model once"):
         normswap.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d()), "gn")
+
+
+INDEPENDENT = [t for t in normswap.TARGETS if t.partition("-")[0] in ("gn", "ln", "in", "frozen", "fold", "ws", "wn")]
+
+
+@pytest.mark.parametrize("target", INDEPENDENT)
+@pytest.mark.parametrize("name", QUIRKS)
+def test_samples_do_not_mix(name: str, target: str) -> None:
+    """In train mode a sample's output is the same whatever else is in its batch, where no batch norm was left."""
+    quirk = QUIRKS[name]
+    with quiet():
+        try:
+            model = normswap.convert(build(quirk), target).model.train()
+        except ModelError:
+            pytest.skip("nothing to convert")
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in every_module(model)):
+        pytest.skip("a batch norm was left, and named")
+    x = torch.randn(quirk.shape, generator=torch.Generator().manual_seed(1)).to(quirk.dtype)
+    other = torch.cat([x[:1], torch.flip(x[1:], [-1]) * 3 + 1])
+    with torch.no_grad():
+        one, two = clone(model)(x)[:1], clone(model)(other)[:1]
+    assert distance(one, two) < TOLERANCE[quirk.dtype]
+
+
+def every_module(model: nn.Module) -> list[nn.Module]:
+    """Those in plain lists as well."""
+    return [*model.modules(), *(m for value in vars(model).values() if isinstance(value, list) for m in value)]

@@ -38,7 +38,8 @@ class Quirk:
             norm, weight = "", norm
         frozen = self.norms if self.frozen is None else self.frozen
         fold = frozen if self.fold is None else self.fold
-        norms = {"": 0, "frozen": frozen, "fold": fold}.get(norm, self.norms)
+        counts = {"": 0, "frozen": frozen, "est": frozen, "bcn": min(frozen, self.norms), "fold": fold}
+        norms = counts.get(norm, self.norms)
         weights = {"": 0, "ws": self.ws}.get(weight, self.ws if self.wn is None else self.wn)
         return norms, max(weights, fold) if norm == "fold" else weights
 

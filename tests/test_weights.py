@@ -1,0 +1,222 @@
+"""Standardized and normalized weights, on every kind of layer."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from test_quirks import distance
+from torch import nn
+from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from zoo import conv_norm, randomize
+
+import normswap
+from normswap.weights import NORMALIZED, PLAIN, STANDARDIZED, normalize_weight, standardize_weight, weight_names
+
+FORMS = {"ws": STANDARDIZED, "wn": NORMALIZED}
+BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Layer:
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+
+LAYERS = {
+    "conv1d": Layer(lambda: nn.Conv1d(4, 6, 3, groups=2), (2, 4, 9)),
+    "conv2d": Layer(lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 7, 7)),
+    "conv3d": Layer(lambda: nn.Conv3d(4, 6, 3), (2, 4, 5, 5, 5)),
+    "transposed 1d": Layer(lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 9)),
+    "transposed 2d": Layer(lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, output_padding=1), (2, 4, 5, 5)),
+    "transposed 3d": Layer(lambda: nn.ConvTranspose3d(4, 6, 2, dilation=2), (2, 4, 3, 3, 3)),
+    "linear": Layer(lambda: nn.Linear(4, 6), (2, 3, 4)),
+    "rnn": Layer(lambda: nn.RNN(4, 6, nonlinearity="relu"), (5, 2, 4)),
+    "lstm": Layer(lambda: nn.LSTM(4, 6, 2, bidirectional=True), (5, 2, 4)),
+    "lstm, projected": Layer(lambda: nn.LSTM(4, 6, proj_size=3, batch_first=True), (5, 2, 4)),
+    "gru": Layer(lambda: nn.GRU(4, 6, 2, bias=False), (5, 2, 4)),
+    "rnn cell": Layer(lambda: nn.RNNCell(4, 6), (2, 4)),
+    "lstm cell": Layer(lambda: nn.LSTMCell(4, 6), (2, 4)),
+    "gru cell": Layer(lambda: nn.GRUCell(4, 6), (2, 4)),
+}
+
+
+def first(output: object) -> torch.Tensor:
+    while isinstance(output, tuple):
+        output = output[0]
+    assert isinstance(output, torch.Tensor)
+    return output
+
+
+def converted(layer: nn.Module, form: str) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return normswap.convert(layer, form, layers=("conv", "linear", "rnn"), ws_scope="all").model
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_exact_trainable_and_portable(name: str, form: str, dtype: torch.dtype) -> None:
+    """The same function; pickles and copies; an optimizer's step shows at once; folds back to the plain layer."""
+    torch.manual_seed(0)
+    plain = LAYERS[name].make().to(dtype)
+    x = torch.randn(LAYERS[name].shape, dtype=dtype)
+    before = copy.deepcopy(plain.state_dict())
+    layer = converted(plain, form)
+    assert type(layer) is FORMS[form][type(plain)]
+    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
+    for same in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert distance(first(plain(x)), first(same(x))) < BOUND[dtype]
+    fresh = converted(LAYERS[name].make().to(dtype), form)
+    fresh.load_state_dict(layer.state_dict(), strict=True)
+    assert torch.equal(first(fresh(x)), first(layer(x)))
+    optimizer = torch.optim.SGD(layer.parameters(), 0.01)
+    first(layer(x)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    was = first(layer(x)).detach()
+    optimizer.step()
+    assert distance(was, first(layer(x))) > 1e-6
+    folded = normswap.fold(layer).model
+    assert type(folded) is type(plain) and folded.state_dict().keys() == plain.state_dict().keys()
+    assert distance(first(layer(x)), first(folded(x))) < BOUND[dtype]
+    assert first(layer.to(torch.float32)(x.float())).dtype == torch.float32, "nothing stale is left of the other dtype"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_sequences(form: str) -> None:
+    lstm = nn.LSTM(4, 6, 2, bidirectional=True)
+    packed = pack_padded_sequence(torch.randn(5, 3, 4), [5, 3, 2])
+    plain, ours = (pad_packed_sequence(layer(packed)[0])[0] for layer in (lstm, converted(lstm, form)))
+    assert distance(plain, ours) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_keys(form: str) -> None:
+    conv = set(converted(nn.Conv2d(4, 6, 3), form).state_dict())
+    lstm = set(converted(nn.LSTM(4, 6, bias=False), form).state_dict())
+    if form == "ws":
+        assert conv == {"weight", "bias", "weight_gain", "weight_shift"}
+        assert lstm == {f"weight_{k}_l0{end}" for k in ("ih", "hh") for end in ("", "_gain", "_shift")}
+    else:
+        assert conv == {"weight_g", "weight_v", "bias"}
+        assert lstm == {f"weight_{k}_l0_{end}" for k in ("ih", "hh") for end in ("g", "v")}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Conv2d(4, 6, 3), lambda: nn.Linear(4, 6), lambda: nn.ConvTranspose2d(4, 6, 3)]
+)
+def test_files_in_torchs_spellings_load(make: Callable[[], nn.Module]) -> None:
+    """`weight_norm` of both kinds, along output channels."""
+    dim = 1 if isinstance(make(), nn.ConvTranspose2d) else 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old = weight_norm(make(), dim=dim)
+    new = parametrizations.weight_norm(make(), dim=dim)
+    for theirs in (old, new):
+        ours = converted(make(), "wn")
+        ours.load_state_dict(theirs.state_dict(), strict=True)
+        torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_torchs_weight_norm_is_recognized() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old = conv_norm(conv=lambda: weight_norm(nn.Conv2d(3, 8, 3)))
+    new = conv_norm(conv=lambda: parametrizations.weight_norm(nn.Conv2d(3, 8, 3)))
+    for model in (old, new):
+        report = normswap.convert(model, "gn-wn").report
+        assert [left.reason.split(",")[0] for left in report.left] == ["is weight-normalized already"]
+
+
+def test_a_filter_of_zeros_gives_no_nan() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    with torch.no_grad():
+        layer.weight[0] = 0
+    ours = converted(layer, "wn")
+    y = ours(torch.randn(1, 3, 5, 5))
+    y.sum().backward()
+    assert y.isfinite().all() and all(p.grad.isfinite().all() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("groups", [None, 1, 2])
+def test_gradients(groups: int | None) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    out = 4 if groups is None else groups * 3
+    gain, shift = torch.rand(out, dtype=torch.float64) + 0.5, torch.randn(out, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda w: standardize_weight(w, gain, shift, groups=groups), weight)
+    shape = (4, 1, 1, 1) if groups is None else (groups, 3, 1, 1)
+    g = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w, g: normalize_weight(w, g, groups), (weight, g))
+
+
+def conventions() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """How published code standardizes a weight of shape (out, fan-in)."""
+
+    def centred(w: torch.Tensor) -> torch.Tensor:
+        return w - w.mean(1, keepdim=True)
+
+    return {
+        "unbiased std + 1e-5, outside": lambda w: centred(w) / (w.std(1, keepdim=True) + 1e-5),
+        "biased variance + 1e-10, inside": lambda w: centred(w) / (w.var(1, correction=0, keepdim=True) + 1e-10).sqrt(),
+        "biased variance + 1e-5, inside": lambda w: centred(w) / (w.var(1, correction=0, keepdim=True) + 1e-5).sqrt(),
+    }
+
+
+def test_published_conventions_on_small_filters() -> None:
+    """Filters of std 1e-3 are common: an eps of 1e-5 within the root leaves 0.3 of them; ours is the paper's code."""
+    torch.manual_seed(0)
+    weight = torch.randn(16, 576) * 1e-3
+    one, zero = torch.ones(16), torch.zeros(16)
+    ours = standardize_weight(weight, one, zero)
+    stds = {name: form(weight).std(1).mean().item() for name, form in conventions().items()}
+    assert stds["unbiased std + 1e-5, outside"] == pytest.approx(0.99, abs=0.002)
+    assert stds["biased variance + 1e-10, inside"] == pytest.approx(1.0, abs=0.002)
+    assert stds["biased variance + 1e-5, inside"] == pytest.approx(0.30, abs=0.01)
+    torch.testing.assert_close(ours, conventions()["biased variance + 1e-10, inside"](weight), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_filters_under_autocast(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(16, 64, 3, 3) * 1e-3
+    with torch.autocast("cpu", dtype=dtype):
+        std = standardize_weight(weight, torch.ones(16), torch.zeros(16)).float().flatten(1).std(1)
+    assert ((std - 1).abs() < 0.02).all()
+
+
+def test_scope_and_layers() -> None:
+    model = nn.Sequential(conv_norm(8), nn.Flatten(), nn.Linear(8 * 36, 5))
+    assert [c.paths[0] for c in normswap.convert(model, "wn").report.changes] == ["0.conv"]
+    both = normswap.convert(model, "wn", layers=("conv", "linear")).report
+    assert [c.paths[0] for c in both.changes] == ["0.conv", "2"]
+    assert [c.paths[0] for c in normswap.convert(model, "ws", layers=("conv", "linear")).report.changes] == ["0.conv"]
+    for wrong in ("conv", (), ("convolution",)):
+        with pytest.raises(normswap.OptionError, match="layers: .* give some of conv, linear, rnn"):
+            normswap.convert(model, "wn", layers=wrong)
+
+
+def test_attention_is_left_alone() -> None:
+    """It reads its projection's weight itself."""
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+    report = normswap.convert(model, "wn", layers=("linear",)).report
+    assert [c.paths[0] for c in report.changes] == ["1"]
+    assert "reads its weight" in next(left.reason for left in report.left if left.path == "0.out_proj")
+
+
+def test_fold_wn_is_the_weight_normalization_paper() -> None:
+    """No norm is left, each filter has its length as a parameter, and the trained function is intact."""
+    model = randomize(nn.Sequential(conv_norm(8), conv_norm(8, lambda: nn.Conv2d(8, 8, 3, bias=False)))).double().eval()
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    ours, report = normswap.convert(model, "fold-wn")
+    assert report.exact and distance(model(x), ours(x)) < 1e-10
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in ours.modules())
+    assert all(type(m) in PLAIN for m in ours.modules() if weight_names(m) and isinstance(m, nn.Conv2d))
+    for block in ours:
+        torch.testing.assert_close(block.conv.weight.flatten(1).norm(dim=1), block.conv.weight_g.flatten().abs())
