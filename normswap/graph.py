@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from normswap.layers import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.trace import skeleton, trace
 from normswap.weights import LAYERS, PLAIN, TRANSPOSED
 
@@ -44,9 +44,20 @@ _HARMLESS_READS = {"shape", "dtype", "device", "ndim", "size", "dim", "is_cuda"}
 
 
 def batch_norms() -> dict[type[nn.Module], int | None]:
-    """`BATCH_NORMS` with torchvision's frozen one; a model can hold that only if torchvision is imported."""
-    misc = sys.modules.get("torchvision.ops.misc")
-    return BATCH_NORMS if misc is None else {**BATCH_NORMS, misc.FrozenBatchNorm2d: 2}
+    """`BATCH_NORMS` with those of libraries; a model can hold these only if the library is imported."""
+    found = dict(BATCH_NORMS)
+    if (misc := sys.modules.get("torchvision.ops.misc")) is not None:
+        found[misc.FrozenBatchNorm2d] = 2
+    if (acts := sys.modules.get("timm.layers.norm_act")) is not None:
+        found[acts.FrozenBatchNormAct2d] = 2
+    return found
+
+
+def activated() -> set[type[nn.Module]]:
+    """Norms with children `drop` and `act` that run behind them: timm's, and what they become here."""
+    acts = sys.modules.get("timm.layers.norm_act")
+    theirs = () if acts is None else (acts.BatchNormAct2d, acts.SyncBatchNormAct, acts.FrozenBatchNormAct2d)
+    return {*ACTIVATED.values(), *theirs}
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +104,11 @@ class Site:
         return next((kind for kind, classes in LAYERS.items() if plain in classes), "conv")
 
     @property
+    def is_activated(self) -> bool:
+        """Whether the norm has an activation of its own behind it, in its children `drop` and `act`."""
+        return type(self.module) in activated()
+
+    @property
     def is_batch_norm(self) -> bool:
         return self.base in batch_norms()
 
@@ -117,7 +133,8 @@ def _classify(module: nn.Module) -> tuple[str, type[nn.Module] | None, str] | No
 
 def _obstacle(module: nn.Module, base: type[nn.Module]) -> str:
     for method in ("forward", "_conv_forward", "__call__", "_call_impl"):
-        if method in vars(module) or getattr(type(module), method, None) is not getattr(base, method, None):
+        own = getattr(type(module), method, None) is not getattr(base, method, None)
+        if method in vars(module) or (own and not (method == "forward" and type(module) in activated())):
             return f"has a {method} of its own, so it may do more than {base.__name__}"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "belongs to an attention layer, which reads its weight directly"
@@ -445,8 +462,10 @@ def _reads_shape_only(node: fx.Node) -> bool:
 
 @functools.cache
 def own_attributes(base: Any) -> dict[str, frozenset[str]]:
-    """The names that an instance of a batch norm class has by itself, as attributes, parameters and buffers."""
+    """The names that an instance of a norm's class has by itself, as attributes, parameters, buffers and children."""
     fresh = base(1, 1) if issubclass(base, BatchChannelNorm | nn.GroupNorm) else base(1)
-    return {"": frozenset(vars(fresh))} | {
-        kind: frozenset(getattr(fresh, kind)) for kind in ("_parameters", "_buffers", "_modules")
-    }
+    return (
+        {"": frozenset(vars(fresh))}
+        | {kind: frozenset(getattr(fresh, kind)) for kind in ("_parameters", "_buffers")}
+        | {"_modules": frozenset()}
+    )  # no norm has children of its own; an activation in one is carried over

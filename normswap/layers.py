@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -90,3 +92,23 @@ class BatchChannelNorm(EstimatedBatchNorm):
         each = self.num_features // self.num_groups
         gain, bias = (p.repeat_interleave(each) for p in (self.group_weight, self.group_bias))
         return F.group_norm(super().forward(input), self.num_groups, gain, bias, self.eps)
+
+
+# ---- norms with an activation behind them ----
+
+
+class _Activated:
+    """Mixed into a norm's class: `act(drop(norm(x)))`, as in timm's `BatchNormAct2d`, whose children these are."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))  # type: ignore[misc, no-any-return]
+
+
+ACTIVATED: dict[type[nn.Module], type[nn.Module]] = {}
+"""The class with an activation for each norm that can take the place of one with an activation."""
+for _plain in (
+    nn.GroupNorm, nn.InstanceNorm2d, FrozenBatchNorm, EstimatedBatchNorm, BatchChannelNorm,
+):  # fmt: skip
+    _name = f"{_plain.__name__}Act"
+    _doc = f"`{_plain.__name__}`, then the children `drop` and `act`."
+    ACTIVATED[_plain] = globals()[_name] = type(_name, (_Activated, _plain), {"__module__": __name__, "__doc__": _doc})

@@ -7,6 +7,7 @@ A new target is one function and one row. A function gets a site and the context
 from __future__ import annotations
 
 import difflib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from normswap.errors import OptionError
 from normswap.graph import Site
-from normswap.layers import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.plan import (
     LEAST_ELEMENTS,
     Absorb,
@@ -319,7 +320,7 @@ def rescale_statistics(site: Site, context: Context) -> Swap | str:
 def to_plain_norm(site: Site, context: Context) -> Swap | str:
     """A norm of normswap's own as torch layers: folded, or else a batch norm in eval mode; and a group norm behind it."""
     if site.base not in (FrozenBatchNorm, EstimatedBatchNorm, BatchChannelNorm):
-        return "is a plain layer"
+        return _without_activation(site) if type(site.module) in ACTIVATED.values() else "is a plain layer"
     old, folded = site.module, to_folded(site, context)
     channels = _channel_half(old) if isinstance(old, BatchChannelNorm) else None
     if isinstance(folded, Swap):
@@ -334,6 +335,19 @@ def to_plain_norm(site: Site, context: Context) -> Swap | str:
     if channels is None:
         return Swap(site, new, cls.__name__, how, True, note)
     return Swap(site, nn.Sequential(new, channels), f"{cls.__name__}, GroupNorm({old.num_groups})", how, True, note)
+
+
+def _without_activation(site: Site) -> Swap:
+    """A norm of torch's that had taken in an activation, alone."""
+    assert site.base is not None  # for the type checker: the classes with an activation are known
+    new = site.base.__new__(site.base)
+    new.__dict__ = {
+        **vars(site.module),
+        "_modules": {},
+        "_forward_hooks": OrderedDict(),
+        "_forward_pre_hooks": OrderedDict(),
+    }
+    return Swap(site, new, site.name.removesuffix("Act"), "activation apart", True)
 
 
 def _channel_half(norm: BatchChannelNorm) -> nn.GroupNorm:
@@ -487,15 +501,32 @@ def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:
     """The swap of a normalization, or why it is left."""
     if site.obstacle:
         return site.obstacle
-    if not site.is_batch_norm and not (target is PLAIN_TARGET and site.base is BatchChannelNorm):
+    ours = target is PLAIN_TARGET and (site.base is BatchChannelNorm or type(site.module) in ACTIVATED.values())
+    if not site.is_batch_norm and not ours:
         return "is not a batch norm"
     if site.path in context.flow.touched:
         return "has tensors that a forward reads directly"
-    if problem := _unsound(site.module):
+    if site.is_batch_norm and (problem := _unsound(site.module)):
         return problem
     if target.norm is not None:
-        return target.norm.plan(site, context)
+        plan = target.norm.plan(site, context)
+        return _activated(site, plan, target) if isinstance(plan, Swap) and site.is_activated else plan
     return rescale_statistics(site, context) if site.path in context.rescaled else f"{target.name} changes no norms"
+
+
+def _activated(site: Site, swap: Swap, target: Target) -> Swap:
+    """`swap` for a norm that has an activation behind it, which stays: its modules are carried over to the new one."""
+    new, name = swap.module, type(swap.module).__name__
+    if target is PLAIN_TARGET:  # to plain torch: the parts one after the other
+        if type(new) is nn.Identity:
+            new = nn.Sequential()
+        elif not isinstance(new, nn.Sequential):
+            new = nn.Sequential(OrderedDict(norm=new))
+        return replace(swap, module=new, after=f"{swap.after}, activation")
+    if type(new) is nn.Identity:
+        return replace(swap, module=nn.Sequential(), after="its activation")  # its children come into the empty one
+    new.__class__ = ACTIVATED[type(new)]
+    return replace(swap, after=swap.after.replace(name, type(new).__name__, 1))
 
 
 def _unsound(norm: nn.Module) -> str:

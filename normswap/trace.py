@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 _MAX_RUNS = 32  # runs of one forward; a forward with more branches than these cover counts as incomplete
+_NODES, _NODES_A_MODULE = 2000, 30  # the most that all runs of a forward may add up to: time stays linear in the model
 _MAX_FLAGS = 3  # of a forward's boolean arguments, tried both ways
 _MODULE_STATE = frozenset(vars(nn.Module()))
 _MAX_ROUNDS = 100  # answers alike at one place in the code: ends a loop whose condition is data
@@ -233,11 +234,12 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
     `module` is left as it was, but its forward runs: pass a copy.
     """
     graphs: list[fx.Graph] = []
-    problem = ""
+    problem, nodes = "", 0
+    most = _NODES + _NODES_A_MODULE * sum(1 for _ in module.modules())
     for modes, (arguments, must_run) in itertools.product(_modes(module), _arguments(module)):
         pending: list[dict[Any, bool]] = [{}]
         for _ in range(_MAX_RUNS):
-            if not pending:
+            if not pending or nodes > most:
                 break
             asked = pending.pop()
             tracer = _Tracer(is_leaf, asked)
@@ -252,13 +254,16 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
             except Exception as error:  # a forward is anybody's code: whatever it raises means "not traceable"
                 if must_run and not tracer.refused(error):
                     problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            nodes += len(tracer.graph.nodes) if hasattr(tracer, "graph") else 1
             # Flip each new decision, keeping those before it: every branch is entered once.
             taken = list(tracer.decisions.items())
             for index in range(len(asked), len(taken)):
                 place, way = taken[index]
                 pending.append({**dict(taken[:index]), place: not way})
         if pending:
-            problem = f"more than {_MAX_RUNS} branches"
+            problem = "more branches than can be followed"
+        if nodes > most:
+            break
     return Traced(tuple(graphs), not problem and bool(graphs), problem)
 
 
