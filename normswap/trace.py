@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 _MAX_RUNS = 32  # runs of one forward; a forward with more branches than these cover counts as incomplete
-_NODES, _NODES_A_MODULE = 2000, 30  # the most that all runs of a forward may add up to: time stays linear in the model
+_NODES, _NODES_A_MODULE = 2000, 20  # the most that all runs of a forward may add up to: time stays linear in the model
 _MAX_FLAGS = 3  # of a forward's boolean arguments, tried both ways
 _MODULE_STATE = frozenset(vars(nn.Module()))
 _MAX_ROUNDS = 100  # answers alike at one place in the code: ends a loop whose condition is data
@@ -239,7 +239,7 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
     for modes, (arguments, must_run) in itertools.product(_modes(module), _arguments(module)):
         pending: list[dict[Any, bool]] = [{}]
         for _ in range(_MAX_RUNS):
-            if not pending or nodes > most:
+            if not pending or nodes > most or (problem and graphs):  # one graph a mode is enough for what stays unsure
                 break
             asked = pending.pop()
             tracer = _Tracer(is_leaf, asked)
@@ -260,7 +260,7 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
             for index in range(len(asked), len(taken)):
                 place, way = taken[index]
                 pending.append({**dict(taken[:index]), place: not way})
-        if pending:
+        if pending and not problem:
             problem = "more branches than can be followed"
         if nodes > most:
             break

@@ -12,7 +12,7 @@ timm = pytest.importorskip("timm")
 
 FAMILIES = [
     "efficientnet_b0", "regnetx_002", "mobilenetv3_small_050", "resnetv2_18", "ese_vovnet19b_slim_dw", "ghostnet_050",
-    "resnet18", "repvgg_a0", "efficientvit_m0",
+    "resnet18", "repvgg_a0",
 ]  # fmt: skip
 TARGETS = ["gn-ws", "est", "bcn-ws", "fold-wn"]
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
