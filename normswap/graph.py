@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from normswap.layers import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
-from normswap.trace import skeleton, trace
+from normswap.trace import reaches_into, skeleton, trace
 from normswap.weights import LAYERS, PLAIN, TRANSPOSED
 
 BATCH_NORMS: dict[type[nn.Module], int | None] = {
@@ -296,6 +296,7 @@ def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
             traced = trace(module, lambda m: id(m) in leaves)
             if traced.problem:
                 flow.problems[path] = traced.problem
+                doubted.update(_reached_into(module, path, below[path]))
             for graph in traced.graphs:
                 _Reader(graph, module, path, first, flow, hooked).read(traced.complete)
         for name, child in module.named_children():
@@ -303,11 +304,30 @@ def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
             if inner not in first and not below[inner] <= flow.complete:
                 visit(child, inner)
 
+    doubted: set[str] = set()  # sites that a forward which could not be traced may use by itself
     if "" not in first:
         visit(bones, "")
+    flow.complete -= doubted
     _doubt_unreached(flow, sites)
     _guess_unseen(flow, sites)
     return flow
+
+
+def _reached_into(module: nn.Module, path: str, sites: Iterable[str]) -> Iterator[str]:
+    """Those of the sites below a module that its code may use past their parent's forward: `self.block.conv(x)`, or
+    `self.block.features(x)`, a method that runs any of them.
+    """
+    pairs = reaches_into(type(module))  # type: ignore[arg-type]
+    opened = {
+        name
+        for name, child in module.named_children()
+        for owner, attribute in pairs
+        if owner == name and attribute != "forward" and callable(getattr(type(child), attribute, None))
+    }
+    for site in sites:
+        parts = site.removeprefix(path).strip(".").split(".")
+        if parts[0] in opened or pairs & set(pairwise(parts)):
+            yield site
 
 
 def _doubt_unreached(flow: Flow, sites: list[Site]) -> None:

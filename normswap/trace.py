@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import builtins
 import copy
+import dis
 import enum
+import functools
 import inspect
 import itertools
 import sys
@@ -157,7 +159,9 @@ def _observed(tracer: _Tracer) -> Iterator[None]:
     real = builtins.isinstance
 
     def watched(value: Any, kinds: Any) -> bool:
-        if real(value, fx.Proxy) and not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
+        asking = sys._getframe(1).f_code
+        inside = asking.co_filename.startswith(_TORCH) and asking.co_name != "is_tensor"
+        if not inside and real(value, fx.Proxy):
             tracer.inexact = "its forward asks for the type of a value"
         return real(value, kinds)
 
@@ -166,6 +170,23 @@ def _observed(tracer: _Tracer) -> Iterator[None]:
         yield
     finally:
         builtins.isinstance = real
+
+
+@functools.cache
+def reaches_into(cls: Any) -> frozenset[tuple[str, str]]:
+    """The pairs (a, b) for which the methods of a class say `.a.b`: parts of its children that it may use itself."""
+    pairs = set()
+    for owner in cls.__mro__:
+        if owner.__module__.startswith("torch."):
+            break
+        for function in vars(owner).values():
+            if isinstance(function, types.FunctionType):
+                loads = [
+                    i for i in dis.get_instructions(function) if i.opname not in ("CACHE", "RESUME", "EXTENDED_ARG")
+                ]
+                chain = [i.argval if i.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for i in loads]
+                pairs |= {(a, b) for a, b in itertools.pairwise(chain) if a is not None and b is not None}
+    return frozenset(pairs)
 
 
 @contextmanager

@@ -1,0 +1,255 @@
+"""Folding is never wrong: forwards that do something between a convolution and its norm in ways that are hard to see."""
+
+import copy
+import enum
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_quirks import distance
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+from zoo import randomize
+
+import normswap
+
+X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(x))
+
+
+class Mode(enum.Enum):
+    A = 1
+
+
+def by_flag(self: Pair, x: torch.Tensor, scale: bool = True) -> torch.Tensor:
+    y = self.conv(x)
+    if scale is True:
+        y = y * 2
+    return self.bn(y)
+
+
+def by_enum(self: Pair, x: torch.Tensor, mode: Mode = Mode.A) -> torch.Tensor:
+    y = self.conv(x)
+    if mode is Mode.A:
+        y = y * 2
+    return self.bn(y)
+
+
+def by_isinstance(self: Pair, x: torch.Tensor) -> torch.Tensor:
+    y = self.conv(x)
+    if isinstance(y, torch.Tensor):
+        y = y * 2
+    return self.bn(y)
+
+
+def by_is_tensor(self: Pair, x: torch.Tensor) -> torch.Tensor:
+    y = self.conv(x)
+    if torch.is_tensor(y):
+        y = y * 2
+    return self.bn(y)
+
+
+def raw(self: Pair, x: torch.Tensor, raw: bool = False) -> torch.Tensor:
+    y = self.conv(x)
+    if raw:
+        assert isinstance(y, torch.Tensor)
+        return y
+    return self.bn(y)
+
+
+def with_skip(self: Pair, x: torch.Tensor, skip: float | None = None) -> torch.Tensor:
+    y = self.conv(x)
+    if skip is not None:
+        y = y + skip
+    return self.bn(y)
+
+
+def leaves_behind(self: Pair, x: torch.Tensor) -> torch.Tensor:
+    self.h = self.conv(x)
+    return self.bn(self.h)
+
+
+def pair(forward: Callable[..., torch.Tensor]) -> nn.Module:
+    return type("Made", (Pair,), {"forward": forward})()
+
+
+class Block(nn.Module):
+    """Goes another way on small maps: no two instances need go the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.a = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+        self.b = nn.Conv2d(3, 3, 3, padding=1, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.bn(x)) if x.shape[-1] > 4 else x + self.a(x)
+
+
+class Domains(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bns = nn.Conv2d(3, 8, 3), nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, domain: int = 0) -> torch.Tensor:
+        return self.bns[domain](self.conv(x))
+
+
+class Reaching(nn.Module):
+    """Cannot be traced, and uses a part of its child by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Pair()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        len(x)
+        return self.a(x) + self.a.conv(x)
+
+
+class Watching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = pair(leaves_behind)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) + self.a.h
+
+
+class Wrapped(nn.Module):
+    def __init__(self, hooked: str) -> None:
+        super().__init__()
+        self.pre, self.id, self.bn = nn.Sequential(nn.Conv2d(3, 8, 3)), nn.Identity(), nn.BatchNorm2d(8)
+        getattr(self, hooked).register_forward_hook(lambda module, args, output: output * 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.id(self.pre(x)))
+
+
+def tied_by_memory() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model[2].weight.data = model[0].weight.data
+    return model
+
+
+def pruned_bias() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    prune.l1_unstructured(model[0], "bias", 0.5)
+    return model
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[object, ...]]] = {
+    "a flag, by identity": (lambda: pair(by_flag), ()),
+    "an enum, by identity": (lambda: pair(by_enum), ()),
+    "isinstance": (lambda: pair(by_isinstance), ()),
+    "is_tensor": (lambda: pair(by_is_tensor), ()),
+    "an assertion behind a flag": (lambda: pair(raw), (True,)),
+    "an argument that may be None": (lambda: pair(with_skip), (1.0,)),
+    "instances that go different ways": (lambda: nn.Sequential(Block(), Block(), Block()), ()),
+    "a norm for each domain": (Domains, (1,)),
+    "a part of a child": (Reaching, ()),
+    "what a child left behind": (Watching, ()),
+    "a hook on a container": (lambda: Wrapped("pre"), ()),
+    "a hook on an identity": (lambda: Wrapped("id"), ()),
+    "tied by memory": (tied_by_memory, ()),
+    "a pruned bias": (pruned_bias, ()),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_folding_is_right_or_refused(name: str, inplace: bool) -> None:
+    make, arguments = CASES[name]
+    torch.manual_seed(0)
+    model = randomize(make()).double().eval()
+    with torch.no_grad():
+        before = model(X, *arguments)
+        try:
+            folded = normswap.convert(model, "fold", inplace=inplace).model
+        except normswap.ModelError as error:
+            assert "nothing to convert" in str(error)
+            folded = model
+        assert distance(before, folded(X, *arguments)) < 1e-10
+
+
+def by_type(self: Pair, x: torch.Tensor) -> torch.Tensor:
+    y = self.conv(x)
+    if type(y) is torch.Tensor:
+        y = y * 2
+    return self.bn(y)
+
+
+def test_what_no_trace_sees_is_measured() -> None:
+    with pytest.raises(normswap.ModelError, match="should be exact, but on example inputs the output moved by"):
+        normswap.convert(randomize(pair(by_type)).double().eval(), "fold", example_inputs=X)
+
+
+class Merging(nn.Module):
+    """Changes its weight as the mode changes, as LoRA layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.merged = nn.Conv2d(3, 8, 1), False
+        self.delta = nn.Parameter(torch.randn(8, 3, 1, 1))
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        if mode == self.merged:
+            self.conv.weight.data += -self.delta.data if mode else self.delta.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) if self.merged else self.conv(x) + F.conv2d(x, self.delta)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_weights_that_move_with_the_mode(inplace: bool) -> None:
+    model = randomize(nn.Sequential(Merging(), nn.BatchNorm2d(8))).double().train()
+    wanted = copy.deepcopy(model).eval()(X)
+    converted = normswap.convert(model, "frozen", inplace=inplace).model
+    torch.testing.assert_close(converted.eval()(X), wanted)
+
+
+class Caching(Pair):
+    shared: dict[str, torch.Tensor] = {}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "own" not in self.cache:
+            self.cache["own"] = self.conv.bias.sum() * 2
+        if "all" not in Caching.shared:
+            Caching.shared["all"] = x.new_ones(1)
+        return self.bn(self.conv(x)) * Caching.shared["all"] + self.cache["own"]
+
+
+def test_caches_of_a_forward_hold_no_symbols_afterwards() -> None:
+    model = Caching().eval()
+    normswap.convert(model, "gn")
+    assert not model.cache and not Caching.shared
+    assert type(model(torch.randn(1, 3, 4, 4))) is torch.Tensor
+
+
+def test_a_norm_within_a_layer_that_reads_it_is_left() -> None:
+    class Fused(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(3, 8, 1)
+            self.bn = nn.BatchNorm2d(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.bn.running_var.view(1, -1, 1, 1)
+
+    report = normswap.convert(nn.Sequential(Fused(), nn.BatchNorm2d(8)), "gn").report
+    assert [c.paths for c in report.changes] == [("1",)]
+    assert "is part of Fused" in next(left.reason for left in report.left if left.path == "0.bn")
