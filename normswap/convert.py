@@ -207,7 +207,7 @@ def _run(
     changes = _changes(swaps)
 
     progress("swapping")
-    apply(swaps)
+    apply(swaps, release)
     _prove(work, changes, left, options.layers)
 
     moved = None

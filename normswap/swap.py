@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normswap.graph import Site, own_attributes
 from normswap.plan import Absorb, Swap
@@ -17,12 +17,17 @@ _MODULE_STATE = frozenset(vars(nn.Module()))
 _CONTENTS = {"_parameters", "_buffers", "_modules"}
 
 
-def apply(swaps: Sequence[Swap]) -> None:
-    """Put built swaps into the model. Nothing here can fail for a reason that planning could have seen."""
+def apply(swaps: Sequence[Swap], release: Callable[[Tensor], None] = lambda tensor: None) -> None:
+    """Put built swaps into the model; `release` is told of each large weight that has been rewritten.
+
+    Nothing here can fail for a reason that planning could have seen.
+    """
     with torch.no_grad():
         for swap in swaps:
             if swap.absorb is not None:
                 _take_in(swap.absorb)
+                if isinstance(weight := swap.absorb.site.module.weight, nn.Parameter):
+                    release(weight)
         for swap in swaps:
             values = [(tensor, value() if callable(value) else value) for tensor, value in swap.writes]
             if swap.module is not swap.site.module:
