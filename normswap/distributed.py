@@ -6,6 +6,7 @@ Tensors are gathered in scratch files that are mapped, not in memory; torch does
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import math
 import os
@@ -37,6 +38,7 @@ from normswap.disk import release, scratch_tensor
 from normswap.entries import Raw
 from normswap.errors import FileError, UnsafeFileError, first_line
 
+_ALONE: dict[str, Any] = {"no_dist": True} if "no_dist" in inspect.signature(save).parameters else {}  # torch >= 2.7
 _SAFE_GLOBALS = {
     *(
         ("torch.distributed.checkpoint.metadata", name)
@@ -198,7 +200,7 @@ def read(path: str | os.PathLike[str], scratch: Path | None) -> tuple[dict[str, 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process does it all is meant
-            load(state, storage_reader=_Reader(path), planner=_LoadPlanner(False, False), no_dist=True)
+            load(state, storage_reader=_Reader(path), planner=_LoadPlanner(False, False), **_ALONE)
     except (Exception, CheckpointException) as error:  # whatever a broken shard raises; torch's is no Exception
         inner = error.__cause__ or error
         if isinstance(error, CheckpointException):
@@ -217,7 +219,7 @@ def write(state: dict[str, Any], folder: Path, mappings: Mapping[str, tuple[Any,
         warnings.simplefilter("ignore")
         writer = FileSystemWriter(folder, sync_files=False)
         try:
-            save(plain, storage_writer=writer, planner=_SavePlanner(nested), no_dist=True)
+            save(plain, storage_writer=writer, planner=_SavePlanner(nested), **_ALONE)
         except CheckpointException as error:  # no Exception: torch's own base
             inner = next(iter(error.failures.values()))[0]
             raise inner from None

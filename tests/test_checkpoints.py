@@ -61,7 +61,7 @@ def load_sharded(path: Path) -> State:
 
 def save_distributed(state: State, path: Path) -> Path:
     with quiet():
-        dcp.save({"model": state, "step": 7}, checkpoint_id=path, no_dist=True)
+        dcp.save({"model": state, "step": 7}, checkpoint_id=path)
     return path
 
 
@@ -71,7 +71,7 @@ def load_distributed(path: Path) -> State:
     state = normswap.convert(factory(), target).model.state_dict()
     found = {"model": state, "step": 0}
     with quiet():
-        dcp.load(found, checkpoint_id=path, no_dist=True)
+        dcp.load(found, checkpoint_id=path)
     assert found["step"] == 7
     return found["model"]
 

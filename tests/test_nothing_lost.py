@@ -55,7 +55,7 @@ def write_source(folder: Path, form: str, megabytes: int = 1) -> Path:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process does it is meant
-            save(made, checkpoint_id=path, no_dist=True)
+            save(made, checkpoint_id=path)
     return path
 
 

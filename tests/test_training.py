@@ -744,7 +744,7 @@ def distributed_run(folder: Path, plain: bool) -> tuple[Path, dict[str, Tensor]]
     held = optimizer.state_dict() if plain else get_optimizer_state_dict(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one process does it is meant
-        save({"model": model.state_dict(), "optimizer": held}, checkpoint_id=folder / "step", no_dist=True)
+        save({"model": model.state_dict(), "optimizer": held}, checkpoint_id=folder / "step")
     states = states_by_name(model, optimizer)
     return folder / "step", {name: state["momentum_buffer"].clone() for name, state in states.items()}
 

@@ -29,7 +29,7 @@ BARE = {
     "safetensors": "safetensors.torch.save_file(safetensors.torch.load_file('big.safetensors'), 'bare.safetensors')",
     "dcp": (
         "state = {k: torch.empty(m.size) for k, m in dcp.FileSystemReader('big').read_metadata().state_dict_metadata.items()}\n"
-        "dcp.load(state, checkpoint_id='big', no_dist=True); dcp.save(state, checkpoint_id='bare', no_dist=True)"
+        "dcp.load(state, checkpoint_id='big'); dcp.save(state, checkpoint_id='bare')"
     ),
 }
 OURS = (
@@ -55,7 +55,7 @@ def fill(folder: Path, megabytes: int) -> int:
     torch.save(state, folder / "big.pt")
     safetensors.torch.save_file(state, folder / "big.safetensors")
     writer = dcp.FileSystemWriter(folder / "big", single_file_per_rank=True, thread_count=4)
-    dcp.save(state, storage_writer=writer, no_dist=True)
+    dcp.save(state, storage_writer=writer)
     (folder / "net.py").write_text(
         "from torch import nn\n"
         "def make():\n"

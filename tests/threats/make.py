@@ -1048,7 +1048,7 @@ def _distributed(folder: Path, change: Callable[[Metadata, Path], Any] | None = 
     inner = folder / "dcp"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(state(), storage_writer=dcp.FileSystemWriter(inner, sync_files=False), no_dist=True)
+        dcp.save(state(), storage_writer=dcp.FileSystemWriter(inner, sync_files=False))
     if change is not None:
         with (inner / ".metadata").open("rb") as file:
             metadata = pickle.load(file)
@@ -1119,7 +1119,7 @@ def _spread(metadata: Metadata, path: Path) -> None:
     """400 entries that all claim the same 20 MB of one shard: 8 GB."""
     path.parent.joinpath("big").mkdir()
     big = path.parent / "big"
-    dcp.save({"a": torch.ones(5 << 20)}, storage_writer=dcp.FileSystemWriter(big, sync_files=False), no_dist=True)
+    dcp.save({"a": torch.ones(5 << 20)}, storage_writer=dcp.FileSystemWriter(big, sync_files=False))
     (big / "__0_0.distcp").rename(path / "__1_0.distcp")
     with (big / ".metadata").open("rb") as file:
         one = pickle.load(file)
