@@ -188,7 +188,8 @@ def _check_archive(path: Path) -> bool:
         raise FileError(
             f"{path}: is a TorchScript archive, whose code is compiled; convert the model that it was made from"
         )
-    if any(name.endswith(("serialized_exported_program.json", "models/model.json")) for name in names) or (
+    marks = ("serialized_exported_program.json", "models/model.json")
+    if any(entry.filename.endswith(marks) for entry in entries) or (
         "archive_format" in names and "data.pkl" not in names
     ):
         raise FileError(f"{path}: is an exported program; convert the model that it was exported from")
