@@ -120,6 +120,19 @@ def fold(model: nn.Module) -> Conversion:
     return run(model, PLAIN_TARGET, Options(), may_be_idle=True)
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: it would look at each of the many small objects again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@_uncollected()
 def run(
     model: nn.Module,
     target: Target,
@@ -139,25 +152,6 @@ def run(
     With `probe_only` the inputs serve the drift alone, and a model that does not run on them is no error;
     with `may_be_idle` nothing to convert is none either. `release` and `given` are those of `Context`.
     """
-    with _uncollected():
-        return _run(
-            model, target, options, example_inputs, probe_name, probe_only, may_be_idle, inplace, progress, release, given or {}
-        )  # fmt: skip
-
-
-def _run(
-    model: nn.Module,
-    target: Target,
-    options: Options,
-    example_inputs: Any,
-    probe_name: str,
-    probe_only: bool,
-    may_be_idle: bool,
-    inplace: bool,
-    progress: Progress,
-    release: Callable[[Tensor], None],
-    given: Mapping[str, int],
-) -> Conversion:
     _check_model(model)
     progress("copying the model")
     work = model if inplace else _copy(model)
@@ -182,7 +176,7 @@ def _run(
         groups=options.groups, transfer=options.transfer, ws=options.ws, ws_scope=options.ws_scope,
         layers=tuple(options.layers), flow=flow,
         sites={site.path: site for site in sites}, elements={} if probe_only else elements, shared=_shared(work), excluded=frozenset(excluded),
-        given=given, release=release,
+        given=given or {}, release=release,
     )  # fmt: skip
 
     progress("working out the new layers")
@@ -221,18 +215,6 @@ def _run(
         _recipe(target, options, changes), tuple(notices),
     )  # fmt: skip
     return Conversion(work, report)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: it would look at each of the many small objects again and again."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 # ---- find ----

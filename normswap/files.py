@@ -145,8 +145,8 @@ def _convert(found: Checkpoint, key: str | None, job: _Job) -> tuple[Checkpoint,
     dones: list[_Done] = []
     copies: list[Change] = []
     made: dict[int, _Done] = {}  # one module may stand under two names
-    sources_of = entries.find_entries(content, key, found.path)
-    for entry in sources_of:
+    models = entries.find_entries(content, key, found.path)
+    for entry in models:
         place = id(entry.value)
         done = made[place] = made.get(place) or _convert_entry(entry, found.path, job)
         content = entries.put(content, entry, done.value)
@@ -156,7 +156,7 @@ def _convert(found: Checkpoint, key: str | None, job: _Job) -> tuple[Checkpoint,
     first, report = dones[0], dones[0].report
     content, changes, notices = _mend(content, first, flat=found.kind == "dcp")
     held, more, further = _mend(dict(found.optimizers), first)
-    if others := entries.other_models(found.content, sources_of):
+    if others := entries.other_models(found.content, models):
         further.append(f"not converted, though it looks like a model: {', '.join(others)}; convert it with --key")
     report = replace(
         report, changes=(*report.changes, *copies, *changes, *more), warnings=(*report.warnings, *notices, *further)
@@ -328,11 +328,9 @@ def _write(found: Checkpoint, out: Path, form: str | None, key: str | None, over
     if form is not None and form != found.kind:
         alone = entries.find_entries(found.content, key, found.path)[0].value
         if form == "pt" and not isinstance(alone, nn.Module):
-            made, alone = (
-                checkpoint.recipe_of(alone),
-                OrderedDict((k, v) for k, v in alone.items() if isinstance(v, Tensor)),
-            )
-            checkpoint.set_recipe(alone, made)
+            tensors = OrderedDict((k, v) for k, v in alone.items() if isinstance(v, Tensor))
+            checkpoint.set_recipe(tensors, checkpoint.recipe_of(alone))
+            alone = tensors
         elif isinstance(alone, nn.Module):
             alone = _state_of(alone)
         found = replace(found, kind=form, content=alone)
