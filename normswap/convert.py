@@ -18,9 +18,10 @@ from torch.nn.parameter import is_lazy
 
 from normswap import probe
 from normswap.errors import ModelError, NormswapError, OptionError
-from normswap.graph import Site, find_flow, find_sites, hidden_modules
+from normswap.graph import find_flow
 from normswap.plan import Context, Swap, parse_groups
 from normswap.report import Change, Drift, Left, Report, Totals
+from normswap.sites import Site, find_sites, hidden_modules
 from normswap.swap import apply
 from normswap.targets import PLAIN_TARGET, Target, parse_target, plan_norm, plan_weight, strict_rescaling
 from normswap.trace import clone

@@ -1,39 +1,21 @@
-"""Read-only: which norms and weights a model has, under which names, and what feeds what."""
+"""Read-only: what feeds what, as far as a trace of the forward tells."""
 
 from __future__ import annotations
 
-import functools
-import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
-from normswap.layers import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.sites import WEIGHTS, Site, classify
 from normswap.trace import reaches_into, skeleton, trace
-from normswap.weights import LAYERS, PLAIN, TRANSPOSED
+from normswap.weights import LAYERS, TRANSPOSED
 
-BATCH_NORMS: dict[type[nn.Module], int | None] = {
-    nn.BatchNorm1d: 1,
-    nn.BatchNorm2d: 2,
-    nn.BatchNorm3d: 3,
-    nn.SyncBatchNorm: None,
-    FrozenBatchNorm: None,
-    EstimatedBatchNorm: None,
-}
-"""The sources of a conversion, and how many spatial dimensions each takes (None: any)."""
-WEIGHTS: tuple[type[nn.Module], ...] = (*PLAIN, *(cls for classes in LAYERS.values() for cls in classes))
-_OTHER_NORMS = (
-    BatchChannelNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
-    nn.LocalResponseNorm, nn.CrossMapLRN2d,
-)  # fmt: skip
 _LINEAR_MAPS = (*WEIGHTS, nn.Bilinear, nn.MultiheadAttention, nn.Embedding)
 _FUNCTIONAL_NORMS = {F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, torch.batch_norm, torch.group_norm}
 _FUNCTIONAL_MAPS = {
@@ -41,182 +23,6 @@ _FUNCTIONAL_MAPS = {
     torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, torch.bmm, torch.einsum,
 }  # fmt: skip
 _HARMLESS_READS = {"shape", "dtype", "device", "ndim", "size", "dim", "is_cuda"}
-
-
-def batch_norms() -> dict[type[nn.Module], int | None]:
-    """`BATCH_NORMS` with those of libraries; a model can hold these only if the library is imported."""
-    found = dict(BATCH_NORMS)
-    if (misc := sys.modules.get("torchvision.ops.misc")) is not None:
-        found[misc.FrozenBatchNorm2d] = 2
-    if (acts := sys.modules.get("timm.layers.norm_act")) is not None:
-        found[acts.FrozenBatchNormAct2d] = 2
-    return found
-
-
-def activated() -> set[type[nn.Module]]:
-    """Norms with children `drop` and `act` that run behind them: timm's, and what they become here."""
-    acts = sys.modules.get("timm.layers.norm_act")
-    theirs = () if acts is None else (acts.BatchNormAct2d, acts.SyncBatchNormAct, acts.FrozenBatchNormAct2d)
-    return {*ACTIVATED.values(), *theirs}
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """A place in the model: one normalization or weight layer, with every path that leads to it.
-
-    `base` is the known class that it behaves as (None: none), `obstacle` why it must not be
-    touched (empty: it may be).
-    """
-
-    module: nn.Module
-    paths: tuple[str, ...]
-    kind: str
-    base: type[nn.Module] | None
-    obstacle: str = ""
-
-    @property
-    def path(self) -> str:
-        return self.paths[0]
-
-    @property
-    def name(self) -> str:
-        """The class as the report writes it."""
-        return type(self.module).__name__
-
-    @property
-    def channels(self) -> int:
-        """Channels that a batch norm normalizes or that a weight layer puts out."""
-        for attribute in ("num_features", "out_channels", "out_features", "num_channels", "hidden_size"):
-            if isinstance(size := getattr(self.module, attribute, None), int):
-                return size
-        return int(self.module.running_mean.numel())  # type: ignore[union-attr, operator]  # torchvision's frozen norm
-
-    @property
-    def spatial_dims(self) -> int | None:
-        if isinstance(self.module, FrozenBatchNorm | EstimatedBatchNorm):
-            return self.module.spatial_dims
-        return batch_norms().get(self.base) if self.base else None
-
-    @property
-    def layer_kind(self) -> str:
-        """ "conv", "linear" or "rnn" of a weight layer; "conv" for one that only looks like a convolution."""
-        plain = PLAIN.get(self.base, self.base) if self.base else None
-        return next((kind for kind, classes in LAYERS.items() if plain in classes), "conv")
-
-    @property
-    def is_activated(self) -> bool:
-        """Whether the norm has an activation of its own behind it, in its children `drop` and `act`."""
-        return type(self.module) in activated()
-
-    @property
-    def is_batch_norm(self) -> bool:
-        return self.base in batch_norms()
-
-
-def _classify(module: nn.Module) -> tuple[str, type[nn.Module] | None, str] | None:
-    """(kind, base, obstacle) of a module that a report must name, or None for any other."""
-    norms, name = (*batch_norms(), *_OTHER_NORMS), type(module).__name__
-    base = next((cls for cls in type(module).__mro__ if cls in norms or cls in WEIGHTS), None)
-    if base is None:
-        if type(module).__module__.startswith("torch.nn.utils."):  # the formulas of parametrizations
-            return None
-        looks_normed = isinstance(getattr(module, "running_mean", None), torch.Tensor)
-        leaf = not any(True for _ in module.children())
-        if looks_normed or (leaf and re.search("norm", name, re.IGNORECASE)):
-            return "norm", None, f"{name} is not a class that normswap knows"
-        weight = module._parameters.get("weight")
-        if leaf and weight is not None and re.search("conv", name, re.IGNORECASE):
-            return "weight", None, f"{name} is not a class that normswap knows"
-        return None
-    return "norm" if base in norms else "weight", base, _obstacle(module, base)
-
-
-def _obstacle(module: nn.Module, base: type[nn.Module]) -> str:
-    for method in ("forward", "_conv_forward", "__call__", "_call_impl"):
-        own = getattr(type(module), method, None) is not getattr(base, method, None)
-        if method in vars(module) or (own and not (method == "forward" and type(module) in activated())):
-            return f"has a {method} of its own, so it may do more than {base.__name__}"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "belongs to an attention layer, which reads its weight directly"
-    if extra := sorted(_own_names(type(module), base)):
-        return f"has methods of its own ({', '.join(extra[:3])}) beyond {base.__name__}"
-    if any("__slots__" in vars(cls) and vars(cls)["__slots__"] for cls in type(module).__mro__):
-        return "has __slots__, so its class cannot be exchanged"
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None and tensor.is_inference():
-            return "was made in inference mode, so its tensors cannot be changed"
-        if tensor is not None and torch._debug_has_internal_overlap(tensor) == 1:
-            return "has a tensor whose elements share memory (expand)"
-    if parametrize.is_parametrized(module):
-        normalized = any("WeightNorm" in type(p).__name__ for ps in module.parametrizations.values() for p in ps)  # type: ignore[union-attr, operator]
-        return (
-            "is weight-normalized already, by torch's parametrization" if normalized else "has a parametrization on it"
-        )
-    if any("WeightNorm" in type(hook).__name__ for hook in module._forward_pre_hooks.values()):
-        return "is weight-normalized already, by torch's old weight_norm"
-    if base in PLAIN:
-        return ""
-    for name in ("weight", "bias"):
-        held = name in module._parameters or name in module._buffers
-        if not held and isinstance(getattr(module, name, None), torch.Tensor):
-            return f"has a {name} that is computed (weight_norm, spectral_norm or a pruning mask)"
-    return ""
-
-
-def _own_names(cls: type[nn.Module], base: type[nn.Module]) -> set[str]:
-    """Public methods that a subclass adds to a known class, and that an exchanged class would lose."""
-    above = cls.__mro__[: cls.__mro__.index(base)]
-    return {
-        name
-        for c in above
-        for name, value in vars(c).items()
-        if callable(value) and name[0] != "_" and not hasattr(base, name)
-    }
-
-
-def find_sites(model: nn.Module) -> list[Site]:
-    """Every norm and weight layer of `model`, in order of registration, each with all its paths."""
-    paths: dict[int, list[str]] = defaultdict(list)
-    modules: dict[int, nn.Module] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths[id(module)].append(path)
-        modules[id(module)] = module
-    found = ((module, tuple(paths[key]), _classify(module)) for key, module in modules.items())
-    sites = [Site(module, where, *what) for module, where, what in found if what is not None]
-    owners = {
-        child: site for site in sites if site.obstacle for child in site.module.modules() if child is not site.module
-    }
-    return [
-        replace(s, obstacle=f"is part of {owners[s.module].name}, which may read it directly")
-        if s.module in owners
-        else s
-        for s in sites
-    ]
-
-
-def hidden_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that stand in plain attributes, lists, tuples or dicts, where torch does not see them."""
-    registered = {id(module) for module in model.modules()}
-
-    def search(path: str, value: Any, depth: int) -> Iterator[tuple[str, nn.Module]]:
-        if isinstance(value, nn.Module):
-            if id(value) not in registered:
-                registered.add(id(value))
-                yield path, value
-        elif depth and isinstance(value, list | tuple | set | frozenset):
-            for index, item in enumerate(value):
-                yield from search(f"{path}[{index}]", item, depth - 1)
-        elif depth and isinstance(value, dict):
-            for key, item in value.items():
-                yield from search(f"{path}[{key!r}]", item, depth - 1)
-
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if name not in _MODULE_STATE:
-                yield from search(f"{path}.{name}".lstrip("."), value, 2)
-
-
-_MODULE_STATE = set(vars(nn.Module()))
 
 
 @dataclass
@@ -374,7 +180,7 @@ class _Reader:
         module = self._module(node)
         if module is None:
             return node.op == "call_function" and node.target in _FUNCTIONAL_NORMS
-        what = _classify(module)
+        what = classify(module)
         return what is not None and what[0] == "norm"
 
     def _is_map(self, node: fx.Node) -> bool:
@@ -478,14 +284,3 @@ def _reads_shape_only(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in _HARMLESS_READS
     return node.op == "call_function" and node.target is getattr and node.args[1] in _HARMLESS_READS
-
-
-@functools.cache
-def own_attributes(base: Any) -> dict[str, frozenset[str]]:
-    """The names that an instance of a norm's class has by itself, as attributes, parameters, buffers and children."""
-    fresh = base(1, 1) if issubclass(base, BatchChannelNorm | nn.GroupNorm) else base(1)
-    return (
-        {"": frozenset(vars(fresh))}
-        | {kind: frozenset(getattr(fresh, kind)) for kind in ("_parameters", "_buffers")}
-        | {"_modules": frozenset()}
-    )  # no norm has children of its own; an activation in one is carried over

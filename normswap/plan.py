@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import OptionError
-from normswap.graph import Flow, Site
+from normswap.graph import Flow
+from normswap.sites import Site
 from normswap.transfer import Affine, Statistics, match_groups, rescale_input, widen
 
 AUTO_GROUPS, AUTO_CHANNELS, AUTO_ELEMENTS = 8, 4, 16

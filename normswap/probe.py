@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normswap.errors import ModelError, OptionError, first_line
-from normswap.graph import Site
 from normswap.report import Drift
+from normswap.sites import Site
 
 _SEED = 0
 

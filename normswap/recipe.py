@@ -9,7 +9,7 @@ from torch import nn
 
 from normswap.convert import Options, fold, run
 from normswap.errors import FileError
-from normswap.graph import find_sites
+from normswap.sites import find_sites
 from normswap.targets import TARGETS, parse_target
 from normswap.weights import LAYERS
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.graph import Site, own_attributes
 from normswap.plan import Absorb, Swap
+from normswap.sites import Site, own_attributes
 from normswap.transfer import scale_filters_, widen
 from normswap.weights import NORMALIZED, STANDARDIZED, filter_groups
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import OptionError
-from normswap.graph import Site
 from normswap.layers import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.plan import (
     LEAST_ELEMENTS,
@@ -32,6 +31,7 @@ from normswap.plan import (
     read_statistics,
     retyped,
 )
+from normswap.sites import Site
 from normswap.transfer import Statistics, as_affine, filter_moments, match_output, widen
 from normswap.weights import (
     NORMALIZED,

@@ -13,8 +13,9 @@ from zoo import chain, conv_norm, mlp, randomize
 
 import normswap
 from normswap import ModelError, NormswapError, OptionError
-from normswap.graph import find_flow, find_sites
+from normswap.graph import find_flow
 from normswap.plan import Context, choose_groups
+from normswap.sites import find_sites
 from normswap.weights import StandardizedConv2d
 
 

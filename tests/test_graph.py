@@ -5,7 +5,8 @@ from torch import nn
 from torch.nn import functional as F
 from zoo import QUIRKS, Forward, conv_norm
 
-from normswap.graph import Flow, find_flow, find_sites
+from normswap.graph import Flow, find_flow
+from normswap.sites import find_sites
 
 
 def flow_of(model: nn.Module) -> Flow:

@@ -7,7 +7,7 @@ import normswap
 
 FLOORS = [
     {"errors", "report", "transfer", "layers", "weights", "optimizer"},
-    {"trace", "disk", "entries", "pickles", "sources", "render", "bare"},
+    {"trace", "disk", "entries", "pickles", "sources", "render", "bare", "sites"},
     {"graph", "tensorfiles", "distributed"},
     {"plan", "probe", "checkpoint"},
     {"targets", "swap", "diff"},
