@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normswap import probe
+from normswap import probe, samples
+from normswap.calibrate import Measured, measure
 from normswap.errors import ModelError, NormswapError, OptionError
 from normswap.graph import find_flow
 from normswap.plan import Context, Swap, parse_groups
+from normswap.probe import Seen
 from normswap.report import Change, Drift, Left, Report, Totals
 from normswap.sites import Site, find_sites, hidden_modules
 from normswap.swap import apply
@@ -55,6 +57,8 @@ class Options:
     layers: Sequence[str] = ("conv",)
     include: Pattern = None
     exclude: Pattern = None
+    calibrate: Any = None
+    calibrate_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         parse_groups(self.groups)
@@ -79,6 +83,8 @@ def convert(
     include: Pattern = None,
     exclude: Pattern = None,
     example_inputs: Any = None,
+    calibrate: Any = None,
+    calibrate_seconds: float = 60.0,
     inplace: bool = False,
 ) -> Conversion:
     """Swap the normalization of `model`, and standardize its convolutions, keeping what it has learnt.
@@ -108,7 +114,8 @@ def convert(
         OptionError: an unknown target or option, or a pattern that matches no layer.
         ModelError: nothing to convert, a lazy module without weights, a distributed wrapper.
     """
-    options = Options(groups, transfer, ws, ws_scope, layers, include, exclude)
+    batches = None if calibrate is None else samples.batches(calibrate)
+    options = Options(groups, transfer, ws, ws_scope, layers, include, exclude, batches, calibrate_seconds)
     return run(model, parse_target(to), options, example_inputs, inplace=inplace)
 
 
@@ -147,11 +154,13 @@ def run(
     progress: Progress = lambda phase: None,
     release: Callable[[Tensor], None] = lambda tensor: None,
     given: Mapping[str, int] | None = None,
+    measured: Mapping[str, Measured] | None = None,
+    seen: Mapping[str, Seen] | None = None,
 ) -> Conversion:
     """`convert` with its options in one value, and word of each phase to `progress`.
 
     With `probe_only` the inputs serve the drift alone, and a model that does not run on them is no error;
-    with `may_be_idle` nothing to convert is none either. `release` and `given` are those of `Context`.
+    with `may_be_idle` nothing to convert is none either. `release`, `given`, `measured` and `seen` are those of `Context`.
     """
     _check_model(model)
     progress("copying the model")
@@ -162,21 +171,27 @@ def run(
     progress("tracing what feeds what")
     flow = find_flow(work, sites)
     before: Any = None
-    elements: dict[str, int] = {}
+    sizes, measured = dict(seen or {}), dict(measured or {})
     problem = ""
     if example_inputs is not None:
         progress("running the model before")
         try:
             watched = [site for site in sites if probe_only or site.kind == "norm"]
-            before, elements = probe.run(work, example_inputs, watched, _PATIENCE if probe_only else None)
+            before, found = probe.run(work, example_inputs, watched, _PATIENCE if probe_only else None)
+            sizes |= {} if probe_only else found
         except ModelError as error:
             if not probe_only:
                 raise
             problem = str(error)
+    if options.calibrate is not None:
+        progress("measuring on the calibration data")
+        norms = [site for site in sites if site.kind == "norm" and site.form and not site.obstacle]
+        measured |= measure(work, options.calibrate, norms)
+        sizes = {path: m.seen for path, m in measured.items()} | sizes
     context = Context(
         groups=options.groups, transfer=options.transfer, ws=options.ws, ws_scope=options.ws_scope,
         layers=tuple(options.layers), flow=flow,
-        sites={site.path: site for site in sites}, elements={} if probe_only else elements, shared=_shared(work), excluded=frozenset(excluded),
+        sites={site.path: site for site in sites}, seen=sizes, measured=measured, shared=_shared(work), excluded=frozenset(excluded),
         given=given or {}, release=release,
     )  # fmt: skip
 
@@ -430,6 +445,7 @@ def _drift(model: nn.Module, before: Any, inputs: Any, name: str, exact: bool) -
 
 def _recipe(target: Target, options: Options, changes: Sequence[Change]) -> dict[str, Any]:
     choices = {name: "a function" if callable(value) else value for name, value in vars(options).items()}
+    choices["calibrate"] = options.calibrate is not None
     choices = {k: list(v) if isinstance(v, Iterable) and not isinstance(v, str) else v for k, v in choices.items()}
     layers = {c.paths[0]: {"from": c.before, "to": c.after, "groups": c.groups} for c in changes}
     versions = {"normswap": version("normswap"), "torch": torch.__version__.split("+")[0]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class Flow:
 
     `readers[w]` lists the norm behind each use of a weight layer's output, None for any other
     use; `writers[n]` likewise the weight layer before each call of a norm. `single` and `spatial` are
-    norms whose input has one element a channel, or more. `complete` are sites all of whose
+    norms whose input has one element a channel, or more; `flat` those whose input is (N, C). `complete` are sites all of whose
     uses are known, `touched` those whose tensors some forward reads directly, `functional` norms that
     no module holds, `problems` what stood in the way, by module path.
     """
@@ -41,6 +42,7 @@ class Flow:
     normed: set[str] = field(default_factory=set)
     single: set[str] = field(default_factory=set)
     spatial: set[str] = field(default_factory=set)
+    flat: set[str] = field(default_factory=set)
     touched: set[str] = field(default_factory=set)
     complete: set[str] = field(default_factory=set)
     functional: dict[str, str] = field(default_factory=dict)
@@ -138,7 +140,7 @@ def _reached_into(module: nn.Module, path: str, sites: Iterable[str]) -> Iterato
 
 def _doubt_unreached(flow: Flow, sites: list[Site]) -> None:
     """Where a forward passes one norm by, it may have chosen its neighbour: nothing is complete beside it."""
-    unreached = {site.path.rpartition(".")[0] for site in sites if site.is_batch_norm and not flow.seen(site.path)}
+    unreached = {site.path.rpartition(".")[0] for site in sites if site.form and not flow.seen(site.path)}
     flow.complete -= {path for path in flow.complete if path.rpartition(".")[0] in unreached}
 
 
@@ -146,7 +148,7 @@ def _guess_unseen(flow: Flow, sites: list[Site]) -> None:
     """A convolution that no trace reached counts as normed when its next sibling is a norm of its width."""
     for site, following in pairwise(sites):
         siblings = site.path.rpartition(".")[0] == following.path.rpartition(".")[0]
-        pair = site.kind == "weight" and following.is_batch_norm and siblings
+        pair = site.kind == "weight" and following.form and siblings
         if pair and not flow.seen(site.path) and site.channels == following.channels:
             flow.normed.add(site.path)
 
@@ -164,6 +166,7 @@ class _Reader:
         self.hooked = {path for path, module in self.modules.items() if id(module) in hooked}
         self.behind: dict[fx.Node, bool] = {}  # whether a norm comes before the next weight layer
         self.single: dict[fx.Node, bool | None] = {}
+        self.flat: dict[fx.Node, bool] = {}
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules.get(str(node.target)) if node.op == "call_module" else None
@@ -189,9 +192,12 @@ class _Reader:
         return isinstance(self._module(node), _LINEAR_MAPS)
 
     def read(self, complete: bool) -> None:
+        inner = [node for node in self.nodes if node.op not in ("placeholder", "output")]
+        self.perceptron = complete and not self.prefix and all(self._keeps_shape(node) for node in inner)
         for node in self.nodes:
             self._read_access(node)
             self.single[node] = self._is_single(node)
+            self.flat[node] = self._is_flat(node)
         for node in reversed(self.nodes):
             users = node.users
             self.behind[node] = any(self._is_norm(u) or (not self._is_map(u) and self.behind[u]) for u in users)
@@ -205,6 +211,8 @@ class _Reader:
                 self.flow.writers[path].append(self._writer(node))
                 if (single := self.single[node]) is not None:
                     (self.flow.single if single else self.flow.spatial).add(path)
+                if self.flat[node]:
+                    self.flow.flat.add(path)
             else:
                 self.flow.readers[path] += self._readers(node)
                 if self.behind[node]:
@@ -260,7 +268,33 @@ class _Reader:
             return None
         return before
 
+    def _is_flat(self, node: fx.Node) -> bool:
+        """Whether the value is (N, C): made so, or the input of a model that is nothing but a multilayer perceptron."""
+        module = self._module(node)
+        if isinstance(module, nn.Flatten):
+            return (module.start_dim, module.end_dim) == (1, -1)
+        if node.target in (torch.flatten, "flatten"):
+            return node.args[1:] == (1,) and not node.kwargs
+        if node.op == "placeholder":
+            return self.perceptron
+        return self._keeps_shape(node) and all(self.flat.get(source, False) for source in node.all_input_nodes)
 
+    def _keeps_shape(self, node: fx.Node) -> bool:
+        """Whether the value has the dimensions of what it is made from, the size of the last one apart."""
+        if node.op != "call_module":
+            return node.target in _POINTWISE
+        module = self._module(node)
+        where = type(module).__module__
+        pointwise = where in ("torch.nn.modules.activation", "torch.nn.modules.dropout")
+        known = isinstance(module, nn.Linear | nn.Identity) or pointwise or self._is_norm(node)
+        return known and not isinstance(module, nn.MultiheadAttention)
+
+
+_POINTWISE: set[Any] = {
+    operator.add, operator.iadd, operator.sub, operator.mul, torch.add, torch.mul, torch.relu, torch.tanh, torch.sigmoid,
+    F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.silu, F.gelu, F.mish, F.softplus, F.hardswish, F.tanh, F.sigmoid, F.dropout,
+    "relu", "relu_", "tanh", "sigmoid", "add", "mul",
+}  # fmt: skip
 _ADAPTIVE_POOLS = {
     F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,

@@ -9,10 +9,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from normswap.calibrate import Measured
 from normswap.errors import OptionError
 from normswap.graph import Flow
+from normswap.layers import BatchChannelNorm
+from normswap.probe import Seen
 from normswap.sites import Site
-from normswap.transfer import Affine, Statistics, match_groups, rescale_input, widen
+from normswap.transfer import (
+    Affine,
+    Statistics,
+    as_batch_norm,
+    match_groups,
+    rescale_input,
+    widen,
+    without_channel_half,
+)
 
 AUTO_GROUPS, AUTO_CHANNELS, AUTO_ELEMENTS = 8, 4, 16
 """`groups="auto"`: at most so many groups, with at least so many channels, and elements, in each."""
@@ -51,9 +62,9 @@ class Swap:
 class Context:
     """What the target functions read: the options, the dataflow, and what is known of the model's tensors.
 
-    `elements` has, for norms that an example input reached, the elements a channel had; `shared`
+    `seen` has the sizes that norms saw in example inputs or data; `shared`
     the ids of parameters that stand in more than one module; `sites` all sites by first path, `excluded` those that must stay;
-    `given` the groups of norms that a recipe tells; `release` is told of each large weight that has been read;
+    `measured` what calibration data showed of norms; `given` the groups of norms that a recipe tells; `release` is told of each large weight that has been read;
     `rescaled` the norms whose convolution is standardized strictly, with its change of scale;
     `absorbed` the layers that a norm is folded into, with the scale of their filters.
     """
@@ -65,9 +76,10 @@ class Context:
     layers: tuple[str, ...]
     flow: Flow
     sites: Mapping[str, Site]
-    elements: Mapping[str, int] = field(default_factory=dict)
+    seen: Mapping[str, Seen] = field(default_factory=dict)
     shared: frozenset[int] = frozenset()
     excluded: frozenset[Site] = frozenset()
+    measured: Mapping[str, Measured] = field(default_factory=dict)
     given: Mapping[str, int] = field(default_factory=dict)
     release: Callable[[Tensor], None] = lambda tensor: None
     rescaled: dict[str, Tensor] = field(default_factory=dict)
@@ -78,20 +90,47 @@ class Context:
 
 
 def read_statistics(site: Site, context: Context) -> Statistics | None:
-    """What the batch norm has learnt, widened; None where it keeps no running statistics."""
-    norm = site.module
-    mean, var = norm.running_mean, norm.running_var
-    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
-        return None
-    reset = context.transfer == "reset"
-    weight = torch.ones_like(mean) if norm.weight is None or reset else norm.weight
-    bias = torch.zeros_like(mean) if norm.bias is None or reset else norm.bias
-    stats = Statistics(widen(weight), widen(bias), widen(mean), widen(var), eps_of(norm))  # type: ignore[arg-type]
+    """The batch norm that stands in for the norm, widened: itself, where it is one, or by what data showed.
+
+    None where there are neither running statistics nor data.
+    """
+    stats = _own_statistics(site, context)
     scale = context.rescaled.get(site.path)
-    if scale is None or context.transfer != "match":
+    if stats is None or scale is None or context.transfer != "match":
         return stats
     feeder = context.sites[str(context.flow.feeder(site.path)[0])].module
     return rescale_input(stats, scale, feeder.bias)  # type: ignore[arg-type]
+
+
+def _own_statistics(site: Site, context: Context) -> Statistics | None:
+    norm, eps, measured = site.module, eps_of(site.module), context.measured.get(site.path)
+    if "data" in site.form and isinstance(norm.running_mean, Tensor) and isinstance(norm.running_var, Tensor):
+        weight, bias = _affine(norm, norm.running_mean, context)
+        stats = Statistics(weight, bias, widen(norm.running_mean), widen(norm.running_var), eps)
+    elif site.form == "data" or measured is None:
+        return None
+    else:
+        weight, bias = _affine(norm, measured.moments.mean, context)
+        stats = Statistics(weight, bias, measured.moments.mean, measured.moments.var, eps)
+    if site.form == "data" or context.transfer != "match":
+        return stats
+    if not isinstance(norm, BatchChannelNorm):
+        assert measured is not None  # for the type checker: excluded above
+        return as_batch_norm(measured.moments, weight, bias, eps)
+    gain, shift = widen(norm.group_weight), widen(norm.group_bias)
+    if measured is None:
+        return without_channel_half(stats, gain, shift)
+    each = norm.num_features // norm.num_groups
+    both = as_batch_norm(measured.moments, gain.repeat_interleave(each), shift.repeat_interleave(each), eps)
+    return both._replace(weight=torch.where(weight < 0, -both.weight, both.weight))
+
+
+def _affine(norm: nn.Module, like: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    """Gain and bias of a norm, 1 and 0 where it has none or shall forget them."""
+    reset = context.transfer == "reset"
+    weight = torch.ones_like(like) if norm.weight is None or reset else norm.weight
+    bias = torch.zeros_like(like) if norm.bias is None or reset else norm.bias
+    return widen(weight), widen(bias)  # type: ignore[arg-type]
 
 
 def eps_of(norm: nn.Module) -> float:
@@ -107,12 +146,16 @@ def place(site: Site, name: str, value: Tensor, context: Context) -> tuple[nn.Pa
     old = getattr(site.module, name)
     if isinstance(old, nn.Parameter) and id(old) not in context.shared:
         return old, [(old, value)]
-    like = (
-        old if old is not None else site.module.weight if site.module.weight is not None else site.module.running_mean
-    )
-    assert isinstance(like, Tensor)  # for the type checker: a norm without any tensor carries no value
+    like = old if isinstance(old, Tensor) else like_of(site, context)
     trained = isinstance(old, nn.Parameter) and old.requires_grad
-    return nn.Parameter(value.to(like.dtype), requires_grad=trained), []
+    return nn.Parameter(value.to(like), requires_grad=trained), []
+
+
+def like_of(site: Site, context: Context) -> Tensor:
+    """A tensor of the dtype and the device of a norm's vectors."""
+    held = (getattr(site.module, name, None) for name in ("weight", "running_mean", "bias"))
+    found = next((tensor for tensor in held if isinstance(tensor, Tensor)), None)
+    return context.measured[site.path].like if found is None else found
 
 
 def carry(site: Site, new: nn.Module, stats: Statistics | None, groups: int, context: Context, note: str) -> Swap:
@@ -128,12 +171,17 @@ def carry(site: Site, new: nn.Module, stats: Statistics | None, groups: int, con
     elif context.transfer == "match" and stats is not None:
         values = dict(match_groups(stats, groups)._asdict())
         values = {"weight": values["scale"], "bias": values["shift"]}
-        how = "running statistics moved into gain and bias"
+        of = (
+            "running statistics"
+            if site.form == "data" or site.path not in context.measured
+            else "statistics of the data"
+        )
+        how = f"{of} moved into gain and bias"
         if old.weight is None or old.bias is None:
             note = join_notes(note, "gain and bias added, not trained, to carry the statistics")
     elif not how:
         how = "gain and bias copied as they stand"
-        note = join_notes(note, "no running statistics to match")
+        note = join_notes(note, "no running statistics and no data to match")
     writes: list[tuple[Tensor, Tensor]] = []
     for name, value in values.items():
         if value is None:
@@ -197,12 +245,21 @@ def choose_groups(site: Site, context: Context) -> tuple[int, str] | str:
 
 def elements_of(site: Site, context: Context) -> int | None:
     """Elements a channel in the norm's input: measured, or 1 where the graph or the class says so, else None."""
-    if site.path in context.elements:
-        return context.elements[site.path]
+    if site.path in context.seen:
+        return 1 if site.form == "last" else context.seen[site.path].elements
     if site.path in context.flow.single:
         return 1
-    flat = site.spatial_dims == 1 and site.path not in context.flow.spatial
+    flat = site.form == "last" or (site.spatial_dims == 1 and site.path not in context.flow.spatial)
     return 1 if flat else None  # BatchNorm1d takes (N, C) as well as (N, C, L)
+
+
+def dims_of(site: Site, context: Context) -> int | None:
+    """The spatial dimensions of a norm's input: by its class, or measured (1 for (N, C) too); None where not known."""
+    if site.spatial_dims:
+        return site.spatial_dims
+    if site.form == "last":
+        return 1
+    return max(1, context.seen[site.path].dims - 2) if site.path in context.seen else None
 
 
 def retyped(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,13 @@ from normswap.report import Drift
 from normswap.sites import Site
 
 _SEED = 0
+
+
+class Seen(NamedTuple):
+    """Of the input of a norm: its dimensions, and the least elements that a channel of a sample had."""
+
+    dims: int
+    elements: int
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -41,12 +48,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def run(
     model: nn.Module, inputs: Any, sites: Iterable[Site] = (), limit: float | None = None
-) -> tuple[Any, dict[str, int]]:
-    """The output of `model` in eval mode, and for each of `sites` it reached the least elements a channel had.
+) -> tuple[Any, dict[str, Seen]]:
+    """The output of `model` in eval mode, and what each of `sites` saw that it reached.
 
     Raises `ModelError` where the forward fails, or reaches a site after more than `limit` seconds.
     """
-    elements: dict[str, int] = {}
+    seen: dict[str, Seen] = {}
     started = time.monotonic()
 
     def watch(site: Site) -> Any:
@@ -55,7 +62,9 @@ def run(
                 raise TimeoutError
             if args and isinstance(args[0], Tensor) and args[0].dim() >= 2:
                 size = args[0].shape[2:].numel()
-                elements[site.path] = min(size, elements.get(site.path, size))
+                seen[site.path] = Seen(
+                    args[0].dim(), min(size, seen[site.path].elements if site.path in seen else size)
+                )
 
         return site.module.register_forward_pre_hook(note)
 
@@ -63,7 +72,7 @@ def run(
     try:
         with evaluating(model), torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)  # a forward that draws numbers draws the same before and after
-            return call(model, pytree.tree_map_only(Tensor, Tensor.clone, inputs)), elements
+            return call(model, pytree.tree_map_only(Tensor, Tensor.clone, inputs)), seen
     except TimeoutError:
         raise ModelError(f"not measured: the model takes more than {limit:g} s; give --input-shape") from None
     except Exception as error:  # the forward is anybody's code

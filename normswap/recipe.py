@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
+from normswap.calibrate import Measured
 from normswap.convert import Options, fold, run
 from normswap.errors import FileError
-from normswap.sites import find_sites
+from normswap.probe import Seen
+from normswap.sites import Site, find_sites
 from normswap.targets import TARGETS, parse_target
+from normswap.transfer import Moments
 from normswap.weights import LAYERS
 
 FORMAT = 1
 _MOST_STEPS = 16  # conversions of conversions
 _DEEPEST = 16  # parts of a prefix
 _MISSED = 3  # names in a message
+_DIMS = {"BatchNorm1d": 3, "BatchNorm2d": 4, "BatchNorm3d": 5}
+_MANY = 1 << 20  # elements a channel: no reason for fewer groups than the recipe tells
 
 
 def check(recipe: Any, where: object, steps: int = 0) -> dict[str, Any]:
@@ -67,15 +73,25 @@ def replay(model: nn.Module, recipe: Any, where: object, *, steps: int = 0) -> n
         raise FileError(f"{where}: its recipe is for another architecture: the model has no {listed}")
     for path, layer in layers.items():
         groups = layer.get("groups")
-        if not (sites[path].is_batch_norm or sites[path].kind == "weight"):
+        if not (sites[path].form or sites[path].kind == "weight"):
             raise FileError(f"{where}: its recipe is for another architecture: {path} is a {sites[path].name} already")
         if groups is not None and sites[path].channels % groups:
             raise FileError(
                 f"{where}: its recipe is for another architecture: {path} has {sites[path].channels} channels, not a multiple of {groups} groups"
             )
+    measured, seen = _as_on_data(recipe, layers, sites, model)
     given = {path: layer["groups"] for path, layer in layers.items() if layer.get("groups") is not None}
     chosen = Options(ws_scope="all", layers=tuple(LAYERS), include=lambda path, module: path in layers)
-    converted, report = run(model, parse_target(recipe["target"]), chosen, given=given, inplace=True, may_be_idle=True)
+    converted, report = run(
+        model,
+        parse_target(recipe["target"]),
+        chosen,
+        given=given,
+        measured=measured,
+        seen=seen,
+        inplace=True,
+        may_be_idle=True,
+    )
     became = {path: change for change in report.changes for path in change.paths}
     for path, layer in layers.items():
         change = became.get(path)
@@ -86,6 +102,28 @@ def replay(model: nn.Module, recipe: Any, where: object, *, steps: int = 0) -> n
                 f"{where}: its recipe is for another architecture: {path} became {layer['to']}, here {here}"
             )
     return fold(converted).model if recipe.get("folded") is True else converted
+
+
+def _as_on_data(
+    recipe: Mapping[str, Any], layers: Mapping[str, Any], sites: Mapping[str, Site], model: nn.Module
+) -> tuple[dict[str, Measured], dict[str, Seen]]:
+    """What data or example inputs told of the norms when they were converted, in so far as the new layers' kind and keys hang on it.
+
+    The values are loaded later: here all moments are those of standard normal data.
+    """
+    like = next((p.detach().new_empty(0) for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    options = recipe.get("options")
+    on_data = isinstance(options, Mapping) and bool(options.get("calibrate"))
+    measured, seen = {}, {}
+    for path, layer in layers.items():
+        site = sites[path]
+        dims = 2 if site.form == "last" else _DIMS.get(layer["to"].removesuffix("Act"))
+        if site.kind == "norm" and (dims or on_data):
+            seen[site.path] = Seen(dims or (site.spatial_dims or 2) + 2, 1 if dims == 2 else _MANY)
+        if site.kind == "norm" and on_data:
+            zero, one = torch.zeros(site.channels, device=like.device), torch.ones(site.channels, device=like.device)
+            measured[site.path] = Measured(Moments(zero, one, zero, one), seen[site.path], like)
+    return measured, seen
 
 
 def _relative(layers: Mapping[str, Any], sites: Mapping[str, Any]) -> dict[str, Any]:

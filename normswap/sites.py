@@ -25,12 +25,18 @@ BATCH_NORMS: dict[type[nn.Module], int | None] = {
     FrozenBatchNorm: None,
     EstimatedBatchNorm: None,
 }
-"""The sources of a conversion, and how many spatial dimensions each takes (None: any)."""
+"""Norms by running statistics, and how many spatial dimensions each takes (None: any)."""
+SAMPLE_NORMS: dict[type[nn.Module], int | None] = {
+    BatchChannelNorm: None,
+    nn.GroupNorm: None,
+    nn.LayerNorm: 0,
+    nn.InstanceNorm1d: 1,
+    nn.InstanceNorm2d: 2,
+    nn.InstanceNorm3d: 3,
+}
+"""Norms by the statistics of each sample, likewise."""
 WEIGHTS: tuple[type[nn.Module], ...] = (*PLAIN, *(cls for classes in LAYERS.values() for cls in classes))
-_OTHER_NORMS = (
-    BatchChannelNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
-    nn.LocalResponseNorm, nn.CrossMapLRN2d,
-)  # fmt: skip
+_OTHER_NORMS = (*SAMPLE_NORMS, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
 
 def batch_norms() -> dict[type[nn.Module], int | None]:
@@ -43,11 +49,28 @@ def batch_norms() -> dict[type[nn.Module], int | None]:
     return found
 
 
+def _of_libraries(*names: str) -> set[type[nn.Module]]:
+    """Those norms of timm and torchvision that the model can hold: a library that is not imported has none in it."""
+    places = ("timm.layers.norm_act", "timm.layers.norm", "torchvision.models.convnext")
+    found = (getattr(sys.modules.get(place), name, None) for place in places for name in names)
+    return {cls for cls in found if cls is not None}
+
+
 def activated() -> set[type[nn.Module]]:
     """Norms with children `drop` and `act` that run behind them: timm's, and what they become here."""
-    acts = sys.modules.get("timm.layers.norm_act")
-    theirs = () if acts is None else (acts.BatchNormAct2d, acts.SyncBatchNormAct, acts.FrozenBatchNormAct2d)
-    return {*ACTIVATED.values(), *theirs}
+    return {*ACTIVATED.values()} | _of_libraries(
+        "BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d", "GroupNormAct", "GroupNorm1Act", "LayerNormAct", "LayerNormAct2d"
+    )  # fmt: skip
+
+
+def _positional() -> set[type[nn.Module]]:
+    """Layer norms over the channels at each position of (N, C, H, W)."""
+    return _of_libraries("LayerNorm2d", "LayerNormAct2d")
+
+
+def _known_forwards() -> set[type[nn.Module]]:
+    """Subclasses whose forward is their base's in another spelling, with an activation or moved axes at most."""
+    return activated() | _positional() | _of_libraries("GroupNorm", "GroupNorm1", "LayerNorm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,17 +98,44 @@ class Site:
 
     @property
     def channels(self) -> int:
-        """Channels that a batch norm normalizes or that a weight layer puts out."""
+        """Channels that a norm normalizes or that a weight layer puts out."""
         for attribute in ("num_features", "out_channels", "out_features", "num_channels", "hidden_size"):
             if isinstance(size := getattr(self.module, attribute, None), int):
                 return size
+        if isinstance(self.module, nn.LayerNorm):
+            return self.module.normalized_shape[-1]
         return int(self.module.running_mean.numel())  # type: ignore[union-attr, operator]  # torchvision's frozen norm
 
     @property
     def spatial_dims(self) -> int | None:
         if isinstance(self.module, FrozenBatchNorm | EstimatedBatchNorm):
             return self.module.spatial_dims
-        return batch_norms().get(self.base) if self.base else None
+        if type(self.module) in _positional():
+            return 2
+        return {**SAMPLE_NORMS, **batch_norms()}.get(self.base) if self.base else None
+
+    @property
+    def form(self) -> str:
+        """Over what a norm takes its statistics in eval mode; "" for what is no source of a conversion.
+
+        "data" (running ones), "group" (channel groups of a sample), "position" (the channels at each position of (N, C, H, W)),
+        "last" (the last dimension), or "data, group" (a batch-channel norm).
+        """
+        if self.base is BatchChannelNorm:
+            return "data, group"
+        if self.is_batch_norm or (self.base and isinstance(getattr(self.module, "running_mean", None), torch.Tensor)):
+            return "data"  # an instance norm may keep running statistics too, and goes by them in eval mode
+        if self.base is nn.LayerNorm:
+            whole = len(self.module.normalized_shape) > 1  # type: ignore[arg-type]
+            return "" if whole else "position" if type(self.module) in _positional() else "last"
+        return "group" if self.base in SAMPLE_NORMS else ""
+
+    @property
+    def groups(self) -> int | None:
+        """The groups of channels that a norm takes statistics over within a sample."""
+        if self.form == "last":
+            return 1
+        return int(getattr(self.module, "num_groups", self.channels)) if "group" in self.form else None
 
     @property
     def layer_kind(self) -> str:
@@ -124,7 +174,7 @@ def classify(module: nn.Module) -> tuple[str, type[nn.Module] | None, str] | Non
 def _obstacle(module: nn.Module, base: type[nn.Module]) -> str:
     for method in ("forward", "_conv_forward", "__call__", "_call_impl"):
         own = getattr(type(module), method, None) is not getattr(base, method, None)
-        if method in vars(module) or (own and not (method == "forward" and type(module) in activated())):
+        if method in vars(module) or (own and not (method == "forward" and type(module) in _known_forwards())):
             return f"has a {method} of its own, so it may do more than {base.__name__}"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "belongs to an attention layer, which reads its weight directly"
@@ -188,11 +238,8 @@ def find_sites(model: nn.Module) -> list[Site]:
 def own_attributes(base: Any) -> dict[str, frozenset[str]]:
     """The names that an instance of a norm's class has by itself, as attributes, parameters, buffers and children."""
     fresh = base(1, 1) if issubclass(base, BatchChannelNorm | nn.GroupNorm) else base(1)
-    return (
-        {"": frozenset(vars(fresh))}
-        | {kind: frozenset(getattr(fresh, kind)) for kind in ("_parameters", "_buffers")}
-        | {"_modules": frozenset()}
-    )  # no norm has children of its own; an activation in one is carried over
+    tensors = {kind: frozenset(getattr(fresh, kind)) for kind in ("_parameters", "_buffers")}
+    return {"": frozenset(vars(fresh)), "_modules": frozenset()} | tensors  # an activation in a norm is carried over
 
 
 def hidden_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -25,8 +25,10 @@ from normswap.plan import (
     Swap,
     carry,
     choose_groups,
+    dims_of,
     elements_of,
     eps_of,
+    like_of,
     place,
     read_statistics,
     retyped,
@@ -45,6 +47,7 @@ from normswap.weights import (
 )
 
 Plan = Callable[[Site, Context], "Swap | str"]
+NO_STATISTICS = "has no running statistics: they need data (calibrate)"
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,17 @@ class Target:
 
 def to_group_norm(site: Site, context: Context) -> Swap | str:
     """`torch.nn.GroupNorm` (Wu & He 2018) with the statistics matched over each group."""
+    between = site.form == "group" and 1 < (site.groups or 0) < site.channels  # neither a layer nor an instance norm
+    if between and context.groups == "auto" and site.path not in context.given:
+        return "has groups already; give groups= to change their number"
     chosen = choose_groups(site, context)
     return chosen if isinstance(chosen, str) else _group_norm(site, context, *chosen)
 
 
 def to_layer_norm(site: Site, context: Context) -> Swap | str:
     """Layer norm over (C, *spatial) (Ba et al. 2016): `torch.nn.GroupNorm` with one group."""
+    if site.form == "last":
+        return "is a layer norm already"
     if elements_of(site, context) == 1 and site.channels < LEAST_ELEMENTS:
         return "has one element a sample, which any norm within a sample would erase"
     return _group_norm(site, context, 1, "")
@@ -95,22 +103,50 @@ def to_instance_norm(site: Site, context: Context) -> Swap | str:
             return chosen
         return _group_norm(site, context, chosen[0], f"{chosen[0]} groups, not {site.channels}: one element a channel")
     norms = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+    if site.base in norms.values():
+        return "is an instance norm already"
     if site.spatial_dims not in norms:
         return _group_norm(site, context, site.channels, "")
     new = norms[site.spatial_dims](site.channels, eps=eps_of(site.module), affine=True, device="meta")
-    return carry(site, _affine_flag(new, site, context), read_statistics(site, context), site.channels, context, "")
+    stats = read_statistics(site, context)
+    return carry(site, _affine_flag(new, site, context, stats), stats, site.channels, context, "")
 
 
-def _group_norm(site: Site, context: Context, groups: int, note: str) -> Swap:
+def _group_norm(site: Site, context: Context, groups: int, note: str) -> Swap | str:
+    same = site.form in ("group", "last") and site.groups == groups
+    if same and site.base is nn.GroupNorm:
+        return f"has {'one group' if groups == 1 else f'{groups} groups'} already"
     new = nn.GroupNorm(groups, site.channels, eps=eps_of(site.module), affine=True, device="meta")
-    return carry(site, _affine_flag(new, site, context), read_statistics(site, context), groups, context, note)
+    stats = None if same else read_statistics(site, context)
+    swap = carry(site, _affine_flag(new, site, context, stats), stats, groups, context, note)
+    if not same or context.transfer == "reset":
+        return swap
+    return replace(swap, how="gain and bias as they stand: the same function", exact=True, note=note)
 
 
-def _affine_flag(new: nn.Module, site: Site, context: Context) -> nn.Module:
+def _affine_flag(new: nn.Module, site: Site, context: Context, stats: Statistics | None) -> nn.Module:
     """Set `affine` on a new norm: false where it will have no gain and bias."""
-    matched = context.transfer == "match" and isinstance(site.module.running_mean, Tensor)
-    new.affine = matched or site.module.weight is not None  # type: ignore[assignment]
+    new.affine = (context.transfer == "match" and stats is not None) or site.module.weight is not None  # type: ignore[assignment]
     return new
+
+
+def to_batch_norm(site: Site, context: Context) -> Swap | str:
+    """torch's batch norm (Ioffe & Szegedy 2015): exact from fixed statistics, else with those that data showed."""
+    if issubclass(site.base, nn.modules.batchnorm._BatchNorm):  # type: ignore[arg-type]
+        return "is a batch norm already"
+    if site.form != "data" and site.path not in context.measured:
+        raise OptionError(
+            f"{site.path or 'the model'} ({site.name}) has no statistics of a batch, which bn needs: give data with calibrate= "
+            "(--calibrate) that reach it, or leave it with exclude="
+        )
+    classes: dict[int | None, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+    cls = classes.get(dims_of(site, context), nn.SyncBatchNorm)
+    new = cls(site.channels, eps=eps_of(site.module), momentum=_rate(site), device="meta")
+    kept = _keep_statistics(site, context, new, "statistics follow the batches again")
+    for name, parameter in new._parameters.items():
+        if parameter is not None and not isinstance(getattr(site.module, name), nn.Parameter):
+            parameter.requires_grad_(True)  # a buffer of the frozen norm: who wants batch norm back wants to train it
+    return kept
 
 
 def to_frozen(site: Site, context: Context) -> Swap | str:
@@ -131,6 +167,8 @@ def to_estimated(site: Site, context: Context) -> Swap | str:
 
 def to_batch_channel(site: Site, context: Context) -> Swap | str:
     """Batch-channel norm (Qiao et al. 2019): moving estimates, then groups that start as those are over the data."""
+    if site.base is BatchChannelNorm:
+        return "is a batch-channel norm already"
     chosen = choose_groups(site, context)
     if isinstance(chosen, str):
         return chosen
@@ -142,14 +180,13 @@ def to_batch_channel(site: Site, context: Context) -> Swap | str:
     stats = read_statistics(site, context)
     assert stats is not None  # for the type checker: a norm without statistics was left above
     how = f"{kept.how}; a gain and a bias a group"
+    like = like_of(site, context)
     if context.transfer == "match":
         gain, bias = match_output(stats, groups)
-        like = site.module.running_mean
-        new.group_weight = nn.Parameter(gain.to(like))  # type: ignore[arg-type]
-        new.group_bias = nn.Parameter(bias.to(like))  # type: ignore[arg-type]
+        new.group_weight, new.group_bias = nn.Parameter(gain.to(like)), nn.Parameter(bias.to(like))
         how = f"{kept.how}; groups start as these are over the data"
     else:
-        new.to(site.module.running_mean.device, site.module.running_mean.dtype)  # type: ignore[union-attr, arg-type]
+        new.to(like.device, like.dtype)
     return replace(kept, after=f"{kept.after}({groups})", how=how, exact=False, note=note, groups=groups)
 
 
@@ -160,27 +197,35 @@ def _rate(site: Site) -> float | None:
 
 
 def _keep_statistics(site: Site, context: Context, new: nn.Module, how: str) -> Swap | str:
-    """`new`, a norm by running statistics, on the tensors of the one at `site`."""
+    """`new`, a norm by running statistics: on the tensors of the one at `site`, or on those that data showed."""
     stats = read_statistics(site, context)
     if stats is None:
-        return "has no running statistics (track_running_stats=False)"
-    old = site.module
+        return NO_STATISTICS
+    old, exact = site.module, site.form == "data" and context.transfer != "reset"
     writes: list[tuple[Tensor, Tensor]] = []
     for name in ("weight", "bias"):
         held = getattr(old, name)
-        if held is not None and (context.transfer == "reset" or not isinstance(held, nn.Parameter)):
+        same = held is None or (isinstance(held, nn.Parameter) and context.transfer != "reset")
+        if site.form != "data" or not same:
             held, write = place(site, name, getattr(stats, name), context)
             writes += write
         new.register_parameter(name, held)
-    new.affine = old.weight is not None  # type: ignore[assignment]
-    counted = torch.zeros((), dtype=torch.long, device=old.running_mean.device)  # type: ignore[union-attr, arg-type]
-    new._buffers.update(
-        {"num_batches_tracked": counted}, **{n: b for n, b in old._buffers.items() if n in new._buffers}
+    new.affine = new.weight is not None  # type: ignore[assignment]
+    like = like_of(site, context)
+    for name, value in (("running_mean", stats.mean), ("running_var", stats.var)):
+        buffer = getattr(old, name, None)
+        new._buffers[name] = value.to(like) if buffer is None else buffer
+        if buffer is not None and site.path in context.measured:
+            writes.append((buffer, value))
+    counted = getattr(old, "num_batches_tracked", None)
+    new._buffers["num_batches_tracked"] = (
+        torch.zeros((), dtype=torch.long, device=like.device) if counted is None else counted
     )
-    exact = context.transfer != "reset"
-    if site.path in context.rescaled and context.transfer == "match":
-        writes += _statistics_writes(site, stats)
+    if site.form != "data":
+        how = f"{how}; those that the data showed" if site.path in context.measured else how
+    elif site.path in context.rescaled and context.transfer == "match":
         exact, how = False, f"{how}, rescaled for standardized weights"
+        writes += _statistics_writes(site, stats)
     if context.transfer == "reset":
         how = f"{how}; gain 1, bias 0"
     return Swap(site, new, type(new).__name__, how, exact, writes=tuple(writes))
@@ -194,7 +239,7 @@ def to_folded(site: Site, context: Context) -> Swap | str:
     """No norm: its scale and shift go into the layer before it (Ioffe & Szegedy 2015, section 3.1)."""
     stats = read_statistics(site, context)
     if stats is None:
-        return "has no running statistics to fold (track_running_stats=False)"
+        return NO_STATISTICS
     feeder, why = context.flow.feeder(site.path)
     if feeder is None:
         return why
@@ -208,7 +253,7 @@ def to_folded(site: Site, context: Context) -> Swap | str:
         assert isinstance(like, Tensor)  # for the type checker: a layer without a plain weight was refused above
         trained = isinstance(site.module.bias, nn.Parameter) and site.module.bias.requires_grad
         bias = nn.Parameter(torch.zeros(site.channels, dtype=like.dtype, device=like.device), requires_grad=trained)
-    exact = context.transfer != "reset" and site.path not in context.rescaled
+    exact = site.form == "data" and context.transfer != "reset" and site.path not in context.rescaled
     how = "folded into the layer before it"
     return Swap(site, nn.Identity(), "Identity", how, exact, absorb=Absorb(into, as_affine(stats), bias))
 
@@ -432,6 +477,14 @@ NORMS: dict[str, Form] = {
             to_batch_channel,
         ),
         Form(
+            "bn",
+            "BatchNorm",
+            "approximate, needs data; exact from frozen, est",
+            "Ioffe & Szegedy 2015",
+            "large batches, speed; the way back",
+            to_batch_norm,
+        ),
+        Form(
             "frozen",
             "FrozenBatchNorm",
             "exact",
@@ -501,12 +554,11 @@ def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:
     """The swap of a normalization, or why it is left."""
     if site.obstacle:
         return site.obstacle
-    ours = target is PLAIN_TARGET and (site.base is BatchChannelNorm or type(site.module) in ACTIVATED.values())
-    if not site.is_batch_norm and not ours:
-        return "is not a batch norm"
+    if not site.form:
+        return f"{site.name} is no norm that can be converted"
     if site.path in context.flow.touched:
         return "has tensors that a forward reads directly"
-    if site.is_batch_norm and (problem := _unsound(site.module)):
+    if problem := _unsound(site) or ("" if target is PLAIN_TARGET else _misplaced(site, context)):
         return problem
     if target.norm is not None:
         plan = target.norm.plan(site, context)
@@ -529,19 +581,33 @@ def _activated(site: Site, swap: Swap, target: Target) -> Swap:
     return replace(swap, after=swap.after.replace(name, type(new).__name__, 1))
 
 
-def _unsound(norm: nn.Module) -> str:
-    """What is wrong with a batch norm, so that no layer could stand in for it."""
-    mean, var = norm.running_mean, norm.running_var
+def _unsound(site: Site) -> str:
+    """What is wrong with a norm, so that no layer could stand in for it."""
+    norm = site.module
+    mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
     if not isinstance(norm.eps, int | float):
         return "has an eps that is no number"
     sizes = {len(t) for t in (mean, var, norm.weight, norm.bias) if isinstance(t, Tensor) and t.dim() == 1}
-    if len(sizes | {getattr(norm, "num_features", *sizes or {0})}) > 1:
+    if sizes and sizes != {site.channels}:
         return "has tensors of different sizes"
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.is_meta:
         return ""
     if not (widen(mean).isfinite().all() and widen(var).isfinite().all()):
         return "has running statistics that are not finite"
     return "has a negative running variance" if (widen(var) < 0).any() else ""
+
+
+def _misplaced(site: Site, context: Context) -> str:
+    """Why a norm that takes several layouts cannot be exchanged for one that takes (N, C, *spatial)."""
+    seen = context.seen.get(site.path)
+    if site.form == "last" and seen is None and site.path not in context.flow.flat:
+        return "normalizes the last dimension, of an input that may have others: give example_inputs if it is (N, C)"
+    if site.form == "last" and seen is not None and seen.dims != 2:
+        return f"normalizes the last of {seen.dims} dimensions, where channels are the second"
+    dims = site.spatial_dims
+    if "group" in site.form and dims and seen is not None and seen.dims != dims + 2:
+        return "runs without a batch dimension"
+    return ""
 
 
 def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:

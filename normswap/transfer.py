@@ -31,6 +31,17 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
+class Moments(NamedTuple):
+    """What a norm within a sample does to data: mean and variance of its input and of its normalized output, before gain
+    and bias; all of shape (C,).
+    """
+
+    mean: Tensor
+    var: Tensor
+    normed_mean: Tensor
+    normed_var: Tensor
+
+
 def widen(tensor: Tensor) -> Tensor:
     """`tensor`, detached, in float64, or in float32 on a device without float64."""
     return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
@@ -59,6 +70,31 @@ def match_groups(stats: Statistics, groups: int) -> Affine:
     weight = scale * (group_var + stats.eps).sqrt()
     bias = stats.bias.view(groups, -1) + scale * (group_mean - mean)
     return Affine(weight.flatten(), bias.flatten())
+
+
+def as_batch_norm(moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Statistics:
+    """The batch norm that stands in for a norm within a sample with gain `weight` and bias `bias`, both (C,).
+
+    Over the data it has the same mean and variance in each channel: the gain of a channel is the ratio of the standard
+    deviations behind and before the norm. Exact where a sample has the data's statistics. A channel that is constant
+    takes the mean ratio of the others.
+    """
+    alive = moments.var > moments.var.max() * torch.finfo(moments.var.dtype).eps
+    ratio = torch.where(alive, moments.normed_var / torch.where(alive, moments.var, 1), 0).sqrt()
+    ratio = torch.where(alive, ratio, ratio.sum() / alive.sum().clamp(min=1))
+    scale = weight * ratio * (moments.var + eps).sqrt()
+    return Statistics(scale, bias + weight * moments.normed_mean, moments.mean, moments.var, eps)
+
+
+def without_channel_half(stats: Statistics, gain: Tensor, bias: Tensor) -> Statistics:
+    """The batch norm that stands in for a batch-channel norm, `stats` its batch half; `gain` and `bias` are (groups,).
+
+    The inverse of `match_output`, and as exact: over the data the channel half is one multiplication and one addition a group.
+    """
+    std, mean = match_output(stats, len(gain))
+    ratio, each = gain / std, len(stats.mean) // len(gain)
+    ratio, shift = ratio.repeat_interleave(each), (bias - ratio * mean).repeat_interleave(each)
+    return stats._replace(weight=stats.weight * ratio, bias=stats.bias * ratio + shift)
 
 
 def match_output(stats: Statistics, groups: int) -> Affine:

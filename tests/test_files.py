@@ -12,7 +12,7 @@ import torch
 from test_convert import X, resnet
 from test_quirks import distance
 from torch import nn
-from zoo import conv_norm
+from zoo import FROM_BATCH_NORM, conv_norm
 
 import normswap
 from normswap import FileError, UnsafeFileError, checkpoint, sources
@@ -29,7 +29,7 @@ def listing(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
-@pytest.mark.parametrize("target", normswap.TARGETS)
+@pytest.mark.parametrize("target", FROM_BATCH_NORM)
 def test_round_trip(saved: Path, target: str) -> None:
     before = saved.read_bytes()
     report = normswap.convert_file(saved, target)

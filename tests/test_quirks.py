@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from zoo import QUIRKS, Quirk, randomize
+from zoo import FROM_BATCH_NORM, QUIRKS, Quirk, randomize
 
 import normswap
 from normswap import ModelError
@@ -116,7 +116,7 @@ def check_kept(before: nn.Module, after: nn.Module) -> None:
     assert "normswap" not in str(sorted(vars(before)))
 
 
-@pytest.mark.parametrize("target", normswap.TARGETS)
+@pytest.mark.parametrize("target", FROM_BATCH_NORM)
 def test_on_meta(target: str) -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -124,7 +124,7 @@ def test_on_meta(target: str) -> None:
     assert all(t.is_meta for t in converted.state_dict().values())
 
 
-@pytest.mark.parametrize("target", normswap.TARGETS)
+@pytest.mark.parametrize("target", FROM_BATCH_NORM)
 def test_in_place_keeps_root_and_parameters(target: str) -> None:
     """An optimizer that was made before still holds every parameter that is left."""
     model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)))

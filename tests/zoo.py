@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
+import normswap
+
 
 @dataclass(frozen=True)
 class Quirk:
@@ -38,7 +40,7 @@ class Quirk:
             norm, weight = "", norm
         frozen = self.norms if self.frozen is None else self.frozen
         fold = frozen if self.fold is None else self.fold
-        counts = {"": 0, "frozen": frozen, "est": frozen, "bcn": min(frozen, self.norms), "fold": fold}
+        counts = {"": 0, "frozen": frozen, "est": frozen, "bcn": min(frozen, self.norms), "fold": fold, "bn": 0}
         norms = counts.get(norm, self.norms)
         weights = {"": 0, "ws": self.ws}.get(weight, self.ws if self.wn is None else self.wn)
         return norms, max(weights, fold) if norm == "fold" else weights
@@ -340,6 +342,8 @@ def mlp(channels: int) -> nn.Sequential:
 
 
 B = nn.BatchNorm2d
+FROM_BATCH_NORM = [target for target in normswap.TARGETS if target != "bn"]
+"""The targets that change a convolution with a batch norm behind it."""
 QUIRKS: dict[str, Quirk] = {
     "plain": Quirk(conv_norm),
     "one norm, two names": Quirk(OneParent),

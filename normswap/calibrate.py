@@ -1,0 +1,104 @@
+"""What data tells: the moments of the values that pass through each norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normswap import probe
+from normswap.errors import ModelError
+from normswap.layers import EstimatedBatchNorm
+from normswap.probe import Seen
+from normswap.sites import Site
+from normswap.transfer import Moments
+
+
+@dataclass
+class Measured:
+    """What the data showed of one norm: moments, sizes, and an empty tensor of its input's dtype and device."""
+
+    moments: Moments
+    seen: Seen
+    like: Tensor
+
+
+class _Gatherer:
+    """Mean and variance over batches, merged by the parallel form of Chan, Golub & LeVeque 1983."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, values: Tensor) -> None:
+        """`values` of shape (N, C, *spatial)."""
+        dims = [0, *range(2, values.dim())]
+        wide = values.float() if values.device.type == "mps" else values.double()
+        var, mean = torch.var_mean(wide, dims, correction=0)
+        count = values.numel() // max(1, values.shape[1])
+        total = self.count + count
+        delta = mean - self.mean.to(mean)
+        self.squares = self.squares.to(var) + var * count + delta.square() * self.count * count / total
+        self.mean = self.mean.to(mean) + delta * count / total
+        self.count = total
+
+    @property
+    def var(self) -> Tensor:
+        return self.squares / self.count
+
+
+def measure(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> dict[str, Measured]:
+    """Run `model` in eval mode on `batches` and gather, by path, what passes through each norm of `sites`.
+
+    Raises `ModelError` where the model does not run on a batch, or a value is not finite.
+    """
+    gatherers: dict[str, tuple[_Gatherer, _Gatherer]] = {}
+    seen: dict[str, Seen] = {}
+    like: dict[str, Tensor] = {}
+
+    def watch(site: Site) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not args or not isinstance(args[0], Tensor) or args[0].dim() < 2:
+                return
+            values = args[0]
+            last = site.form == "last" and values.dim() > 2
+            values = values.movedim(-1, 1) if last else values
+            if values.shape[1] != site.channels:
+                return  # another layout than this norm's own: what it says would be of other channels
+            before, behind = gatherers.setdefault(site.path, (_Gatherer(), _Gatherer()))
+            before.add(values)
+            behind.add(_normalized(site, values))
+            like[site.path] = args[0].new_empty(0)
+
+        return site.module.register_forward_pre_hook(note)
+
+    handles = [watch(site) for site in sites]
+    try:
+        for batch in batches:
+            for path, now in probe.run(model, batch, sites)[1].items():
+                least = min(now.elements, seen[path].elements) if path in seen else now.elements
+                seen[path] = Seen(now.dims, least)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {
+        path: Measured(Moments(before.mean, before.var, behind.mean, behind.var), seen[path], like[path])
+        for path, (before, behind) in gatherers.items()
+    }
+    for path, measured in found.items():
+        if not all(values.isfinite().all() for values in measured.moments):
+            raise ModelError(f"{path}: its input on the calibration data is not finite")
+    return found
+
+
+def _normalized(site: Site, values: Tensor) -> Tensor:
+    """What the norm makes of `values` of shape (N, C, *spatial), before its gain and bias."""
+    eps = float(site.module.eps)  # type: ignore[arg-type]
+    if site.form in ("position", "last"):
+        return F.layer_norm(values.movedim(1, -1), (site.channels,), eps=eps).movedim(-1, 1)
+    if site.form == "data, group":
+        values = EstimatedBatchNorm.forward(site.module, values)  # type: ignore[arg-type]
+    return values if site.groups is None else F.group_norm(values, site.groups, eps=eps)

@@ -1,0 +1,2 @@
+def batches(data):
+    return list(data)
