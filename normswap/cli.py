@@ -132,6 +132,18 @@ def convert(
         list[str] | None, typer.Option(metavar="GLOB", help="Leave layers on these paths. Repeatable.")
     ] = None,
     input_shape: Annotated[str | None, typer.Option(metavar="1,3,224,224", help="Shape of an input batch.")] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="Unlabelled data: a folder of pictures, or tensors in .pt, .npy, .npz, .safetensors."
+        ),
+    ] = None,
+    calibrate_seconds: Annotated[float, typer.Option(metavar="S", help="The most time that calibration takes.")] = 60.0,
+    input_size: Annotated[
+        str | None, typer.Option(metavar="N|H,W", help="Size of the pictures, where the model's own is not known.")
+    ] = None,
+    mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Their mean, for values from 0 to 1.")] = None,
+    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Their standard deviation.")] = None,
     fold: Annotated[bool, typer.Option("--fold", help="Bake the result into plain torch layers.")] = False,
     format: Annotated[
         Format | None,
@@ -154,10 +166,13 @@ def convert(
     form = format.value if format else None
     with _speaking(_PHASES, quiet or as_json) as progress:
         shape, arguments = _parse_shape(input_shape), sources.parse_arguments(model_arg or [])
+        size = _numbers("--input-size", input_size, int)
         report = files.convert_file(
             input, to, out, model=model, model_args=arguments, weights=weights, key=key, eps=eps, input_shape=shape,
             fold=fold, format=form, allow=_importable(allow), trust=trust, overwrite=overwrite, dry_run=dry_run,
             progress=progress, groups=groups, transfer=transfer.value, ws=ws.value, ws_scope=ws_scope.value,
+            calibrate=calibrate, calibrate_seconds=calibrate_seconds, input_size=size and (size if len(size) > 1 else size[0]),
+            mean=_numbers("--mean", mean, float), std=_numbers("--std", std, float),
             layers=tuple(layers.split(",")), include=include or None, exclude=exclude or None,
         )  # fmt: skip
     _print(report, input, "" if dry_run else str(out or files.default_out(input, to, form)), as_json, full, quiet)
@@ -262,6 +277,15 @@ def _parse_shape(text: str | None) -> tuple[int, ...] | None:
     if not shape or min(shape) < 1:
         raise OptionError(f"--input-shape: {text!r} is no shape; write numbers from 1 with commas, such as 1,3,224,224")
     return shape
+
+
+def _numbers(option: str, text: str | None, kind: Callable[[str], Any]) -> Any:
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(f"{option}: {text!r} is not possible; write numbers with commas") from None
 
 
 def _importable(allow: list[str] | None) -> list[str]:

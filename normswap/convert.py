@@ -104,6 +104,9 @@ def convert(
         include, exclude: glob patterns on module paths, or a function `(path, module) -> bool`.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With it, group
             counts regard the sizes of feature maps, and the report tells the drift of the output.
+        calibrate: unlabelled data, a few hundred samples: a tensor, a `Dataset`, or any iterable of batches, each as the model
+            takes it. Norms without running statistics take those of the data; `bn` needs it for them.
+        calibrate_seconds: the most time that calibration takes.
         inplace: change `model` itself; nothing changes unless all of it can.
 
     Returns:
@@ -186,7 +189,8 @@ def run(
     if options.calibrate is not None:
         progress("measuring on the calibration data")
         norms = [site for site in sites if site.kind == "norm" and site.form and not site.obstacle]
-        measured |= measure(work, options.calibrate, norms)
+        batches = [samples.first_inputs(work, batch) for batch in options.calibrate]
+        measured |= measure(work, batches, norms)
         sizes = {path: m.seen for path, m in measured.items()} | sizes
     context = Context(
         groups=options.groups, transfer=options.transfer, ws=options.ws, ws_scope=options.ws_scope,
@@ -445,8 +449,9 @@ def _drift(model: nn.Module, before: Any, inputs: Any, name: str, exact: bool) -
 
 def _recipe(target: Target, options: Options, changes: Sequence[Change]) -> dict[str, Any]:
     choices = {name: "a function" if callable(value) else value for name, value in vars(options).items()}
-    choices["calibrate"] = options.calibrate is not None
+    data, seconds = choices.pop("calibrate"), choices.pop("calibrate_seconds")
     choices = {k: list(v) if isinstance(v, Iterable) and not isinstance(v, str) else v for k, v in choices.items()}
+    choices |= {} if data is None else {"calibrate": True, "calibrate_seconds": seconds}
     layers = {c.paths[0]: {"from": c.before, "to": c.after, "groups": c.groups} for c in changes}
     versions = {"normswap": version("normswap"), "torch": torch.__version__.split("+")[0]}
     return {"format": 1, "target": target.name, "options": choices, "versions": versions, "layers": layers}

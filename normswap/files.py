@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap import bare, checkpoint, disk, entries, optimizer, probe, recipe, sources
+from normswap import bare, checkpoint, disk, entries, optimizer, probe, recipe, samples, sources
 from normswap.checkpoint import RECIPE, Checkpoint
 from normswap.convert import Options, Progress, run
 from normswap.convert import fold as fold_model
@@ -43,6 +43,10 @@ def convert_file(
     eps: float | None = None,
     input_shape: Sequence[int] | None = None,
     example_inputs: Any = None,
+    calibrate: Any = None,
+    input_size: int | Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     fold: bool = False,
     format: str | None = None,
     allow: Iterable[str] = (),
@@ -67,6 +71,9 @@ def convert_file(
         eps: of the norms in a file without its model; 1e-5 is assumed.
         input_shape: the shape of an input batch; group counts then regard the sizes of feature maps.
         example_inputs: the same with inputs of your own.
+        calibrate: data as for `normswap.convert`, or the path of a folder of pictures or of a file of tensors (`.pt`, `.npy`, `.npz`,
+            `.safetensors`); pictures are prepared as the library's model has it.
+        input_size, mean, std: how pictures are prepared else: side or (height, width), and a number a channel for values from 0 to 1.
         fold: bake standardized weights in and leave plain torch layers.
         format: write `pt`, `safetensors` or `dcp` instead; of a training checkpoint, the model alone.
         allow, trust: which classes a file may hold; see `normswap.load`.
@@ -78,15 +85,25 @@ def convert_file(
     Raises:
         NormswapError: with nothing written.
     """
-    job = _Job(
-        parse_target(to), Options(**options), model, model_args or {}, eps, input_shape, example_inputs, fold, progress
-    )
+    asked, target = Options(**options), parse_target(to)
     if not sources.is_spec(str(path)):
         checkpoint.check_input(Path(path))
     out = default_out(path, to, format) if out is None else Path(out)
     form = _form(out, format)
     if not dry_run:
         checkpoint.check_format(out, form, overwrite)
+    if isinstance(calibrate, str | os.PathLike):
+        progress(f"reading {calibrate}")
+        known = next((str(s) for s in (path, model) if isinstance(s, str) and sources.is_spec(s)), None)
+        calibrate = samples.read_samples(
+            calibrate, spec=known, weights=weights, input_size=input_size, mean=mean, std=std
+        )  # fmt: skip
+    elif calibrate is not None:
+        calibrate = samples.batches(calibrate)
+    elif input_size or mean or std:
+        raise OptionError("--input-size, --mean and --std are for the pictures of --calibrate")
+    asked = replace(asked, calibrate=calibrate)
+    job = _Job(target, asked, model, model_args or {}, eps, input_shape, example_inputs, fold, progress)
     progress(f"reading {path}")
     if sources.is_spec(str(path)):
         if model is not None or key is not None:

@@ -1,0 +1,289 @@
+"""Norms other than batch norm as sources, and batch norm as a target: what data tells, and what is refused without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_quirks import distance
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.ops import FrozenBatchNorm2d
+from typer.testing import CliRunner
+from zoo import randomize
+
+import normswap
+from normswap.cli import app
+from normswap.layers import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+
+X = torch.randn(48, 3, 10, 10, generator=torch.Generator().manual_seed(0)) + 0.4
+DATA = list(X.split(16))
+
+
+def net(norm: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 4, 3))
+    with torch.no_grad():
+        if norm.weight is not None:
+            norm.weight.copy_(torch.linspace(-1, 1.5, 8))
+            norm.bias.copy_(torch.linspace(0.5, -0.5, 8))
+    return model.eval()
+
+
+def settled(norm: nn.Module) -> nn.Sequential:
+    """With the running statistics of the data."""
+    model = net(norm)
+    with torch.no_grad():
+        values = model[0](X)
+        norm.running_mean.copy_(values.mean((0, 2, 3)))
+        norm.running_var.copy_(values.var((0, 2, 3), correction=0))
+    return model
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_bn_is_refused_without_data_and_nothing_changes(inplace: bool) -> None:
+    for norm in (nn.GroupNorm(2, 8), nn.InstanceNorm2d(8), BatchChannelNorm(2, 8)):
+        model = net(norm)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(normswap.OptionError, match=rf"1 \({type(norm).__name__}\).*give data with calibrate="):
+            normswap.convert(model, "bn", inplace=inplace)
+        assert type(model[1]) is type(norm)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_bn_has_the_statistics_of_the_data() -> None:
+    """Mean and variance of its input, and with gain and bias those of the old norm's output, channel by channel."""
+    model = net(nn.GroupNorm(2, 8)).double()
+    converted, report = normswap.convert(model, "bn", calibrate=[batch.double() for batch in DATA])
+    norm = converted[1]
+    assert type(norm) is nn.BatchNorm2d and not report.exact and norm.eps == model[1].eps
+    with torch.no_grad():
+        values = model[0](X.double())
+        old, new = model[1](values), norm(values)
+    torch.testing.assert_close(norm.running_mean, values.mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, values.var((0, 2, 3), correction=0))
+    torch.testing.assert_close(new.mean((0, 2, 3)), old.mean((0, 2, 3)))
+    torch.testing.assert_close(new.var((0, 2, 3)), old.var((0, 2, 3)))
+    assert ((old - new).norm() / old.norm()) < 0.2, "and the sign of each gain"
+    converted.train()(X.double()).square().sum().backward()
+    assert norm.num_batches_tracked == 1 and norm.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: FrozenBatchNorm(8, spatial_dims=2), lambda: EstimatedBatchNorm(8, momentum=0.03)]
+)
+def test_bn_is_exact_from_fixed_statistics(make: object) -> None:
+    model = settled(make())
+    converted, report = normswap.convert(model, "bn")
+    assert report.exact and isinstance(converted[1], nn.modules.batchnorm._BatchNorm)
+    assert converted[1].momentum == getattr(model[1], "momentum", 0.1)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(X), model(X))
+
+
+def test_bn_from_a_frozen_norm_of_torchvision_is_trained() -> None:
+    model = models.resnet18(norm_layer=FrozenBatchNorm2d)
+    converted, report = normswap.convert(randomize(model), "bn")
+    norms = [m for m in converted.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and report.exact and not [left for left in report.left if left.kind == "norm"]
+    assert all(norm.weight.requires_grad and norm.bias.requires_grad for norm in norms)
+    assert all(norm.num_batches_tracked == 0 for norm in norms)
+
+
+def test_there_and_back() -> None:
+    """bn to gn and, on data, back: most of the function is still there."""
+    model = settled(nn.BatchNorm2d(8))
+    there = normswap.convert(model, "gn", groups=1).model
+    back = normswap.convert(there, "bn", calibrate=DATA).model
+    with torch.no_grad():
+        assert distance(model(X), back(X)) < 0.1
+    channel = normswap.convert(model, "bcn").model
+    torch.testing.assert_close(
+        normswap.convert(channel, "frozen").model(X), model(X)
+    )  # no data: what was put in comes out
+
+
+@pytest.mark.parametrize("groups", [1, 4, "4c", "auto"])
+@pytest.mark.parametrize("source", [nn.GroupNorm(8, 8), nn.GroupNorm(1, 8), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8)])
+def test_other_groups(source: nn.Module, groups: str | int) -> None:
+    model = net(source)
+    number = {"4c": 2, "auto": 2}.get(groups, groups)
+    if isinstance(source, nn.GroupNorm) and source.num_groups == number:
+        with pytest.raises(normswap.ModelError, match="already"):
+            normswap.convert(model, "gn", groups=groups)
+        return
+    copied, _ = normswap.convert(model, "gn", groups=groups)
+    measured, _ = normswap.convert(model, "gn", groups=groups, calibrate=DATA)
+    assert copied[1].num_groups == measured[1].num_groups == number
+    with torch.no_grad():
+        before, without, on_data = model(X), copied(X), measured(X)
+    assert distance(before, on_data) < 0.8 * distance(before, without)
+
+
+def test_an_instance_norm_is_a_group_norm_of_single_channels() -> None:
+    model = net(nn.InstanceNorm2d(8, affine=True))
+    converted, report = normswap.convert(model, "gn", groups=8)
+    assert type(converted[1]) is nn.GroupNorm and report.exact
+    with torch.no_grad():
+        torch.testing.assert_close(converted(X), model(X))
+
+
+# ---- layer norm ----
+
+
+def perceptron() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 2)
+    )
+    with torch.no_grad():
+        model[1].weight.copy_(torch.linspace(0.5, 1.5, 8))
+    return model.eval()
+
+
+def test_layer_norm_after_a_linear_layer() -> None:
+    model, x = perceptron(), torch.randn(64, 6)
+    one, report = normswap.convert(model, "gn", groups=1)
+    assert report.exact and isinstance(one[1], nn.GroupNorm)
+    torch.testing.assert_close(one(x), model(x))
+    four = normswap.convert(model, "gn", groups=4).model
+    assert four[4].num_groups == 4 and four(x).isfinite().all()
+    bn, _ = normswap.convert(model, "bn", calibrate=x)
+    assert type(bn[1]) is nn.BatchNorm1d
+    assert distance(model(x), bn(x)) < 0.5
+    assert not [m for m in normswap.convert(model, "fold", calibrate=x).model if isinstance(m, nn.LayerNorm)]
+
+
+class Tokens(nn.Module):
+    """(N, L, C): its channels are last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body = nn.Conv2d(3, 8, 4, 4), perceptron()
+        self.body[0] = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.embed(x).flatten(2).transpose(1, 2)).mean(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"example_inputs": X}, {"calibrate": DATA}])
+def test_layer_norm_over_tokens_stays(options: dict[str, object]) -> None:
+    model = Tokens().eval()
+    with pytest.raises(normswap.ModelError, match="normalizes the last"):
+        normswap.convert(model, "gn", **options)
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "swin_t"])
+def test_transformers_keep_their_layer_norms(name: str) -> None:
+    with torch.device("meta"):
+        model = getattr(models, name)()
+    with pytest.raises(normswap.ModelError, match="nothing to convert"):
+        normswap.convert(model, "gn")
+
+
+def test_layer_norm_whose_layout_an_example_shows() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = perceptron()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x.reshape(-1, 6))
+
+    model = Branches().eval()
+    with pytest.raises(normswap.ModelError, match="give example_inputs"):
+        normswap.convert(model, "gn")
+    assert normswap.convert(model, "gn", example_inputs=torch.randn(4, 6)).report.totals.norms_changed == 2
+
+
+def test_convnext_on_data() -> None:
+    """Its norms between channels-last permutations stay, those over maps become group norms."""
+    model = models.ConvNeXt(
+        [models.convnext.CNBlockConfig(16, 32, 1), models.convnext.CNBlockConfig(32, None, 1)], num_classes=5
+    )
+    x = torch.randn(8, 3, 32, 32)
+    converted, report = normswap.convert(model.eval(), "ln", calibrate=x)
+    assert report.totals.norms_changed == 3
+    assert all(
+        "normalizes the last" in left.reason or "already" in left.reason for left in report.left if left.kind == "norm"
+    )
+    assert converted(x).isfinite().all()
+
+
+# ---- files ----
+
+
+def frozen_backbone() -> nn.Module:
+    return normswap.convert(settled(nn.BatchNorm2d(8)), "frozen").model
+
+
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [
+        (lambda: net(nn.GroupNorm(2, 8)), "bn"),
+        (lambda: net(nn.GroupNorm(2, 8)), "frozen-ws"),
+        (lambda: net(nn.InstanceNorm2d(8)), "gn"),
+        (lambda: net(nn.InstanceNorm2d(8)), "bn"),
+        (lambda: net(nn.GroupNorm(2, 8)), "fold"),
+        (lambda: net(nn.GroupNorm(2, 8)), "bcn-wn"),
+        (frozen_backbone, "bn"),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_data_decided_comes_back(tmp_path: Path, make: object, target: str, whole: bool) -> None:
+    """A file converted on data loads, with or without its architecture in it, and computes the same."""
+    model = make()
+    options = {} if make is frozen_backbone else {"calibrate": DATA}
+    wanted = normswap.convert(model, target, **options).model
+    path = tmp_path / "model.pt"
+    torch.save(model if whole else model.state_dict(), path)
+    source = {} if whole else {"model": make}
+    normswap.convert_file(path, target, **options, **source)
+    loaded = normswap.load(tmp_path / f"model.{target}.pt", **source)
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in wanted.modules()]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(X), wanted(X))
+
+
+def test_data_that_do_not_fit() -> None:
+    model = net(nn.GroupNorm(2, 8))
+    with pytest.raises(normswap.ModelError, match="does not run"):
+        normswap.convert(model, "bn", calibrate=torch.randn(4, 5, 10, 10))
+    with pytest.raises(normswap.ModelError, match="not finite"):
+        normswap.convert(model, "bn", calibrate=X * float("inf"))
+    for nothing in ([], "images", torch.empty(0, 3, 8, 8)):
+        with pytest.raises(normswap.OptionError, match="calibrate"):
+            normswap.convert(model, "bn", calibrate=nothing)
+
+
+def test_a_norm_that_data_do_not_reach() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = net(nn.GroupNorm(2, 8)), nn.GroupNorm(2, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    with pytest.raises(normswap.OptionError, match="unused.*that reach it"):
+        normswap.convert(Optional(), "bn", calibrate=DATA)
+    assert normswap.convert(Optional(), "bn", calibrate=DATA, exclude="unused").report.totals.norms_changed == 1
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(net(nn.GroupNorm(2, 8)), "net.pt")
+    torch.save(X, "data.pt")
+    run = CliRunner()
+    refused = run.invoke(app, ["convert", "net.pt", "--to", "bn"])
+    assert refused.exit_code == 1 and "--calibrate" in refused.stderr and not Path("net.bn.pt").exists()
+    done = run.invoke(app, ["convert", "net.pt", "--to", "bn", "--calibrate", "data.pt"])
+    assert done.exit_code == 0, done.output
+    wanted = normswap.convert(net(nn.GroupNorm(2, 8)), "bn", calibrate=X).model
+    with torch.no_grad():
+        torch.testing.assert_close(normswap.load("net.bn.pt")(X), wanted(X))
+    wrong = run.invoke(
+        app, ["convert", "net.pt", "--to", "bn", "--calibrate", "data.pt", "--overwrite", "--mean", "a,b"]
+    )
+    assert wrong.exit_code == 1 and "--mean" in wrong.stderr
