@@ -9,7 +9,7 @@ FLOORS = [
     {"errors", "report", "transfer", "layers", "weights", "optimizer"},
     {"trace", "disk", "entries", "pickles", "sources", "render", "bare"},
     {"graph", "tensorfiles", "distributed"},
-    {"plan", "probe", "checkpoint"},
+    {"plan", "probe", "checkpoint", "samples"},
     {"targets", "swap", "diff"},
     {"convert"},
     {"recipe"},
