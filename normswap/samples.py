@@ -6,14 +6,11 @@ Samples are spread evenly over what is there and dealt out like cards, so that d
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import stat
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -23,19 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from normswap import pickles, tensorfiles
+from normswap import pickles, pictures, tensorfiles
 from normswap.errors import FileError, OptionError, UnsafeFileError, first_line
+from normswap.pictures import Unfit
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, on the scale 0 to 1
-_CROP = 0.875  # the part of a resized picture that is taken, as 224 of 256
-_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-_DECODERS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no others: that of EPS runs a program
-_MOST_PIXELS = 1 << 27
-_NARROWEST = 100  # times its width: the shorter side is resized, so a thread would become a sheet
-_LARGEST_SIDE = 1 << 14
 _MOST_SHARED = 64  # times its size that a file's tensor may claim: some repeat their elements
 _MOST_PACKED = 100  # times its size that an archive may claim
-_CHANNELS = (1, 3, 4)
 _NUMBERS = "biufc"  # kinds of numpy dtypes
 _SPLITS = ("train", "training", "", "val", "valid", "validation", "test")  # the best to calibrate with first
 _SPLIT = re.compile(
@@ -48,35 +38,6 @@ _Array = Tensor | numpy.ndarray[Any, Any]
 
 class _Arguments(tuple[Any, ...]):
     """Positional arguments, each an array with all samples; a plain tuple may be one of batches."""
-
-
-class _Unfit(Exception):
-    """What is wrong with data; whoever knows where it came from makes the whole message of it."""
-
-
-@dataclass(frozen=True)
-class _Look:
-    """Options for pictures, checked: `size` (height, width), `mean` and `std` on the scale 0 to 1; None where not given."""
-
-    size: tuple[int, int] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    def __bool__(self) -> bool:
-        return self.size is not None or self.mean is not None
-
-
-@dataclass(frozen=True)
-class _Preparation:
-    """`transform` makes a PIL picture an input (3, height, width). `mean` and `std` are what it normalizes with, if at all.
-
-    `listed`: the model takes a list of pictures, not a batch.
-    """
-
-    transform: Callable[[Any], Tensor]
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    listed: bool = False
 
 
 def read_samples(
@@ -122,29 +83,31 @@ def read_samples(
     """
     path = Path(path)
     _check_counts(limit, batch)
-    look = _asked(input_size, mean, std)
+    look = pictures.asked(input_size, mean, std)
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         raise FileError(f"{path}: {getattr(error, 'strerror', None) or error}; check the name and the folder") from None
     if stat.S_ISDIR(mode):
-        return _read_pictures(path, _preparation(spec, weights, look), limit, batch)
+        preparation, found = pictures.preparation(spec, weights, look), pictures.below(path)
+        dealt = _deal(len(found), limit, batch)
+        return [inputs for indices in dealt for inputs in pictures.read([found[i] for i in indices], preparation)]
     if path.suffix.lower() not in _READERS:
         kinds = ", ".join(_READERS)
         raise OptionError(f"{path}: calibration data are a folder of pictures, or tensors in one of {kinds}")
     if not stat.S_ISREG(mode):
         raise FileError(f"{path}: is not a regular file")
     try:
-        found = _READERS[path.suffix.lower()](path)
-        pictures = _Uint8(spec, weights, look)
-        read = _batches_in(found, limit, batch, pictures)
-        if look and not pictures.met:
+        content = _READERS[path.suffix.lower()](path)
+        uint8 = pictures.Uint8(spec, weights, look)
+        read = _batches_in(content, limit, batch, uint8)
+        if look and not uint8.met:
             raise OptionError(
                 f"{path}: holds no uint8 pictures, so its values are taken as they stand; "
                 "leave --input-size, --mean and --std (input_size, mean, std) out"
             )
         _check_finite(read)
-    except _Unfit as error:
+    except Unfit as error:
         raise FileError(f"{path}: {error}") from None
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or first_line(error)}") from None
@@ -168,7 +131,7 @@ def batches(data: Any, *, limit: int = 512, batch: int = 32) -> list[Any]:
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             return _collated(data, limit, batch)
         return _batches_in(data, limit, batch)
-    except _Unfit as error:
+    except Unfit as error:
         raise OptionError(f"calibrate: {error}") from None
 
 
@@ -201,220 +164,6 @@ def _check_counts(limit: int, batch: int) -> None:
             raise OptionError(f"{name}: {value!r} is no number of samples; give a whole number from 1")
 
 
-def _asked(input_size: Any, mean: Any, std: Any) -> _Look:
-    size = None
-    if input_size is not None:
-        size = tuple(input_size) if isinstance(input_size, Sequence) else (input_size, input_size)
-        if len(size) != 2 or not all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in size):
-            raise OptionError(
-                f"--input-size: {input_size!r} is no size of a picture; write 224, or 224,320 for height and width"
-            )
-    if (mean is None) != (std is None):
-        raise OptionError("--mean and --std belong together; give both")
-    return _Look(size, _numbers("--mean", mean), _numbers("--std", std))
-
-
-def _numbers(option: str, value: Any) -> tuple[float, ...] | None:
-    if value is None:
-        return None
-    try:
-        numbers = tuple(map(float, value if isinstance(value, Iterable) and not isinstance(value, str) else [value]))
-    except (TypeError, ValueError):
-        numbers = ()
-    if not numbers or not all(math.isfinite(number) and abs(number) <= 1 for number in numbers):
-        raise OptionError(
-            f"{option}: {value!r} does not fit pictures of values from 0 to 1; give one number or one a channel, such as "
-            "0.485,0.456,0.406 (divide by 255 where the values go to 255)"
-        )
-    if option == "--std" and min(numbers) <= 0:
-        raise OptionError(f"--std: {value!r} is not positive")
-    return numbers
-
-
-def _each(numbers: tuple[float, ...] | None, channels: int) -> tuple[float, ...] | None:
-    return numbers * channels if numbers is not None and len(numbers) == 1 else numbers
-
-
-# ---- what a picture goes through ----
-
-
-def _preparation(spec: str | None, weights: str | None, look: _Look) -> _Preparation:
-    for option, numbers in (("--mean", look.mean), ("--std", look.std)):
-        if numbers is not None and len(numbers) not in (1, 3):
-            raise OptionError(f"{option}: has {len(numbers)} numbers; pictures are read in RGB, so give 1 or 3")
-    look = _Look(look.size, _each(look.mean, 3), _each(look.std, 3))
-    known = _known(spec, weights, look)
-    if known is not None:
-        return known
-    if look.size is None:
-        of = f"of {spec}" if spec else "of this model"
-        raise OptionError(f"the size of picture {of} is not known; give --input-size 224 (input_size=224)")
-    size, mean, std = look.size, look.mean or _MEAN, look.std or _STD
-    return _Preparation(lambda picture: _normalized(_scaled(_fitted(picture, size, _CROP)), mean, std), mean, std)
-
-
-def _known(spec: str | None, weights: str | None, look: _Look) -> _Preparation | None:
-    """The recipe of a library's model, changed as asked; None where there is none."""
-    library, _, name = (spec or "").partition(":")
-    makers = {"torchvision": _of_torchvision, "timm": _of_timm}
-    return makers[library](name, weights, look) if library in makers else None
-
-
-def _of_torchvision(name: str, weights: str | None, look: _Look) -> _Preparation | None:
-    from torchvision import models
-
-    if name not in models.list_models():
-        raise OptionError(f"torchvision has no model {name!r}; torchvision.models.list_models() lists them")
-    choices = models.get_model_weights(name)
-    if weights is not None and weights not in choices.__members__:
-        has = ", ".join(choices.__members__) or "none"
-        raise OptionError(f"torchvision:{name} has no weights {weights!r}; it has {has}")
-    if not len(choices):
-        return None
-    preset = choices[weights or "DEFAULT"].transforms()
-    kind = type(preset).__name__
-    if kind in ("VideoClassification", "OpticalFlow"):
-        raise OptionError(
-            f"torchvision:{name} takes more than one picture at a time; give its inputs as tensors, in a .npy or .pt file"
-        )
-    listed = kind == "ObjectDetection"
-    if look.mean is not None and look.std is not None and not listed:
-        preset.mean, preset.std = list(look.mean), list(look.std)
-    transform: Callable[[Any], Tensor] = preset
-    if look.size is not None:
-        size = look.size
-        crop = preset.crop_size[0] / preset.resize_size[0] if hasattr(preset, "crop_size") else 1.0
-        mode = getattr(preset, "interpolation", None)
-        preset.resize_size = preset.crop_size = list(size)  # nothing left to do for the preset: it is fitted before
-
-        def transform(picture: Any) -> Tensor:
-            return preset(_fitted(picture, size, crop, mode))  # type: ignore[no-any-return]
-
-    if (
-        listed and look.mean is not None and look.std is not None
-    ):  # the model normalizes by itself, and once more if asked
-        mean, std, plain = look.mean, look.std, transform
-        return _Preparation(lambda picture: _normalized(plain(picture), mean, std), mean, std, listed)
-    if listed:
-        return _Preparation(transform, None, None, listed)
-    return _Preparation(transform, tuple(preset.mean), tuple(preset.std))
-
-
-def _of_timm(name: str, weights: str | None, look: _Look) -> _Preparation | None:
-    try:
-        import timm
-    except ImportError:
-        raise OptionError(f"timm:{name} needs timm, which is not installed: pip install timm") from None
-    plain = name.partition(".")[0]
-    if not timm.is_model(plain):
-        raise OptionError(f"timm has no model {name!r}; timm.list_models() lists them")
-    try:
-        described = timm.models.get_pretrained_cfg(f"{plain}.{weights}" if weights is not None else name)
-    except RuntimeError as error:
-        raise OptionError(f"timm:{name}: {error}") from None
-    if described is None:
-        return None
-    asked = {"input_size": look.size and (3, *look.size), "mean": look.mean, "std": look.std}
-    data: Any = timm.data
-    config = data.resolve_data_config(asked, pretrained_cfg=vars(described))
-    if config["input_size"][0] != 3:
-        raise OptionError(f"timm:{name} takes no RGB pictures; give its inputs as tensors, in a .npy or .pt file")
-    return _Preparation(data.create_transform(**config), tuple(config["mean"]), tuple(config["std"]))
-
-
-def _fitted(picture: Any, size: tuple[int, int], crop: float, mode: Any = None) -> Any:
-    """A picture or a tensor (..., h, w), resized to cover `size`/`crop` with its shape kept; the middle of `size`."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as F
-
-    _, h, w = F.get_dimensions(picture)
-    scale = max(size[0] / h, size[1] / w) / crop
-    covering = [max(size[0], round(h * scale)), max(size[1], round(w * scale))]
-    resized = F.resize(picture, covering, interpolation=mode or InterpolationMode.BILINEAR, antialias=True)
-    return F.center_crop(resized, list(size))
-
-
-def _scaled(picture: Any) -> Tensor:
-    from torchvision.transforms import functional as F
-
-    return F.to_tensor(picture)  # type: ignore[no-any-return]
-
-
-def _normalized(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(..., C, H, W) with its channels' mean and std taken out."""
-    return (x - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
-
-
-# ---- folders of pictures ----
-
-
-def _read_pictures(folder: Path, preparation: _Preparation, limit: int, batch: int) -> list[Any]:
-    try:
-        paths = sorted(_pictures_below(folder), key=lambda path: path.relative_to(folder).parts)
-    except OSError as error:
-        raise FileError(f"{error.filename or folder}: {error.strerror or error}") from None
-    if not paths:
-        raise FileError(f"{folder}: no pictures in it or below it; they are looked for as {', '.join(_PICTURES)}")
-    found: list[Any] = []
-    for indices in _deal(len(paths), limit, batch):
-        inputs = [_prepared(paths[i], preparation) for i in indices]
-        if preparation.listed:
-            found.append((inputs,))
-            continue
-        shapes: dict[torch.Size, list[Tensor]] = {}  # without a crop, pictures keep their shapes
-        for x in inputs:
-            shapes.setdefault(x.shape, []).append(x)
-        found += [torch.stack(alike) for alike in shapes.values()]
-    return found
-
-
-def _pictures_below(folder: Path) -> Iterator[Path]:
-    """Picture files, through links too; nothing hidden, and none of macOS's second copies."""
-    seen = set()
-    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()  # a link that leads back
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        for name in names:
-            path = Path(place, name)
-            if not name.startswith(".") and path.suffix.lower() in _PICTURES and path.is_file():
-                yield path
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _prepared(path: Path, preparation: _Preparation) -> Tensor:
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of size, which is checked below
-            Image.init()
-            with Image.open(path, formats=[name for name in _DECODERS if name in Image.OPEN]) as picture:
-                short, long = sorted(picture.size)
-                if short * long > _MOST_PIXELS or long > _NARROWEST * short:
-                    raise FileError(f"{path}: is a picture of {picture.size}, which is too large or too narrow to use")
-                return preparation.transform(_rgb(picture)).float()
-    except FileError:
-        raise
-    except Exception as error:  # a decoder meets anything
-        raise FileError(f"{path}: cannot be read as a picture ({first_line(error)}); mend or remove it") from None
-
-
-def _rgb(picture: Any) -> Any:
-    from PIL import Image
-
-    if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
-        values = numpy.asarray(picture).astype(numpy.int64) >> 8
-        picture = Image.fromarray(values.clip(0, 255).astype(numpy.uint8))
-    return picture.convert("RGB")
-
-
 # ---- files of tensors ----
 
 
@@ -422,14 +171,14 @@ def _read_torch(path: Path) -> Any:
     try:
         found = pickles.read(path)
     except UnsafeFileError:
-        raise _Unfit("holds more than plain data; save tensors, or lists, tuples or dicts of them") from None
+        raise Unfit("holds more than plain data; save tensors, or lists, tuples or dicts of them") from None
     most = _MOST_SHARED * path.stat().st_size
     for tensor in _arrays_in(found):
         if isinstance(tensor, Tensor):
             if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
-                raise _Unfit("holds a sparse, quantized or empty tensor; save dense ones")
+                raise Unfit("holds a sparse, quantized or empty tensor; save dense ones")
             if tensor.numel() * tensor.itemsize > most:
-                raise _Unfit(f"a tensor of shape {tuple(tensor.shape)} claims more than the file holds")
+                raise Unfit(f"a tensor of shape {tuple(tensor.shape)} claims more than the file holds")
     return _picked(found) if isinstance(found, Mapping) else found
 
 
@@ -439,17 +188,17 @@ def _read_numpy(path: Path) -> Any:
         if zipfile.is_zipfile(path):
             return _picked(_unpacked(path))
         return numpy.load(path, mmap_mode="r", allow_pickle=False)
-    except (_Unfit, OSError):
+    except (Unfit, OSError):
         raise
     except Exception as error:  # whatever a broken header or archive raises
-        raise _Unfit(f"is damaged, or holds other than plain numbers ({first_line(error)})") from None
+        raise Unfit(f"is damaged, or holds other than plain numbers ({first_line(error)})") from None
 
 
 def _unpacked(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:
         claimed, size = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
     if claimed > max(_MOST_PACKED * size, 1 << 28):
-        raise _Unfit(f"unpacks to {claimed:,} bytes from {size:,}; save it unpacked, with numpy.savez")
+        raise Unfit(f"unpacks to {claimed:,} bytes from {size:,}; save it unpacked, with numpy.savez")
     found: dict[str, Any] = {}
     with numpy.load(path, allow_pickle=False) as arrays:
         for name in arrays.files:
@@ -488,7 +237,7 @@ def _picked(named: Mapping[Any, Any]) -> Any:
     arrays = {str(k): v for k, v in named.items() if _is_numbers(v)}
     if not arrays:
         listed = ", ".join(map(str, named)) or "nothing"
-        raise _Unfit(f"holds no tensor of numbers at its top level, but {listed[:200]}")
+        raise Unfit(f"holds no tensor of numbers at its top level, but {listed[:200]}")
     if len(arrays) > 1:
         arrays = _of_one_split(arrays)
         arrays = {name: value for name, value in arrays.items() if name.lower() not in _LABELS} or arrays
@@ -496,7 +245,7 @@ def _picked(named: Mapping[Any, Any]) -> Any:
         inputs = [name for name in arrays if name.lower() in _INPUTS]
         if len(inputs) != 1:
             shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in arrays.items())
-            raise _Unfit(
+            raise Unfit(
                 f"holds tensors of different first dimensions, where samples would be: {shapes[:300]}; "
                 "save the inputs alone, or name them x"
             )
@@ -505,6 +254,8 @@ def _picked(named: Mapping[Any, Any]) -> Any:
         return next(iter(arrays.values()))
     if all(re.fullmatch(r"arr_\d+", name) for name in arrays):
         return _Arguments(arrays[name] for name in sorted(arrays, key=lambda name: int(name[4:])))
+    if not all(map(str.isidentifier, arrays)):
+        raise Unfit(f"holds tensors under names that no model takes: {', '.join(arrays)[:200]}; save its inputs")
     return arrays
 
 
@@ -522,64 +273,20 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, numpy.ndarray) and value.dtype.kind in _NUMBERS)
 
 
-class _Uint8:
-    """Makes inputs of uint8 pictures; `met` says whether there were any."""
-
-    def __init__(self, spec: str | None, weights: str | None, look: _Look):
-        self.spec, self.weights, self.look, self.met = spec, weights, look, False
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) -> float32 (N, C, H, W)."""
-        self.met = True
-        x = _channels_first(x)
-        channels, look = x.shape[1], self.look
-        if look.size is not None:
-            x = _fitted(x, look.size, 1.0)  # arrays are framed already
-        x = x.float() / 255
-        mean, std = _each(look.mean, channels), _each(look.std, channels)
-        if mean is None or std is None:
-            known = _known(self.spec, self.weights, _Look())
-            if known is not None and known.listed:
-                return x
-            mean, std = (known.mean, known.std) if known is not None else (_MEAN, _STD)
-        assert mean is not None and std is not None  # for the type checker: only lists go without
-        if len(mean) != channels or len(std) != channels:
-            raise OptionError(
-                f"pictures of {channels} channels, but a mean and std of {len(mean)} and {len(std)}; "
-                f"give --mean and --std of 1 or {channels} numbers (mean, std), or save other channels"
-            )
-        return _normalized(x, mean, std)
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    """uint8 (N, H, W) -> (N, 1, H, W), and (N, H, W, C) -> (N, C, H, W)."""
-    shape = tuple(x.shape)
-    if x.dim() == 4 and shape[3] in _CHANNELS and shape[1] not in _CHANNELS:
-        return x.permute(0, 3, 1, 2).contiguous()
-    if x.dim() == 4:
-        return x
-    if x.dim() == 3 and shape[2] not in _CHANNELS:
-        return x.unsqueeze(1)
-    raise _Unfit(
-        f"uint8 of shape {shape} are no pictures (N, H, W, C), (N, C, H, W) or (N, H, W); "
-        "save inputs as float32, tokens as int64"
-    )
-
-
 # ---- any data, in batches ----
 
 
-def _batches_in(data: Any, limit: int, batch: int, pictures: Callable[[Tensor], Tensor] | None = None) -> list[Any]:
-    """`data` in batches; `pictures` turns uint8 into inputs and is there where the numbers come from a file."""
-    if _is_labelled(data) and pictures is not None:
+def _batches_in(data: Any, limit: int, batch: int, uint8: Callable[[Tensor], Tensor] | None = None) -> list[Any]:
+    """`data` in batches; `uint8` makes inputs of such pictures and is there where the numbers come from a file."""
+    if _is_labelled(data) and uint8 is not None:
         data = data[0]
     if isinstance(data, Tensor | numpy.ndarray | Mapping | _Arguments) or _is_labelled(data):
         size = _size_of(data)
-        return [_part(data, indices, pictures) for indices in _deal(size, limit, batch)]
-    if isinstance(data, list | tuple) and pictures is not None:
-        return _taken((_converted(item, pictures) for item in _spread(data, limit)), limit)
+        return [_part(data, indices, uint8) for indices in _deal(size, limit, batch)]
+    if isinstance(data, list | tuple) and uint8 is not None:
+        return _taken((_converted(item, uint8) for item in _spread(data, limit)), limit)
     if isinstance(data, nn.Module) or not isinstance(data, Iterable):
-        raise _Unfit(f"a {type(data).__name__} holds no inputs; give a tensor, or batches of inputs")
+        raise Unfit(f"a {type(data).__name__} holds no inputs; give a tensor, or batches of inputs")
     return _taken((_converted(item, None) for item in data), limit)
 
 
@@ -604,15 +311,15 @@ def _size_of(data: Any) -> int:
     sizes = {}
     for name, value in parts:
         if not isinstance(value, Tensor | numpy.ndarray):
-            raise _Unfit(f"{name} is a {type(value).__name__}, not a tensor")
+            raise Unfit(f"{name} is a {type(value).__name__}, not a tensor")
         if value.ndim == 0:
-            raise _Unfit("is a single number; the first dimension is that of the samples")
+            raise Unfit("is a single number; the first dimension is that of the samples")
         if 0 in value.shape:
-            raise _Unfit(f"holds no samples: a tensor of shape {tuple(value.shape)}")
+            raise Unfit(f"holds no samples: a tensor of shape {tuple(value.shape)}")
         sizes[name] = int(value.shape[0])
     if len(set(sizes.values())) != 1:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items()) or "nothing"
-        raise _Unfit(f"inputs need one common first dimension, that of the samples; here: {listed}")
+        raise Unfit(f"inputs need one common first dimension, that of the samples; here: {listed}")
     return next(iter(sizes.values()))
 
 
@@ -624,40 +331,40 @@ def _deal(size: int, limit: int, batch: int) -> list[list[int]]:
     return [chosen[start::number] for start in range(number)]
 
 
-def _part(data: Any, indices: list[int], pictures: Callable[[Tensor], Tensor] | None, depth: int = 0) -> Any:
+def _part(data: Any, indices: list[int], uint8: Callable[[Tensor], Tensor] | None, depth: int = 0) -> Any:
     if isinstance(data, Mapping):
-        return {name: _part(value, indices, pictures, 1) for name, value in data.items()}
+        return {name: _part(value, indices, uint8, 1) for name, value in data.items()}
     if isinstance(data, tuple | list):
-        return tuple(_part(value, indices, pictures, 1) for value in data)
+        return tuple(_part(value, indices, uint8, 1) for value in data)
     rows = data[indices] if isinstance(data, numpy.ndarray) else data[torch.tensor(indices, device=data.device)]
-    return _converted(rows, pictures, depth)
+    return _converted(rows, uint8, depth)
 
 
-def _converted(item: Any, pictures: Callable[[Tensor], Tensor] | None, depth: int = 0) -> Any:
+def _converted(item: Any, uint8: Callable[[Tensor], Tensor] | None, depth: int = 0) -> Any:
     """`item` with arrays as tensors. A file's floats become float32, its uint8 pictures, and its odd integers int64."""
     if isinstance(item, numpy.ndarray):
         item = _tensor(item)
     if isinstance(item, Tensor):
         item = item.detach()
-        if pictures is None:
+        if uint8 is None:
             return item
         if item.dtype == torch.uint8 and (item.dim() > 2 or not depth):
-            return pictures(item)
+            return uint8(item)
         if item.is_floating_point():
             return item.float()
         odd = item.dtype not in (torch.int64, torch.int32, torch.bool) and not item.is_complex()
         return item.to(torch.int64) if odd else item
     if isinstance(item, Mapping):
-        return {name: _converted(value, pictures, depth + 1) for name, value in item.items()}
+        return {name: _converted(value, uint8, depth + 1) for name, value in item.items()}
     if type(item) in (tuple, list) and depth < 4:
-        return type(item)(_converted(value, pictures, depth + 1) for value in item)
+        return type(item)(_converted(value, uint8, depth + 1) for value in item)
     return item
 
 
 def _tensor(array: numpy.ndarray[Any, Any]) -> Tensor:
     """A copy of an array of numbers; float64 becomes float32."""
     if array.dtype.kind not in _NUMBERS:
-        raise _Unfit(f"holds {array.dtype}, not numbers; save floats or integers")
+        raise Unfit(f"holds {array.dtype}, not numbers; save floats or integers")
     if array.dtype.kind == "f" and array.dtype.itemsize > 4:
         return torch.from_numpy(array.astype(numpy.float32))
     return torch.from_numpy(numpy.array(array, dtype=array.dtype.newbyteorder("=")))
@@ -668,13 +375,13 @@ def _collated(data: Dataset[Any], limit: int, batch: int) -> list[Any]:
     try:
         size = len(data)  # type: ignore[arg-type]
     except TypeError:
-        raise _Unfit(f"a {type(data).__name__} without a length; give a DataLoader") from None
+        raise Unfit(f"a {type(data).__name__} without a length; give a DataLoader") from None
     if not size:
-        raise _Unfit("the dataset is empty")
+        raise Unfit("the dataset is empty")
     try:
         return [default_collate([data[i] for i in indices]) for indices in _deal(size, limit, batch)]
     except Exception as error:  # the dataset is anybody's code
-        raise _Unfit(
+        raise Unfit(
             f"the samples of {type(data).__name__} cannot be stacked ({first_line(error)}); give a DataLoader"
         ) from error
 
@@ -695,15 +402,15 @@ def _taken(items: Iterator[Any], limit: int) -> list[Any]:
             item = next(items)
         except StopIteration:
             break
-        except _Unfit:
+        except Unfit:
             raise
         except Exception as error:  # a loader is anybody's code
-            raise _Unfit(f"item {len(found)} cannot be had: {first_line(error)}") from error
+            raise Unfit(f"item {len(found)} cannot be had: {first_line(error)}") from error
         count = _count(item, len(found))
         found.append(_cut(item, left) if count > left else item)
         left -= count
     if not found:
-        raise _Unfit("holds no samples: it ended before its first item")
+        raise Unfit("holds no samples: it ended before its first item")
     return found
 
 
@@ -721,11 +428,11 @@ def _count(item: Any, index: int) -> int:
     elif isinstance(first, list | tuple):
         count = len(first)
     else:
-        raise _Unfit(
+        raise Unfit(
             f"item {index} is a {type(item).__name__} without a tensor in front; an item is a tensor, a tuple or a dict of them"
         )
     if count == 0:
-        raise _Unfit(f"item {index} holds no samples")
+        raise Unfit(f"item {index} holds no samples")
     return count
 
 
@@ -749,7 +456,7 @@ def _length(part: Any) -> int:
 def _check_finite(read: list[Any]) -> None:
     for array in _arrays_in(read):
         if isinstance(array, Tensor) and not array.isfinite().all():
-            raise _Unfit("holds values that are not finite (NaN or infinity); calibration would spread them")
+            raise Unfit("holds values that are not finite (NaN or infinity); calibration would spread them")
 
 
 # ---- what a model takes ----

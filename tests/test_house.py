@@ -7,7 +7,7 @@ import normswap
 
 FLOORS = [
     {"errors", "report", "transfer", "layers", "weights", "optimizer"},
-    {"trace", "disk", "entries", "pickles", "sources", "render", "bare"},
+    {"trace", "disk", "entries", "pickles", "sources", "pictures", "render", "bare"},
     {"graph", "tensorfiles", "distributed"},
     {"plan", "probe", "checkpoint", "samples"},
     {"targets", "swap", "diff"},
