@@ -24,7 +24,7 @@ from normswap import pickles, pictures, tensorfiles
 from normswap.errors import FileError, OptionError, UnsafeFileError, first_line
 from normswap.pictures import Unfit
 
-_MOST_SHARED = 64  # times its size that a file's tensor may claim: some repeat their elements
+_MOST_SHARED = 64  # times its size that a file's tensors may claim: some repeat their elements
 _MOST_PACKED = 100  # times its size that an archive may claim
 _NUMBERS = "biufc"  # kinds of numpy dtypes
 _SPLITS = ("train", "training", "", "val", "valid", "validation", "test")  # the best to calibrate with first
@@ -172,12 +172,13 @@ def _read_torch(path: Path) -> Any:
         found = pickles.read(path)
     except UnsafeFileError:
         raise Unfit("holds more than plain data; save tensors, or lists, tuples or dicts of them") from None
-    most = _MOST_SHARED * path.stat().st_size
+    left = _MOST_SHARED * path.stat().st_size
     for tensor in _arrays_in(found):
         if isinstance(tensor, Tensor):
             if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
                 raise Unfit("holds a sparse, quantized or empty tensor; save dense ones")
-            if tensor.numel() * tensor.itemsize > most:
+            left -= tensor.numel() * tensor.itemsize
+            if left < 0:
                 raise Unfit(f"a tensor of shape {tuple(tensor.shape)} claims more than the file holds")
     return _picked(found) if isinstance(found, Mapping) else found
 

@@ -222,22 +222,23 @@ def truncated() -> bytes:
 
 
 BROKEN = {
-    "empty.png": b"",
-    "text.jpg": b"this is no picture",
-    "truncated.png": truncated(),
-    "bomb.png": png(30_000, 30_000, b"\0" * 100),
-    "large.png": png(12_000, 12_000, b"\0" * 100),
-    "thread.png": png(1, 60_000, b"\0\0" * 60_000),
-    "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
+    "empty.png": (b"", "UnidentifiedImageError"),
+    "text.jpg": (b"this is no picture", "UnidentifiedImageError"),
+    "truncated.png": (truncated(), "cannot be read"),
+    "bomb.png": (png(30_000, 30_000, b"\0" * 100), "DecompressionBomb"),
+    "large.png": (png(12_000, 12_000, b"\0" * 100), "too large"),
+    "thread.png": (png(1, 60_000, b"\0\0" * 60_000), "too narrow"),
+    "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n", "UnidentifiedImageError"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_pictures_are_named(folder: Path, name: str) -> None:
-    (folder / "b" / name).write_bytes(BROKEN[name])
+    content, reason = BROKEN[name]
+    (folder / "b" / name).write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(FileError, match=name):
+        with pytest.raises(FileError, match=f"{name}: .*{reason}"):
             read_samples(folder, input_size=8)
 
 
@@ -350,6 +351,13 @@ def test_uint8_pictures(tmp_path: Path, ending: str) -> None:
     assert torch.allclose(read, torch.from_numpy(pictures) / 255)
 
 
+def test_uint8_pictures_are_normalized_as_the_model_wants(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    path = write(tmp_path / "x.npy", np.full((2, 3, 4, 4), 255, np.uint8))
+    [read] = read_samples(path, spec="timm:vit_tiny_patch16_224")  # mean and std 0.5
+    assert torch.equal(read, torch.ones(2, 3, 4, 4))
+
+
 def test_uint8_pictures_of_other_channels(tmp_path: Path) -> None:
     path = tmp_path / "x.npy"
     grey = np.full((5, 8, 8), 51, dtype=np.uint8)
@@ -373,6 +381,10 @@ def test_numbers_of_all_kinds(tmp_path: Path) -> None:
     }.items():  # fmt: skip
         [read] = read_samples(write(path, np.ones((5, 3), dtype)))
         assert read.dtype == expected and (read == 1).all()
+    for narrow in (torch.bfloat16, torch.float8_e4m3fn, torch.uint32):
+        save_file({"x": torch.ones(5, 3).to(narrow)}, tmp_path / "x.safetensors")
+        [read] = read_samples(tmp_path / "x.safetensors")
+        assert read.dtype == (torch.int64 if narrow == torch.uint32 else torch.float32) and (read == 1).all()
     [read] = read_samples(write(path, np.asfortranarray(counted(5))))
     assert values([read]) == list(range(5))
 
@@ -466,14 +478,19 @@ def test_hostile_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(torch.zeros(1, 1).expand(1 << 20, 1 << 20), tmp_path / "repeats.pt")
     torch.save([torch.zeros(1, 1).expand(1 << 20, 1 << 20)], tmp_path / "repeats_inside.pt")
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("x.npy", b"\0" * (300 << 20))
+        archive.writestr("x.npy", header.replace(b"%s", b"9" * 8) + b"\0" * (4 * 99_999_999))
+    torch.save([torch.zeros(1, 1).expand(64, 64)] * 5000, tmp_path / "repeats_often.pt")
+    messages = {}
     for path in sorted(tmp_path.glob("*.*")):
         if path.name == "good.npz":
             continue
         with pytest.raises(FileError) as error:
             read_samples(path)
-        assert str(path) in str(error.value)
+        messages[path.name] = str(error.value)
+        assert str(path) in messages[path.name]
     assert not (tmp_path / "TRAPPED").exists()
+    assert "unpacks to" in messages["bomb.npz"]
+    assert all("claims more" in messages[f"repeats{how}.pt"] for how in ("", "_inside", "_often"))
 
 
 # ---- any iterable ----
