@@ -7,7 +7,7 @@ import normswap
 
 FLOORS = [
     {"errors", "report", "transfer", "layers", "weights", "optimizer"},
-    {"trace", "disk", "entries", "pickles", "sources", "render", "bare", "sites"},
+    {"trace", "disk", "entries", "pickles", "sources", "pictures", "render", "bare", "sites"},
     {"graph", "tensorfiles", "distributed"},
     {"probe", "checkpoint", "samples"},
     {"calibrate"},
