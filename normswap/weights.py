@@ -155,7 +155,9 @@ class _Recurrent:
     def forward(self: Any, input: Any, hx: Any = None) -> Any:
         names = set(weight_names(self))
         weights = [self.computed(n) if n in names else getattr(self, n) for n in self._flat_weights_names]
-        return PLAIN[type(self)].forward(_Instead(self, _flat_weights=weights), input, hx)
+        # Without references torch does not look whether the parameters are others by now, to run on those.
+        instead = _Instead(self, _flat_weights=weights, _flat_weight_refs=[None] * len(weights))
+        return PLAIN[type(self)].forward(instead, input, hx)
 
     def flatten_parameters(self) -> None:
         """Nothing: the weights that run are made at each forward."""

@@ -1,0 +1,93 @@
+"""Converted modules are captured whole by torch.compile and torch.export, and copied and pickled."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_exactness import KINDS
+from torch import nn
+
+import normswap
+
+OPTIONS = {"layers": ("conv", "linear", "rnn"), "ws_scope": "all"}
+TARGETS = ("ws", "wn", "gn-ws", "bcn-wn", "est-ws", "frozen-wn", "fold-wn")
+NAMES = (
+    "Conv1d, BatchNorm1d",
+    "Conv2d, BatchNorm2d",
+    "ConvTranspose2d in groups",
+    "Linear, BatchNorm1d",
+    "BatchNormAct2d",
+    "LSTMCell",
+)
+RECURRENT: dict[str, Callable[[], nn.Module]] = {
+    "RNN": lambda: nn.RNN(3, 4, bidirectional=True), "LSTM": lambda: nn.LSTM(3, 4, 2, batch_first=True), "GRU": lambda: nn.GRU(3, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_graph_without_breaks(name: str, target: str) -> None:
+    """Forward and gradients as in eager mode, in train mode too."""
+    model = normswap.convert(KINDS[name].make(), target, **OPTIONS).model
+    x = KINDS[name].data()[0]
+    for training in (False, True):
+        model.train(training)
+        other = copy.deepcopy(model)
+        compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+        wanted, got = model(x), compiled(x)
+        torch.testing.assert_close(got, wanted)
+        wanted.square().sum().backward()
+        got.square().sum().backward()
+        for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            assert (ours.grad is None) == (theirs.grad is None)
+            if ours.grad is not None:
+                torch.testing.assert_close(theirs.grad, ours.grad)
+        model.zero_grad()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", NAMES)
+def test_export_copy_and_pickle(name: str, target: str) -> None:
+    model = normswap.convert(KINDS[name].make(), target, **OPTIONS).model.eval()
+    x = KINDS[name].data()[0]
+    with torch.no_grad():
+        wanted = model(x)
+        exported = torch.export.export(model, (x,))
+        others = [exported.module(), copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)]
+        for other in others:
+            torch.testing.assert_close(other(x), wanted)
+    assert set(model.state_dict()) <= set(exported.state_dict) | {n for n, _ in exported.named_buffers()}
+
+
+@pytest.mark.parametrize("form", ["ws", "wn"])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers(name: str, form: str) -> None:
+    torch.manual_seed(0)
+    model = normswap.convert(RECURRENT[name]().double().eval(), form, **OPTIONS).model
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(x)[0]
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x)[0], wanted)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x)[0], wanted)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(x)[0], wanted)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("form", ["ws", "wn"])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_functional_call(name: str, form: str) -> None:
+    """With other parameters, the weights that run are computed from these."""
+    model = normswap.convert(RECURRENT[name]().double(), form, **OPTIONS).model
+    others = {key: value.detach() * 1.5 + 0.1 for key, value in model.named_parameters()}
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    got = torch.func.functional_call(model, others, (x,))[0]
+    model.load_state_dict(others, strict=False)
+    torch.testing.assert_close(got, model(x)[0])
+    folded = normswap.fold(model).model
+    torch.testing.assert_close(got, folded(x)[0])
