@@ -10,6 +10,7 @@ FLOORS = [
     {"trace", "disk", "entries", "pickles", "sources", "render", "bare"},
     {"graph", "tensorfiles", "distributed"},
     {"plan", "probe", "checkpoint"},
+    {"recurrent"},
     {"targets", "swap", "diff"},
     {"convert"},
     {"recipe"},
