@@ -95,7 +95,7 @@ def gru_step(x: State, state: State, w: Weights, eps: float) -> State:
     gates, candidate = _gru_norms(h, w.weight_hh, w.gain_hh, w.bias_hh, eps)
     r, z = (gates + x[0]).sigmoid().chunk(2, 1)
     n = torch.addcmul(x[1], r, candidate).tanh()
-    return (torch.lerp(n, h, z),)
+    return (torch.addcmul(n, z, h - n),)
 
 
 def _gru_norms(x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> State:
@@ -119,9 +119,9 @@ def run_steps(
     """
     outputs: list[Tensor] = []
     if reverse:
-        state = tuple(s[: len(inputs[-1][0])] for s in start)
+        state = tuple(s[: inputs[-1][0].shape[0]] for s in start)
         for x in reversed(inputs):
-            running, wanted = len(state[0]), len(x[0])
+            running, wanted = state[0].shape[0], x[0].shape[0]
             if running < wanted:
                 state = tuple(torch.cat([s, new[running:wanted]]) for s, new in zip(state, start, strict=True))
             state = step(x, state)
@@ -129,8 +129,8 @@ def run_steps(
         return outputs[::-1], state
     state, ended = start, []
     for x in inputs:
-        wanted = len(x[0])
-        if wanted < len(state[0]):
+        wanted = x[0].shape[0]
+        if wanted < state[0].shape[0]:
             ended.append(tuple(s[wanted:] for s in state))
             state = tuple(s[:wanted] for s in state)
         state = step(x, state)
@@ -316,7 +316,7 @@ def _prepare_cell(cell: Any, input: Tensor, hx: Any) -> tuple[Tensor, State]:
     if input.dim() == 1:
         input, given = input.unsqueeze(0), None if given is None else tuple(s.unsqueeze(0) for s in given)
     if given is None:
-        given = (torch.zeros(len(input), cell.hidden_size, dtype=input.dtype, device=input.device),) * (1 + lstm)
+        given = (torch.zeros(input.shape[0], cell.hidden_size, dtype=input.dtype, device=input.device),) * (1 + lstm)
     return input, given
 
 
