@@ -29,22 +29,25 @@ EPS = 1e-5
 State = tuple[Tensor, ...]  # (h, c) of an LSTM, (h,) of a GRU; each of shape (batch, size)
 
 
-class Weights(NamedTuple):
-    """The tensors of one direction of one layer, for G gates (4 of an LSTM, 3 of a GRU) and H units.
+class Part(NamedTuple):
+    """A linear map whose result is normalized by itself: `LN(W x; gain, bias)`, (out, in), (out,) and (out,) or None."""
 
-    The weights: `weight_ih` (G·H, input), `weight_hh` (G·H, H or projection), `weight_hr` (projection, H) of a projected
-    LSTM. Gains and biases of the norms: `*_ih` and `*_hh` (G·H,), `*_c` (H,) of an LSTM. None where a layer has none.
+    weight: Tensor
+    gain: Tensor
+    bias: Tensor | None
+
+
+class Weights(NamedTuple):
+    """The tensors of one direction of one layer: of the input, of the state h, and of an LSTM's cells.
+
+    `gain_c` and `bias_c` have the shape (H,); `weight_hr`, of a projected LSTM, (projection, H).
     """
 
-    weight_ih: Tensor
-    weight_hh: Tensor
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
-    weight_hr: Tensor | None
-    gain_ih: Tensor
-    gain_hh: Tensor
+    ih: list[Part]
+    hh: list[Part]
     gain_c: Tensor | None
     bias_c: Tensor | None
+    weight_hr: Tensor | None
 
 
 # ---- one step: tensors to tensors ----
@@ -58,52 +61,39 @@ def norm_parts(width: int, gates: int) -> list[int]:
     return [width] if gates == 4 else [width // 3 * 2, width // 3]
 
 
-def lstm_input(x: Tensor, w: Weights, eps: float) -> State:
-    """The input's part of an LSTM's gates, `LN(W_x x; α₂, β₂)`, for all steps at once: (…, input) to (…, 4H)."""
-    return (F.layer_norm(F.linear(x, w.weight_ih), w.gain_ih.shape, w.gain_ih, w.bias_ih, eps),)
+def normalized(x: Tensor, parts: Sequence[Part], eps: float) -> State:
+    """`LN(W x; gain, bias)` of each part: one tensor (…, 4H) for an LSTM; (…, 2H) and (…, H) for a GRU."""
+    return tuple(F.layer_norm(F.linear(x, weight), gain.shape, gain, bias, eps) for weight, gain, bias in parts)
 
 
 def lstm_step(x: State, state: State, w: Weights, eps: float) -> State:
-    """One step of a layer-normalized LSTM, from `lstm_input` of the step and (h, c) to (h', c').
+    """One step of a layer-normalized LSTM, from the input's part of the gates, and (h, c), to (h', c').
 
     `(i, f, g, o) = LN(W_h h; α₁, β₁) + LN(W_x x; α₂, β₂)`, `c' = σ(f)·c + σ(i)·tanh(g)`,
     `h' = σ(o)·tanh(LN(c'; α₃, β₃))`, in torch's order of the gates; a projected one has `h' = W_hr h'` last.
-    Source: Ba, Kiros & Hinton 2016, "Layer Normalization", equations 20 to 22.
+    Source: Ba, Kiros & Hinton 2016, "Layer Normalization", supplementary material.
     """
     assert w.gain_c is not None  # for the type checker: an LSTM has it
     h, c = state
-    gates = F.layer_norm(F.linear(h, w.weight_hh), w.gain_hh.shape, w.gain_hh, w.bias_hh, eps) + x[0]
-    i, f, g, o = gates.chunk(4, 1)
+    (gates,) = normalized(h, w.hh, eps)
+    i, f, g, o = (gates + x[0]).chunk(4, 1)
     c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
     h = o.sigmoid() * F.layer_norm(c, w.gain_c.shape, w.gain_c, w.bias_c, eps).tanh()
     return h if w.weight_hr is None else F.linear(h, w.weight_hr), c
 
 
-def gru_input(x: Tensor, w: Weights, eps: float) -> State:
-    """The input's part of a GRU's gates, (…, 2H), and of its candidate, (…, H), for all steps at once."""
-    return _gru_norms(x, w.weight_ih, w.gain_ih, w.bias_ih, eps)
-
-
 def gru_step(x: State, state: State, w: Weights, eps: float) -> State:
-    """One step of a layer-normalized GRU, from `gru_input` of the step and (h,) to (h',).
+    """One step of a layer-normalized GRU, from the input's two parts, and (h,), to (h',).
 
     `(r, z) = LN(W_h h; α₁, β₁) + LN(W_x x; α₂, β₂)`, `n = tanh(LN(W x; α₃, β₃) + σ(r)·LN(U h; α₄, β₄))`,
-    `h' = (1 − σ(z))·n + σ(z)·h`. The paper's equations 23 to 25 have `1 − σ(z)` and `σ(z)` the other way round;
+    `h' = (1 − σ(z))·n + σ(z)·h`. The paper has `1 − σ(z)` and `σ(z)` the other way round;
     torch, whose trained weights these are, and the authors' code have them this way.
     """
     (h,) = state
-    gates, candidate = _gru_norms(h, w.weight_hh, w.gain_hh, w.bias_hh, eps)
+    gates, candidate = normalized(h, w.hh, eps)
     r, z = (gates + x[0]).sigmoid().chunk(2, 1)
     n = torch.addcmul(x[1], r, candidate).tanh()
     return (torch.addcmul(n, z, h - n),)
-
-
-def _gru_norms(x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> State:
-    """Reset and update gates normalized together, (…, 2H), and the candidate by itself, (…, H)."""
-    parts = norm_parts(len(weight), 3)
-    biases = (None, None) if bias is None else torch.split(bias, parts)
-    tensors = zip(torch.split(weight, parts), torch.split(gain, parts), biases, strict=True)
-    return tuple(F.layer_norm(F.linear(x, w), g.shape, g, b, eps) for w, g, b in tensors)
 
 
 # ---- all steps ----
@@ -149,10 +139,9 @@ def split_steps(parts: State, sizes: list[int] | None) -> list[State]:
 
 
 class _LayerNormalized:
-    """Mixed into a recurrent layer's class: its forward by steps of `step`, on inputs prepared by `prepare`."""
+    """Mixed into a recurrent layer's class: its forward by steps of `step`."""
 
     gates: int
-    prepare: Callable[[Tensor, Weights, float], State]
     step: Callable[[State, State, Weights, float], State]
 
     def __init__(self, *args: Any, eps: float = EPS, **kwargs: Any):
@@ -172,7 +161,16 @@ class _LayerNormalized:
 
     def weights(self: Any, suffix: str = "") -> Weights:
         """The tensors of one direction of one layer, whose names end with `suffix`: `_l0`, `_l0_reverse`."""
-        return Weights._make(getattr(self, name + suffix, None) for name in Weights._fields)
+        alone = (getattr(self, name + suffix, None) for name in ("gain_c", "bias_c", "weight_hr"))
+        return Weights(self._parts("ih" + suffix), self._parts("hh" + suffix), *alone)
+
+    def _parts(self: Any, name: str) -> list[Part]:
+        weight = getattr(self, f"weight_{name}")
+        sizes = norm_parts(len(weight), self.gates)
+        bias = getattr(self, f"bias_{name}", None)
+        biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+        gains = torch.split(getattr(self, f"gain_{name}"), sizes)
+        return [Part(*tensors) for tensors in zip(torch.split(weight, sizes), gains, biases, strict=True)]
 
     def extra_repr(self: Any) -> str:
         return f"{super().extra_repr()}, eps={self.eps}"  # type: ignore[misc]
@@ -188,7 +186,7 @@ class _Layer(_LayerNormalized):
 
     def _run(self: Any, x: Tensor, sizes: list[int] | None, start: State, suffix: str) -> tuple[list[Tensor], State]:
         w, kind = self.weights(suffix), type(self)
-        inputs = split_steps(kind.prepare(x, w, self.eps), sizes)
+        inputs = split_steps(normalized(x, w.ih, self.eps), sizes)
         return run_steps(lambda x, state: kind.step(x, state, w, self.eps), inputs, start, "reverse" in suffix)
 
     def flatten_parameters(self) -> None:
@@ -200,18 +198,18 @@ class _Cell(_LayerNormalized):
         """As the plain cell's: (batch, input) or (input,), and the state before the step or None, to the state after."""
         w, kind, lone = self.weights(), type(self), isinstance(self, nn.GRUCell)
         x, state = _prepare_cell(self, input, hx)
-        state = kind.step(kind.prepare(x, w, self.eps), state, w, self.eps)
+        state = kind.step(normalized(x, w.ih, self.eps), state, w, self.eps)
         if input.dim() == 1:
             state = tuple(s.squeeze(0) for s in state)
         return state[0] if lone else state
 
 
 class _LSTM:
-    gates, prepare, step = 4, staticmethod(lstm_input), staticmethod(lstm_step)
+    gates, step = 4, staticmethod(lstm_step)
 
 
 class _GRU:
-    gates, prepare, step = 3, staticmethod(gru_input), staticmethod(gru_step)
+    gates, step = 3, staticmethod(gru_step)
 
 
 class LayerNormLSTM(_LSTM, _Layer, nn.LSTM):
@@ -409,7 +407,8 @@ STEPS, SEQUENCES = 16, 64
 def typical_moments(layer: nn.Module) -> dict[str, Moments]:
     """The moments for a plain layer of which no data is known: `measure` on noise, independent and of unit variance.
 
-    It is the same noise each time. It tells how large the states become, and their means, with these weights and biases.
+    It is the same noise each time. It tells how large the states become, and their means, with these weights and biases; on
+    inputs whose mean is far from 0 it can be no better than gain 1, and `measure` on true ones is.
     """
     w: Tensor = next(layer.parameters())
     generator = torch.Generator().manual_seed(0)
