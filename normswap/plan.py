@@ -260,17 +260,3 @@ def dims_of(site: Site, context: Context) -> int | None:
     if site.form == "last":
         return 1
     return max(1, context.seen[site.path].dims - 2) if site.path in context.seen else None
-
-
-def retyped(
-    old: nn.Module,
-    cls: type[nn.Module],
-    buffers: Mapping[str, Tensor] | None = None,
-    parameters: Mapping[str, nn.Parameter | None] | None = None,
-) -> nn.Module:
-    """`old` as an instance of `cls`, with more buffers, or other parameters; hooks and attributes are the same objects."""
-    new = cls.__new__(cls)
-    new.__dict__ = {**vars(old), "_buffers": {**old._buffers, **(buffers or {})}}
-    if parameters is not None:
-        new.__dict__["_parameters"] = dict(parameters)
-    return new

@@ -31,7 +31,6 @@ from normswap.plan import (
     like_of,
     place,
     read_statistics,
-    retyped,
 )
 from normswap.sites import Site
 from normswap.transfer import Statistics, as_affine, filter_moments, match_output, widen
@@ -43,6 +42,7 @@ from normswap.weights import (
     as_filters,
     filter_groups,
     gain_shape,
+    retyped,
     weight_names,
 )
 

@@ -8,7 +8,7 @@ spelling too. Recurrent layers have these for each of their weights (`weight_ih_
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +51,20 @@ def as_weight(filters: Tensor, like: Tensor, groups: int | None = None) -> Tenso
         return filters.view(like.shape)
     blocks = filters.view(groups, like.shape[1], -1, *like.shape[2:])
     return blocks.transpose(1, 2).reshape(like.shape)
+
+
+def retyped(
+    old: nn.Module,
+    cls: type[nn.Module],
+    buffers: Mapping[str, Tensor] | None = None,
+    parameters: Mapping[str, nn.Parameter | None] | None = None,
+) -> nn.Module:
+    """`old` as an instance of `cls`, with more buffers, or other parameters; hooks and attributes are the same objects."""
+    new = cls.__new__(cls)
+    new.__dict__ = {**vars(old), "_buffers": {**old._buffers, **(buffers or {})}}
+    if parameters is not None:
+        new.__dict__["_parameters"] = dict(parameters)
+    return new
 
 
 # ---- weight standardization ----

@@ -7,8 +7,9 @@ import normswap
 
 FLOORS = [
     {"errors", "report", "transfer", "layers", "weights", "optimizer"},
-    {"trace", "disk", "entries", "pickles", "sources", "pictures", "render", "bare", "sites"},
-    {"graph", "tensorfiles", "distributed"},
+    {"trace", "disk", "entries", "pickles", "sources", "pictures", "render", "bare", "recurrent"},
+    {"sites", "tensorfiles", "distributed"},
+    {"graph"},
     {"probe", "checkpoint", "samples"},
     {"calibrate"},
     {"plan"},
