@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normswap import probe
+from normswap import probe, recurrent_transfer
 from normswap.errors import ModelError
 from normswap.layers import EstimatedBatchNorm
 from normswap.probe import Seen
+from normswap.recurrent_transfer import Moments as VectorMoments
 from normswap.sites import Site
 from normswap.transfer import Moments
 
@@ -102,3 +103,27 @@ def _normalized(site: Site, values: Tensor) -> Tensor:
     if site.form == "data, group":
         values = EstimatedBatchNorm.forward(site.module, values)  # type: ignore[arg-type]
     return values if site.groups is None else F.group_norm(values, site.groups, eps=eps)
+
+
+def measure_vectors(
+    model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]
+) -> dict[str, dict[str, VectorMoments]]:
+    """Run `model` in eval mode on `batches` and gather, by path, what layer norms inside its LSTMs and GRUs would see."""
+    found: dict[str, dict[str, VectorMoments]] = {}
+
+    def watch(site: Site) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[site.path] = recurrent_transfer.merged(
+                found.get(site.path, {}), recurrent_transfer.measure(module, *args, **kwargs)
+            )
+
+        return site.module.register_forward_pre_hook(note, with_kwargs=True)
+
+    handles = [watch(site) for site in sites]
+    try:
+        for batch in batches:
+            probe.run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

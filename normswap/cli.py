@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from normswap.errors import NormswapError, OptionError
-from normswap.targets import NORMS, WEIGHTS
+from normswap.targets import NORMS, RECURRENT, WEIGHTS
 
 _PHASES = 9  # words of progress that a conversion gives: the length of the bar
 _PATIENCE = 1.0  # seconds before the bar shows
@@ -125,6 +125,9 @@ def convert(
     layers: Annotated[
         str, typer.Option(metavar="conv,linear,rnn", help="Whose weights ws and wn change, with commas.")
     ] = "conv",
+    recurrent: Annotated[
+        str | None, typer.Option(metavar="ln", help="Layer normalization inside LSTMs, GRUs and their cells.")
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Convert only layers on these paths. Repeatable.")
     ] = None,
@@ -173,7 +176,7 @@ def convert(
             progress=progress, groups=groups, transfer=transfer.value, ws=ws.value, ws_scope=ws_scope.value,
             calibrate=calibrate, calibrate_seconds=calibrate_seconds, input_size=size and (size if len(size) > 1 else size[0]),
             mean=_numbers("--mean", mean, float), std=_numbers("--std", std, float),
-            layers=tuple(layers.split(",")), include=include or None, exclude=exclude or None,
+            layers=tuple(layers.split(",")), recurrent=recurrent, include=include or None, exclude=exclude or None,
         )  # fmt: skip
     _print(report, input, "" if dry_run else str(out or files.default_out(input, to, form)), as_json, full, quiet)
 
@@ -234,7 +237,8 @@ def diff(
 def targets() -> None:
     """List the targets, and when to choose which."""
     console = Console()
-    for title, forms in (("a normalization becomes", NORMS), ("and a weight becomes", WEIGHTS)):
+    tables = (("a normalization becomes", NORMS), ("a weight becomes", WEIGHTS), ("with --recurrent", RECURRENT))
+    for title, forms in tables:
         table = Table("name", title, "in eval mode", "paper", "choose it for", box=None, pad_edge=False)
         for form in forms.values():
             table.add_row(form.name, form.becomes, form.exactness, form.paper, form.choose_when)

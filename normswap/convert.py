@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normswap import probe, samples
-from normswap.calibrate import Measured, measure
+from normswap.calibrate import Measured, measure, measure_vectors
 from normswap.errors import ModelError, NormswapError, OptionError
 from normswap.graph import find_flow
 from normswap.plan import Context, Swap, parse_groups
 from normswap.probe import Seen
+from normswap.recurrent import LAYER_NORMALIZED
 from normswap.report import Change, Drift, Left, Report, Totals
 from normswap.sites import Site, find_sites, hidden_modules
 from normswap.swap import apply
-from normswap.targets import PLAIN_TARGET, Target, parse_target, plan_norm, plan_weight, strict_rescaling
+from normswap.targets import PLAIN_TARGET, RECURRENT, Target, parse_target, plan_norm, plan_weight, strict_rescaling
 from normswap.trace import clone
 from normswap.weights import LAYERS
 
@@ -55,6 +56,7 @@ class Options:
     ws: str = "preserve"
     ws_scope: str = "normed"
     layers: Sequence[str] = ("conv",)
+    recurrent: str | None = None
     include: Pattern = None
     exclude: Pattern = None
     calibrate: Any = None
@@ -65,6 +67,8 @@ class Options:
         for name, known in (("transfer", TRANSFERS), ("ws", WS), ("ws_scope", WS_SCOPES)):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.recurrent is not None and self.recurrent not in RECURRENT:
+            raise OptionError(f"recurrent: {self.recurrent!r} is not one of {', '.join(RECURRENT)}")
         if isinstance(self.layers, str) or not self.layers or not set(self.layers) <= set(LAYERS):
             raise OptionError(
                 f'layers: {self.layers!r} is not possible; give some of {", ".join(LAYERS)}: ("conv", "rnn")'
@@ -80,6 +84,7 @@ def convert(
     ws: str = "preserve",
     ws_scope: str = "normed",
     layers: Sequence[str] = ("conv",),
+    recurrent: str | None = None,
     include: Pattern = None,
     exclude: Pattern = None,
     example_inputs: Any = None,
@@ -101,6 +106,7 @@ def convert(
             paper's form, which is not.
         ws_scope: `normed` standardizes layers that a norm follows, `all` every one; recurrent ones are always taken.
         layers: whose weights `ws` and `wn` change: some of `conv`, `linear`, `rnn`.
+        recurrent: `ln` puts layer normalization into LSTMs, GRUs and their cells (Ba et al. 2016).
         include, exclude: glob patterns on module paths, or a function `(path, module) -> bool`.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With it, group
             counts regard the sizes of feature maps, and the report tells the drift of the output.
@@ -118,7 +124,7 @@ def convert(
         ModelError: nothing to convert, a lazy module without weights, a distributed wrapper.
     """
     batches = None if calibrate is None else samples.batches(calibrate)
-    options = Options(groups, transfer, ws, ws_scope, layers, include, exclude, batches, calibrate_seconds)
+    options = Options(groups, transfer, ws, ws_scope, layers, recurrent, include, exclude, batches, calibrate_seconds)
     return run(model, parse_target(to), options, example_inputs, inplace=inplace)
 
 
@@ -186,16 +192,20 @@ def run(
             if not probe_only:
                 raise
             problem = str(error)
+    vectors: dict[str, Any] = {}
     if options.calibrate is not None:
         progress("measuring on the calibration data")
         norms = [site for site in sites if site.kind == "norm" and site.form and not site.obstacle]
         batches = [samples.first_inputs(work, batch) for batch in options.calibrate]
         measured |= measure(work, batches, norms)
+        if options.recurrent:
+            inner = [site for site in chosen if site.base in LAYER_NORMALIZED and not site.obstacle]
+            vectors = measure_vectors(work, batches, inner)
         sizes = {path: m.seen for path, m in measured.items()} | sizes
     context = Context(
         groups=options.groups, transfer=options.transfer, ws=options.ws, ws_scope=options.ws_scope,
-        layers=tuple(options.layers), flow=flow,
-        sites={site.path: site for site in sites}, seen=sizes, measured=measured, shared=_shared(work), excluded=frozenset(excluded),
+        layers=tuple(options.layers), recurrent=options.recurrent, flow=flow,
+        sites={site.path: site for site in sites}, seen=sizes, measured=measured, vectors=vectors, shared=_shared(work), excluded=frozenset(excluded),
         given=given or {}, release=release,
     )  # fmt: skip
 
@@ -222,7 +232,7 @@ def run(
 
     progress("swapping")
     apply(swaps, release)
-    _prove(work, changes, left, options.layers)
+    _prove(work, changes, left, (*options.layers, "rnn") if options.recurrent else options.layers)
 
     moved = None
     if example_inputs is not None:
@@ -355,18 +365,19 @@ def _decide(
         if site in chosen:
             plans[site] = plan_weight(site, target, context)
     swaps = [plan for plan in plans.values() if isinstance(plan, Swap)]
+    layers = (*context.layers, "rnn") if context.recurrent else context.layers
     left = [
         Left(path, site.kind, site.name, plan)
         for site, plan in plans.items()
-        if isinstance(plan, str) and site.path not in context.absorbed and _reported(site, context.layers)
+        if isinstance(plan, str) and site.path not in context.absorbed and _reported(site, layers)
         for path in site.paths
     ]
     return swaps, left
 
 
 def _reported(site: Site, layers: Sequence[str]) -> bool:
-    """Norms and convolutions always are; other layers if their weights may be changed."""
-    return site.kind == "norm" or site.layer_kind in ("conv", *layers)
+    """Norms and convolutions always are; other layers if their weights may be changed, or have norms inside."""
+    return site.kind == "norm" or site.layer_kind in ("conv", *layers) or site.base in LAYER_NORMALIZED.values()
 
 
 def _untrained(norm: nn.Module) -> bool:
@@ -449,9 +460,10 @@ def _drift(model: nn.Module, before: Any, inputs: Any, name: str, exact: bool) -
 
 def _recipe(target: Target, options: Options, changes: Sequence[Change]) -> dict[str, Any]:
     choices = {name: "a function" if callable(value) else value for name, value in vars(options).items()}
-    data, seconds = choices.pop("calibrate"), choices.pop("calibrate_seconds")
+    data, seconds, recurrent = (choices.pop(name) for name in ("calibrate", "calibrate_seconds", "recurrent"))
     choices = {k: list(v) if isinstance(v, Iterable) and not isinstance(v, str) else v for k, v in choices.items()}
     choices |= {} if data is None else {"calibrate": True, "calibrate_seconds": seconds}
+    choices |= {} if recurrent is None else {"recurrent": recurrent}
     layers = {c.paths[0]: {"from": c.before, "to": c.after, "groups": c.groups} for c in changes}
     versions = {"normswap": version("normswap"), "torch": torch.__version__.split("+")[0]}
     return {"format": 1, "target": target.name, "options": choices, "versions": versions, "layers": layers}

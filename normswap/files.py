@@ -261,10 +261,11 @@ def _with_baked(report: Report, baked: Report) -> Report:
 
 def _convert_bare(entry: Entry, where: Path, job: _Job) -> _Done:
     """A state dict on its tensors alone."""
-    norm, weight = job.target.norm, job.target.weight
+    norm, weight = job.target.norm, job.target.weight or job.options.recurrent
     if weight is not None or norm is None or norm.name not in BARE_NORMS:
+        needs = "--recurrent" if job.options.recurrent else job.target.name
         raise OptionError(
-            f"{where}: holds tensors without their model, which {job.target.name} needs: give it with --model "
+            f"{where}: holds tensors without their model, which {needs} needs: give it with --model "
             f"(torchvision:NAME, timm:NAME or file.py:factory). {', '.join(BARE_NORMS)} work without"
         )
     eps = EPS if job.eps is None else job.eps

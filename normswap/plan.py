@@ -14,6 +14,7 @@ from normswap.errors import OptionError
 from normswap.graph import Flow
 from normswap.layers import BatchChannelNorm
 from normswap.probe import Seen
+from normswap.recurrent_transfer import Moments
 from normswap.sites import Site
 from normswap.transfer import (
     Affine,
@@ -64,7 +65,7 @@ class Context:
 
     `seen` has the sizes that norms saw in example inputs or data; `shared`
     the ids of parameters that stand in more than one module; `sites` all sites by first path, `excluded` those that must stay;
-    `measured` what calibration data showed of norms; `given` the groups of norms that a recipe tells; `release` is told of each large weight that has been read;
+    `measured` and `vectors` what calibration data showed of norms, and of recurrent layers; `given` the groups of norms that a recipe tells; `release` is told of each large weight that has been read;
     `rescaled` the norms whose convolution is standardized strictly, with its change of scale;
     `absorbed` the layers that a norm is folded into, with the scale of their filters.
     """
@@ -74,12 +75,14 @@ class Context:
     ws: str
     ws_scope: str
     layers: tuple[str, ...]
+    recurrent: str | None
     flow: Flow
     sites: Mapping[str, Site]
     seen: Mapping[str, Seen] = field(default_factory=dict)
     shared: frozenset[int] = frozenset()
     excluded: frozenset[Site] = frozenset()
     measured: Mapping[str, Measured] = field(default_factory=dict)
+    vectors: Mapping[str, Mapping[str, Moments]] = field(default_factory=dict)
     given: Mapping[str, int] = field(default_factory=dict)
     release: Callable[[Tensor], None] = lambda tensor: None
     rescaled: dict[str, Tensor] = field(default_factory=dict)

@@ -81,7 +81,10 @@ def replay(model: nn.Module, recipe: Any, where: object, *, steps: int = 0) -> n
             )
     measured, seen = _as_on_data(recipe, layers, sites, model)
     given = {path: layer["groups"] for path, layer in layers.items() if layer.get("groups") is not None}
-    chosen = Options(ws_scope="all", layers=tuple(LAYERS), include=lambda path, module: path in layers)
+    recurrent = "ln" if any(layer["to"].startswith("LayerNorm") for layer in layers.values()) else None
+    chosen = Options(
+        transfer="match", ws_scope="all", layers=tuple(LAYERS), recurrent=recurrent, include=lambda path, module: path in layers
+    )  # fmt: skip
     converted, report = run(
         model,
         parse_target(recipe["target"]),

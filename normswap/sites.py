@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from normswap.layers import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.recurrent import LAYER_NORMALIZED
 from normswap.weights import LAYERS, PLAIN
 
 BATCH_NORMS: dict[type[nn.Module], int | None] = {
@@ -35,7 +36,9 @@ SAMPLE_NORMS: dict[type[nn.Module], int | None] = {
     nn.InstanceNorm3d: 3,
 }
 """Norms by the statistics of each sample, likewise."""
-WEIGHTS: tuple[type[nn.Module], ...] = (*PLAIN, *(cls for classes in LAYERS.values() for cls in classes))
+WEIGHTS: tuple[type[nn.Module], ...] = (
+    *PLAIN, *LAYER_NORMALIZED.values(), *(cls for classes in LAYERS.values() for cls in classes),
+)  # fmt: skip
 _OTHER_NORMS = (*SAMPLE_NORMS, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
 
@@ -140,6 +143,8 @@ class Site:
     @property
     def layer_kind(self) -> str:
         """ "conv", "linear" or "rnn" of a weight layer; "conv" for one that only looks like a convolution."""
+        if self.base in LAYER_NORMALIZED.values():
+            return "rnn"
         plain = PLAIN.get(self.base, self.base) if self.base else None
         return next((kind for kind, classes in LAYERS.items() if plain in classes), "conv")
 

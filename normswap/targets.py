@@ -32,6 +32,8 @@ from normswap.plan import (
     place,
     read_statistics,
 )
+from normswap.recurrent import LAYER_NORMALIZED
+from normswap.recurrent_transfer import layer_normalized
 from normswap.sites import Site
 from normswap.transfer import Statistics, as_affine, filter_moments, match_output, widen
 from normswap.weights import (
@@ -333,6 +335,21 @@ def to_normalized(site: Site, context: Context) -> Swap | str:
     return Swap(site, new, type(new).__name__, "g is each filter's own length", True)
 
 
+def to_layer_normalized(site: Site, context: Context) -> Swap | str:
+    """An LSTM or GRU with layer normalization inside (Ba et al. 2016), which starts as close as is known to the trained one."""
+    if site.base in LAYER_NORMALIZED.values():
+        return "has layer normalization inside already"
+    if site.base not in LAYER_NORMALIZED:
+        return f"{site.name} has no form with layer normalization inside: LSTM, GRU and their cells have"
+    moments = context.vectors.get(site.path)
+    new, writes = layer_normalized(site.module, moments, context.transfer, context.shared)
+    how = "norms start with gain 1"
+    if context.transfer == "match":
+        how = f"norms start with the std and mean that vectors have on {'the data' if moments else 'noise'}"
+    note = "" if moments or context.transfer != "match" else "more is kept with data (calibrate)"
+    return Swap(site, new, type(new).__name__, how, False, note, writes=tuple(writes))
+
+
 def _cannot_compute(site: Site, form: Mapping[type[nn.Module], type[nn.Module]]) -> str:
     if site.base in PLAIN:
         return f"is {site.name} already: fold it first (normswap.fold)"
@@ -407,6 +424,8 @@ def _channel_half(norm: BatchChannelNorm) -> nn.GroupNorm:
 
 def to_plain_weight(site: Site, context: Context) -> Swap | str:
     """A re-parametrized layer as a plain one, its standardized or normalized weights baked in."""
+    if site.base in LAYER_NORMALIZED.values():
+        return "has layer normalization inside, which no layer of torch has"
     if site.base not in PLAIN:
         return "is a plain layer"
     old = site.module
@@ -523,6 +542,20 @@ WEIGHTS: dict[str, Form] = {
         ),
     )
 }
+RECURRENT: dict[str, Form] = {
+    form.name: form
+    for form in (
+        Form(
+            "ln",
+            "LSTM, GRU with layer norm inside",
+            "approximate",
+            "Ba et al. 2016",
+            "long sequences, small batches",
+            to_layer_normalized,
+        ),
+    )
+}
+"""What a recurrent layer can become, beside whatever the target is."""
 TARGETS: dict[str, Target] = {
     name: Target(name, norm, weight)
     for norm in (None, *NORMS.values())
@@ -612,6 +645,10 @@ def _misplaced(site: Site, context: Context) -> str:
 
 def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:
     """The swap of a weight layer, or why it is left."""
+    if context.recurrent and site.layer_kind == "rnn" and site.base is not None and target is not PLAIN_TARGET:
+        plan = site.obstacle or RECURRENT[context.recurrent].plan(site, context)
+        if isinstance(plan, Swap) or target.weight is None or "rnn" not in context.layers:
+            return plan
     if target.weight is None or site.base is None:
         return site.obstacle if site.base is None else f"{target.name} changes no weights of this kind"
     if site.layer_kind not in context.layers and target is not PLAIN_TARGET:

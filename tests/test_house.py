@@ -8,7 +8,7 @@ import normswap
 FLOORS = [
     {"errors", "report", "transfer", "layers", "weights", "optimizer"},
     {"trace", "disk", "entries", "pickles", "sources", "pictures", "render", "bare", "recurrent"},
-    {"sites", "tensorfiles", "distributed"},
+    {"sites", "recurrent_transfer", "tensorfiles", "distributed"},
     {"graph"},
     {"probe", "checkpoint", "samples"},
     {"calibrate"},

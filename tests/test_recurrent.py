@@ -20,11 +20,8 @@ from normswap.recurrent import (
     LayerNormGRUCell,
     LayerNormLSTM,
     LayerNormLSTMCell,
-    layer_normalized,
-    measure,
-    merged,
-    typical_moments,
 )
+from normswap.recurrent_transfer import layer_normalized, measure, merged, typical_moments
 
 INPUT, HIDDEN, STEPS, BATCH = 3, 4, 5, 3
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
