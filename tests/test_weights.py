@@ -220,3 +220,38 @@ def test_fold_wn_is_the_weight_normalization_paper() -> None:
     assert all(type(m) in PLAIN for m in ours.modules() if weight_names(m) and isinstance(m, nn.Conv2d))
     for block in ours:
         torch.testing.assert_close(block.conv.weight.flatten(1).norm(dim=1), block.conv.weight_g.flatten().abs())
+
+
+@pytest.mark.parametrize("form", ["ws", "ws strict", "wn"])
+def test_a_training_step_is_that_of_the_paper(form: str) -> None:
+    """SGD on a convolution and a linear layer, and the same by autograd through the papers' formulas written out."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 9, 4)).double()
+    x, y = torch.randn(8, 3, 5, 5, dtype=torch.float64), torch.randint(0, 4, (8,))
+    target, _, ws = form.partition(" ")
+    options = {"ws": ws or "preserve", "ws_scope": "all", "layers": ("conv", "linear")}
+    model = normswap.convert(plain, target, **options).model
+
+    def by_paper(tensors: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+        if target == "wn":
+            v, g = tensors[f"{index}.weight_v"], tensors[f"{index}.weight_g"]
+            return torch.stack([g[i] * v[i] / v[i].square().sum().sqrt() for i in range(len(v))])
+        w = tensors[f"{index}.weight"]
+        filters = [(f - f.mean()) / (((f - f.mean()) ** 2).mean() + 1e-10).sqrt() for f in w]
+        if ws != "strict":
+            own = plain[index].weight.detach()
+            filters = [f * o.std(correction=0) + o.mean() for f, o in zip(filters, own, strict=True)]
+        return torch.stack(filters)
+
+    tensors = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    h = nn.functional.conv2d(x, by_paper(tensors, 0), tensors["0.bias"]).relu().flatten(1)
+    loss = nn.functional.cross_entropy(nn.functional.linear(h, by_paper(tensors, 3), tensors["3.bias"]), y)
+    wanted = {
+        n: t - 0.1 * g
+        for (n, t), g in zip(tensors.items(), torch.autograd.grad(loss, list(tensors.values())), strict=True)
+    }
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), wanted[name].detach(), rtol=1e-7, atol=1e-9)
