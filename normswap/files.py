@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from normswap import bare, checkpoint, disk, entries, optimizer, probe, recipe, samples, sources
 from normswap.checkpoint import RECIPE, Checkpoint
 from normswap.convert import Options, Progress, run
-from normswap.convert import fold as fold_model
 from normswap.entries import Binding, Entry
 from normswap.errors import FileError, ModelError, NormswapError, OptionError, first_line
 from normswap.fitting import fill, parameters_of, source_of, with_others
@@ -183,48 +182,61 @@ def _convert(found: Checkpoint, key: str | None, job: _Job) -> tuple[Checkpoint,
 
 def _convert_entry(entry: Entry, where: Path, job: _Job) -> _Done:
     if isinstance(entry.value, nn.Module):
-        if job.model is not None or (job.arguments and not sources.is_spec(str(where))):
-            raise OptionError(f"--model is for files without their model; {where} holds a {type(entry.value).__name__}")
-        if job.eps is not None:
-            raise OptionError(f"--eps is for files without their model; {where} has the eps of each norm")
-        before = parameters_of(entry.value)
-        try:
-            model, report = _convert_module(entry.value, job)
-        except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
-            if isinstance(error, NormswapError) or sources.is_spec(str(where)):
-                raise
-            raise FileError(f"{where}: its module is damaged, or of another version ({first_line(error)})") from error
-        checkpoint.set_recipe(model, report.recipe)
-        return _Done(model, report, ((before, parameters_of(model)),))
+        return _convert_whole(entry.value, where, job)
+    if job.target is PLAIN_TARGET:
+        return _convert_tensors(entry, *source_of(entry.value, job.model, job.arguments, where), where, job)
     if job.model is None:
         return _convert_bare(entry, where, job)
     if job.eps is not None:
         raise OptionError("--eps is for files without their model; the one that --model makes has its own")
+    return _convert_tensors(entry, job.model, job.arguments, where, job)
+
+
+def _convert_whole(model: nn.Module, where: Path, job: _Job) -> _Done:
+    """A module."""
+    if job.model is not None or (job.arguments and not sources.is_spec(str(where))):
+        raise OptionError(f"--model is for files without their model; {where} holds a {type(model).__name__}")
+    if job.eps is not None:
+        raise OptionError(f"--eps is for files without their model; {where} has the eps of each norm")
+    before, folded = parameters_of(model), _folded(model)
+    try:
+        converted, report = _convert_module(model, job)
+    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, NormswapError) or sources.is_spec(str(where)):
+            raise
+        raise FileError(f"{where}: its module is damaged, or of another version ({first_line(error)})") from error
+    checkpoint.set_recipe(converted, folded if job.target is PLAIN_TARGET else report.recipe)
+    return _Done(converted, report, ((before, parameters_of(converted)),))
+
+
+def _convert_tensors(entry: Entry, model: Source, arguments: Mapping[str, Any], where: Path, job: _Job) -> _Done:
+    """A state dict whose model is known."""
     named = f"{where}: {entry.name}" if entry.keys else where
-    filled = fill(entry.value, job.model, job.arguments, named)
+    filled = fill(entry.value, model, arguments, named)
     before = parameters_of(filled[0][1])
-    converted = [(binding, *_convert_module(model, job)) for binding, model in filled]
-    report = converted[0][2]
-    states = [model.state_dict() for _, model, _ in converted]
+    converted = [(binding, *_convert_module(made, job)) for binding, made in filled]
+    binding, made, report = converted[0]
+    states = [made.state_dict() for _, made, _ in converted]
     value = entries.rebuild(entry.value, [binding for binding, _, _ in converted], states)
-    recipe_made = _with_source(report.recipe, job.model, job.arguments, checkpoint.recipe_of(entry.value))
-    checkpoint.set_recipe(value, recipe_made)
+    previous = checkpoint.recipe_of(entry.value)
+    told = (
+        _folded(entry.value) if job.target is PLAIN_TARGET else _with_source(report.recipe, model, arguments, previous)
+    )
+    checkpoint.set_recipe(value, told)
     bound = {name for binding, _, _ in converted for name in binding.names.values()}
     beside = [name for name in entry.value if name not in bound]
     listed = ", ".join(beside[:3]) + ("" if len(beside) <= 3 else f" and {len(beside) - 3} more")
     notices = (f"beside the model, kept as it was: {listed}",) if beside else ()
-    report = replace(report, recipe=recipe_made, warnings=(*report.warnings, *notices))
-    binding, model, _ = converted[0]
-    after = parameters_of(model)
-    beside_too = (
-        with_others(entry.value, binding, model, before),
-        with_others(value, binding, model, after),
-    )
-    return _Done(value, report, ((before, after), beside_too))
+    report = replace(report, recipe=told or report.recipe, warnings=(*report.warnings, *notices))
+    after = parameters_of(made)
+    with_beside = with_others(entry.value, binding, made, before), with_others(value, binding, made, after)
+    return _Done(value, report, ((before, after), with_beside))
 
 
 def _convert_module(model: nn.Module, job: _Job) -> tuple[nn.Module, Report]:
     """`run` in place, on noise if there are no inputs, and folded if asked."""
+    if job.target is PLAIN_TARGET:
+        return run(model, PLAIN_TARGET, Options(), may_be_idle=True, inplace=True, release=disk.release)
     inputs, name = job.example_inputs, "example inputs"
     probe_only = inputs is None and job.input_shape is None
     large = sum(p.numel() for p in model.parameters()) > _LARGE
@@ -390,19 +402,9 @@ def fold_file(
     out = default_out(path, "fold") if out is None else Path(out)
     checkpoint.check_format(out, None, overwrite)
     found = checkpoint.read(path, trust=trust, allow=allow, scratch=out.resolve().parent)
-    entry = entries.find_entries(found.content, key, path)[0]
-    if isinstance(entry.value, nn.Module):
-        value: Any
-        value, report = fold_model(entry.value)
-        checkpoint.set_recipe(value, _folded(entry.value))
-    else:
-        filled = fill(entry.value, *source_of(entry.value, model, model_args, Path(path)), Path(path))
-        folded = [fold_model(one) for _, one in filled]
-        report = folded[0].report
-        states = [one.model.state_dict() for one in folded]
-        value = entries.rebuild(entry.value, [binding for binding, _ in filled], states)
-        checkpoint.set_recipe(value, _folded(entry.value))
-    checkpoint.write(replace(found, content=entries.put(found.content, entry, value)), out, overwrite=overwrite)
+    with _naming(path):
+        found, report = _convert(found, key, _Job(PLAIN_TARGET, Options(), model, model_args or {}))
+    checkpoint.write(found, out, overwrite=overwrite)
     return report
 
 

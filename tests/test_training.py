@@ -372,6 +372,27 @@ def test_scripts(tmp_path: Path, name: str, to: str) -> None:
     assert [c.paths for c in report.changes if c.kind == "copy"] == [(key,) for key in list(script.entries)[1:]]
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_copy_is_folded(tmp_path: Path, name: str) -> None:
+    script = SCRIPTS[name]
+    run_ = trained(script, tmp_path)
+    converted = tmp_path / "converted.pth"
+    normswap.convert_file(run_.path, "gn-ws", converted, model=net)
+    done = run("fold", converted, "--model", f"{__file__}:net", "--quiet")
+    assert done.exit_code == 0, done.output
+    got = torch.load(tmp_path / "converted.fold.pth", weights_only=False)
+    for key, wrap in script.entries.items():
+        plain = normswap.convert(net(), "gn").model  # standardized weights gone, the group norms left
+        wrapped = wrap(plain)
+        wrapped.load_state_dict(got[key], strict=True)
+        wanted = normswap.load(converted, model=net, key=key).eval()
+        with torch.no_grad():
+            torch.testing.assert_close((wrapped.module if wrap is averaged else plain).eval()(IMAGES), wanted(IMAGES))
+            torch.testing.assert_close(
+                normswap.load(tmp_path / "converted.fold.pth", model=net, key=key).eval()(IMAGES), wanted(IMAGES)
+            )
+
+
 GROUPS: dict[str, tuple[Groups, Callable[[], nn.Module]]] = {
     "one": (one_group, net),
     "timm": (timm_groups, net),
