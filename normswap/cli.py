@@ -20,7 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from normswap.errors import NormswapError, OptionError
-from normswap.targets import NORMS, RECURRENT, WEIGHTS
+from normswap.norm_forms import NORMS
+from normswap.weight_forms import RECURRENT, WEIGHTS
 
 _PHASES = 9  # words of progress that a conversion gives: the length of the bar
 _PATIENCE = 1.0  # seconds before the bar shows

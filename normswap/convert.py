@@ -26,8 +26,9 @@ from normswap.recurrent import LAYER_NORMALIZED
 from normswap.report import Change, Drift, Left, Report, Totals
 from normswap.sites import Site, find_sites, hidden_modules
 from normswap.swap import apply
-from normswap.targets import PLAIN_TARGET, RECURRENT, Target, parse_target, plan_norm, plan_weight, strict_rescaling
+from normswap.targets import PLAIN_TARGET, Target, parse_target, plan_norm, plan_weight
 from normswap.trace import clone
+from normswap.weight_forms import RECURRENT, strict_rescaling
 from normswap.weights import LAYERS
 
 Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool] | None

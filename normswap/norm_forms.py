@@ -1,0 +1,317 @@
+"""What a normalization can become. A new form is one function and one row.
+
+A function gets a site and the context and returns a `Swap`, or the reason why the site is left. It builds; it changes
+nothing in the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import OptionError
+from normswap.layers import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.plan import (
+    LEAST_ELEMENTS,
+    Absorb,
+    Context,
+    Form,
+    Swap,
+    carry,
+    choose_groups,
+    dims_of,
+    elements_of,
+    eps_of,
+    like_of,
+    place,
+    read_statistics,
+)
+from normswap.sites import Site
+from normswap.transfer import Statistics, as_affine, match_output
+
+NO_STATISTICS = "has no running statistics: they need data (calibrate)"
+
+
+def to_group_norm(site: Site, context: Context) -> Swap | str:
+    """`torch.nn.GroupNorm` (Wu & He 2018) with the statistics matched over each group."""
+    between = site.form == "group" and 1 < (site.groups or 0) < site.channels  # neither a layer nor an instance norm
+    if between and context.groups == "auto" and site.path not in context.given:
+        return "has groups already; give groups= to change their number"
+    chosen = choose_groups(site, context)
+    return chosen if isinstance(chosen, str) else _group_norm(site, context, *chosen)
+
+
+def to_layer_norm(site: Site, context: Context) -> Swap | str:
+    """Layer norm over (C, *spatial) (Ba et al. 2016): `torch.nn.GroupNorm` with one group."""
+    if site.form == "last":
+        return "is a layer norm already"
+    if elements_of(site, context) == 1 and site.channels < LEAST_ELEMENTS:
+        return "has one element a sample, which any norm within a sample would erase"
+    return _group_norm(site, context, 1, "")
+
+
+def to_instance_norm(site: Site, context: Context) -> Swap | str:
+    """Instance norm (Ulyanov et al. 2016): every channel a group; fewer groups where a channel has one element."""
+    told = context.given.get(site.path, site.channels)
+    if told != site.channels:
+        return _group_norm(site, context, told, "")
+    if elements_of(site, context) == 1:
+        chosen = choose_groups(site, replace(context, groups="auto", given={}))
+        if isinstance(chosen, str):
+            return chosen
+        return _group_norm(site, context, chosen[0], f"{chosen[0]} groups, not {site.channels}: one element a channel")
+    norms = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+    if site.base in norms.values():
+        return "is an instance norm already"
+    if site.spatial_dims not in norms:
+        return _group_norm(site, context, site.channels, "")
+    new = norms[site.spatial_dims](site.channels, eps=eps_of(site.module), affine=True, device="meta")
+    stats = read_statistics(site, context)
+    return carry(site, _affine_flag(new, site, context, stats), stats, site.channels, context, "")
+
+
+def _group_norm(site: Site, context: Context, groups: int, note: str) -> Swap | str:
+    same = site.form in ("group", "last") and site.groups == groups
+    if same and site.base is nn.GroupNorm:
+        return f"has {'one group' if groups == 1 else f'{groups} groups'} already"
+    new = nn.GroupNorm(groups, site.channels, eps=eps_of(site.module), affine=True, device="meta")
+    stats = None if same else read_statistics(site, context)
+    swap = carry(site, _affine_flag(new, site, context, stats), stats, groups, context, note)
+    if not same or context.transfer == "reset":
+        return swap
+    return replace(swap, how="gain and bias as they stand: the same function", exact=True, note=note)
+
+
+def _affine_flag(new: nn.Module, site: Site, context: Context, stats: Statistics | None) -> nn.Module:
+    """Set `affine` on a new norm: false where it will have no gain and bias."""
+    new.affine = (context.transfer == "match" and stats is not None) or site.module.weight is not None  # type: ignore[assignment]
+    return new
+
+
+def to_batch_norm(site: Site, context: Context) -> Swap | str:
+    """torch's batch norm (Ioffe & Szegedy 2015): exact from fixed statistics, else with those that data showed."""
+    if issubclass(site.base, nn.modules.batchnorm._BatchNorm):  # type: ignore[arg-type]
+        return "is a batch norm already"
+    if site.form != "data" and site.path not in context.measured:
+        raise OptionError(
+            f"{site.path or 'the model'} ({site.name}) has no statistics of a batch, which bn needs: give data with calibrate= "
+            "(--calibrate) that reach it, or leave it with exclude="
+        )
+    classes: dict[int | None, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+    cls = classes.get(dims_of(site, context), nn.SyncBatchNorm)
+    new = cls(site.channels, eps=eps_of(site.module), momentum=_rate(site), device="meta")
+    kept = _keep_statistics(site, context, new, "statistics follow the batches again")
+    for name, parameter in new._parameters.items():
+        if parameter is not None and not isinstance(getattr(site.module, name), nn.Parameter):
+            parameter.requires_grad_(True)  # a buffer of the frozen norm: who wants batch norm back wants to train it
+    return kept
+
+
+def to_frozen(site: Site, context: Context) -> Swap | str:
+    """The same batch norm by fixed statistics: exact, and gain and bias are trained as before."""
+    if site.base is FrozenBatchNorm or "Frozen" in site.name:
+        return "has fixed statistics already"
+    new = FrozenBatchNorm(site.channels, eps_of(site.module), affine=False, spatial_dims=site.spatial_dims)
+    return _keep_statistics(site, context, new, "statistics fixed")
+
+
+def to_estimated(site: Site, context: Context) -> Swap | str:
+    """The same batch norm by moving estimates (Qiao et al. 2019): exact, and it learns at batch 1."""
+    if site.base is EstimatedBatchNorm:
+        return "goes by moving estimates already"
+    new = EstimatedBatchNorm(site.channels, eps_of(site.module), _rate(site), False, site.spatial_dims)
+    return _keep_statistics(site, context, new, "statistics become moving estimates")
+
+
+def to_batch_channel(site: Site, context: Context) -> Swap | str:
+    """Batch-channel norm (Qiao et al. 2019): moving estimates, then groups that start as those are over the data."""
+    if site.base is BatchChannelNorm:
+        return "is a batch-channel norm already"
+    chosen = choose_groups(site, context)
+    if isinstance(chosen, str):
+        return chosen
+    groups, note = chosen
+    new = BatchChannelNorm(groups, site.channels, eps_of(site.module), _rate(site), False, site.spatial_dims)
+    kept = _keep_statistics(site, context, new, "statistics become moving estimates")
+    if isinstance(kept, str):
+        return kept
+    stats = read_statistics(site, context)
+    assert stats is not None  # for the type checker: a norm without statistics was left above
+    how = f"{kept.how}; a gain and a bias a group"
+    like = like_of(site, context)
+    if context.transfer == "match":
+        gain, bias = match_output(stats, groups)
+        new.group_weight, new.group_bias = nn.Parameter(gain.to(like)), nn.Parameter(bias.to(like))
+        how = f"{kept.how}; groups start as these are over the data"
+    else:
+        new.to(like.device, like.dtype)
+    return replace(kept, after=f"{kept.after}({groups})", how=how, exact=False, note=note, groups=groups)
+
+
+def _rate(site: Site) -> float | None:
+    """How fast estimates follow: as the batch norm's own running statistics did."""
+    momentum = getattr(site.module, "momentum", 0.1)
+    return momentum if momentum is None or momentum else 0.1
+
+
+def _keep_statistics(site: Site, context: Context, new: nn.Module, how: str) -> Swap | str:
+    """`new`, a norm by running statistics: on the tensors of the one at `site`, or on those that data showed."""
+    stats = read_statistics(site, context)
+    if stats is None:
+        return NO_STATISTICS
+    old, exact = site.module, site.form == "data" and context.transfer != "reset"
+    writes: list[tuple[Tensor, Tensor]] = []
+    for name in ("weight", "bias"):
+        held = getattr(old, name)
+        same = held is None or (isinstance(held, nn.Parameter) and context.transfer != "reset")
+        if site.form != "data" or not same:
+            held, write = place(site, name, getattr(stats, name), context)
+            writes += write
+        new.register_parameter(name, held)
+    new.affine = new.weight is not None  # type: ignore[assignment]
+    like = like_of(site, context)
+    for name, value in (("running_mean", stats.mean), ("running_var", stats.var)):
+        buffer = getattr(old, name, None)
+        new._buffers[name] = value.to(like) if buffer is None else buffer
+        if buffer is not None and site.path in context.measured:
+            writes.append((buffer, value))
+    counted = getattr(old, "num_batches_tracked", None)
+    new._buffers["num_batches_tracked"] = (
+        torch.zeros((), dtype=torch.long, device=like.device) if counted is None else counted
+    )
+    if site.form != "data":
+        how = f"{how}; those that the data showed" if site.path in context.measured else how
+    elif site.path in context.rescaled and context.transfer == "match":
+        exact, how = False, f"{how}, rescaled for standardized weights"
+        writes += _statistics_writes(site, stats)
+    if context.transfer == "reset":
+        how = f"{how}; gain 1, bias 0"
+    return Swap(site, new, type(new).__name__, how, exact, writes=tuple(writes))
+
+
+def _statistics_writes(site: Site, stats: Statistics) -> list[tuple[Tensor, Tensor]]:
+    return [(site.module.running_mean, stats.mean), (site.module.running_var, stats.var)]  # type: ignore[list-item]
+
+
+def to_folded(site: Site, context: Context) -> Swap | str:
+    """No norm: its scale and shift go into the layer before it (Ioffe & Szegedy 2015, section 3.1)."""
+    stats = read_statistics(site, context)
+    if stats is None:
+        return NO_STATISTICS
+    feeder, why = context.flow.feeder(site.path)
+    if feeder is None:
+        return why
+    into = context.sites[feeder]
+    if problem := _cannot_absorb(into, site, context):
+        return f"the layer before it {problem}"
+    layer = into.module
+    bias = None
+    if layer.bias is None:
+        like = layer.weight
+        assert isinstance(like, Tensor)  # for the type checker: a layer without a plain weight was refused above
+        trained = isinstance(site.module.bias, nn.Parameter) and site.module.bias.requires_grad
+        bias = nn.Parameter(torch.zeros(site.channels, dtype=like.dtype, device=like.device), requires_grad=trained)
+    exact = site.form == "data" and context.transfer != "reset" and site.path not in context.rescaled
+    how = "folded into the layer before it"
+    return Swap(site, nn.Identity(), "Identity", how, exact, absorb=Absorb(into, as_affine(stats), bias))
+
+
+def _cannot_absorb(into: Site, norm: Site, context: Context) -> str:
+    layer = into.module
+    if into.obstacle:
+        return into.obstacle
+    if into in context.excluded:
+        return "is excluded"
+    if into.channels != norm.channels:
+        return "has another number of channels"
+    if into.path in context.flow.touched:
+        return "has a weight that is also read directly"
+    if any(id(p) in context.shared for p in (layer.weight, layer.bias)):
+        return "shares its weight with another layer"
+    if layer._forward_hooks or layer._forward_pre_hooks or norm.module._forward_pre_hooks:
+        return "has a forward hook, which would see other values"
+    if into.layer_kind == "linear" and norm.spatial_dims in (2, 3):
+        return "is linear, and the norm takes another dimension than its own"
+    return ""
+
+
+def rescale_statistics(site: Site, context: Context) -> Swap | str:
+    """A batch norm that stays, behind a convolution whose filters strict standardization rescales."""
+    stats = read_statistics(site, context)
+    if stats is None or context.transfer != "match":
+        return "is not what the target changes"
+    how = "statistics rescaled for standardized weights"
+    return Swap(site, site.module, site.name, how, False, writes=tuple(_statistics_writes(site, stats)))
+
+
+NORMS: dict[str, Form] = {
+    form.name: form
+    for form in (
+        Form(
+            "gn",
+            "GroupNorm",
+            "approximate, moment-matched",
+            "Wu & He 2018",
+            "small batches, private or federated training",
+            to_group_norm,
+        ),
+        Form(
+            "ln",
+            "GroupNorm with one group",
+            "approximate, moment-matched",
+            "Ba et al. 2016",
+            "the most of the function before training",
+            to_layer_norm,
+        ),
+        Form(
+            "in",
+            "InstanceNorm",
+            "approximate, moment-matched",
+            "Ulyanov et al. 2016",
+            "style transfer, contrast that should not matter",
+            to_instance_norm,
+        ),
+        Form(
+            "est",
+            "EstimatedBatchNorm",
+            "exact",
+            "Qiao et al. 2019",
+            "batch 1 without another norm",
+            to_estimated,
+        ),
+        Form(
+            "bcn",
+            "BatchChannelNorm",
+            "approximate, moment-matched",
+            "Qiao et al. 2019",
+            "batch 1 and 2, best with ws",
+            to_batch_channel,
+        ),
+        Form(
+            "bn",
+            "BatchNorm",
+            "approximate, needs data; exact from frozen, est",
+            "Ioffe & Szegedy 2015",
+            "large batches, speed; the way back",
+            to_batch_norm,
+        ),
+        Form(
+            "frozen",
+            "FrozenBatchNorm",
+            "exact",
+            "He et al. 2017",
+            "short fine-tuning near the original data",
+            to_frozen,
+        ),
+        Form(
+            "fold",
+            "nothing: into the layer before it",
+            "exact",
+            "Ioffe & Szegedy 2015",
+            "deployment, or training without norms",
+            to_folded,
+        ),
+    )
+}

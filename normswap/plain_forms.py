@@ -1,0 +1,102 @@
+"""Back to plain torch layers, for deployment: what `normswap.fold` makes of the layers of a converted model."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from normswap.layers import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.norm_forms import to_folded
+from normswap.plan import (
+    Context,
+    Form,
+    Swap,
+    eps_of,
+)
+from normswap.recurrent import LAYER_NORMALIZED
+from normswap.sites import Site
+from normswap.weights import (
+    NORMALIZED,
+    PLAIN,
+    retyped,
+    weight_names,
+)
+
+
+def to_plain_norm(site: Site, context: Context) -> Swap | str:
+    """A norm of normswap's own as torch layers: folded, or else a batch norm in eval mode; and a group norm behind it."""
+    if site.base not in (FrozenBatchNorm, EstimatedBatchNorm, BatchChannelNorm):
+        return _without_activation(site) if type(site.module) in ACTIVATED.values() else "is a plain layer"
+    old, folded = site.module, to_folded(site, context)
+    channels = _channel_half(old) if isinstance(old, BatchChannelNorm) else None
+    if isinstance(folded, Swap):
+        return folded if channels is None else replace(folded, module=channels, after=f"GroupNorm({old.num_groups})")
+    classes = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+    cls = classes.get(site.spatial_dims or 0, nn.SyncBatchNorm)
+    new = cls(site.channels, eps=eps_of(old), momentum=0.0, device="meta").eval()
+    new._parameters.update({name: old._parameters[name] for name in ("weight", "bias")})
+    new._buffers.update(old._buffers)
+    new.affine = old.weight is not None
+    how, note = "statistics fixed as long as it is in eval mode", f"not folded: {folded}"
+    if channels is None:
+        return Swap(site, new, cls.__name__, how, True, note)
+    return Swap(site, nn.Sequential(new, channels), f"{cls.__name__}, GroupNorm({old.num_groups})", how, True, note)
+
+
+def _without_activation(site: Site) -> Swap:
+    """A norm of torch's that had taken in an activation, alone."""
+    assert site.base is not None  # for the type checker: the classes with an activation are known
+    new = site.base.__new__(site.base)
+    new.__dict__ = {
+        **vars(site.module),
+        "_modules": {},
+        "_forward_hooks": OrderedDict(),
+        "_forward_pre_hooks": OrderedDict(),
+    }
+    return Swap(site, new, site.name.removesuffix("Act"), "activation apart", True)
+
+
+def _channel_half(norm: BatchChannelNorm) -> nn.GroupNorm:
+    """The second half of a batch-channel norm as torch's group norm."""
+    new = nn.GroupNorm(norm.num_groups, norm.num_features, eps=norm.eps, device="meta")
+    each = norm.num_features // norm.num_groups
+    for name, parameter in (("weight", norm.group_weight), ("bias", norm.group_bias)):
+        spread = parameter.detach().repeat_interleave(each)
+        new.register_parameter(name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
+    return new
+
+
+def to_plain_weight(site: Site, context: Context) -> Swap | str:
+    """A re-parametrized layer as a plain one, its standardized or normalized weights baked in."""
+    if site.base in LAYER_NORMALIZED.values():
+        return "has layer normalization inside, which no layer of torch has"
+    if site.base not in PLAIN:
+        return "is a plain layer"
+    old = site.module
+    normalized, names = site.base in NORMALIZED.values(), weight_names(old)
+    held = {name: old._parameters[f"{name}_v" if normalized else name] for name in names}
+    writes: list[tuple[Tensor, Any]] = []
+    for name, weight in held.items():
+        assert weight is not None  # for the type checker: a layer of ours has all its weights
+        if id(weight) in context.shared:
+            held[name] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        writes.append((held[name], partial(old.computed, name)))  # type: ignore[arg-type, operator, misc]
+    parameters: dict[str, nn.Parameter | None] = {}
+    for name, parameter in old._parameters.items():
+        plain = name.removesuffix("_v") if normalized else name
+        if plain in held or not (normalized and name.removesuffix("_g") in held):
+            parameters[plain] = held.get(plain, parameter)
+    new = retyped(old, PLAIN[site.base], parameters=parameters)
+    for name in names:
+        for buffer in (f"{name}_gain", f"{name}_shift"):
+            new._buffers.pop(buffer, None)
+    form = "normalized" if normalized else "standardized"
+    return Swap(site, new, PLAIN[site.base].__name__, f"{form} weight baked in", True, writes=tuple(writes))
+
+
+PLAIN_NORM = Form("plain", "torch's own layer", "exact", "", "deployment", to_plain_norm)
+PLAIN_WEIGHT = Form("plain", "torch's own layer", "exact", "", "deployment", to_plain_weight)

@@ -1,0 +1,153 @@
+"""What the weights of a convolution, a linear or a recurrent layer can become. A new form is one function and one row, as in
+`norm_forms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from normswap.plan import (
+    Context,
+    Form,
+    Swap,
+)
+from normswap.recurrent import LAYER_NORMALIZED
+from normswap.recurrent_transfer import layer_normalized
+from normswap.sites import Site
+from normswap.transfer import filter_moments, widen
+from normswap.weights import (
+    NORMALIZED,
+    PLAIN,
+    STANDARDIZE_EPS,
+    STANDARDIZED,
+    as_filters,
+    filter_groups,
+    gain_shape,
+    retyped,
+    weight_names,
+)
+
+
+def to_standardized(site: Site, context: Context) -> Swap | str:
+    """A layer on standardized weights (Qiao et al. 2019); exact where gain and shift keep the filters' own."""
+    if site.base in STANDARDIZED.values():
+        return "is standardized already"
+    if problem := _cannot_compute(site, STANDARDIZED):
+        return problem
+    seen = context.flow.seen(site.path)
+    if context.ws_scope == "normed" and site.layer_kind != "rnn" and site.path not in context.flow.normed:
+        return "has no normalization after it" if seen else "was not traced, and no norm stands beside it"
+    strict = context.ws == "strict"
+    buffers: dict[str, Tensor] = {}
+    for name in weight_names(site.module):
+        weight = getattr(site.module, name)
+        filters = as_filters(weight, filter_groups(site.module))
+        if filters.shape[1] < 2:
+            return "has a fan-in of 1: nothing to standardize over"
+        gain, shift = torch.ones(len(filters), device=weight.device), torch.zeros(len(filters), device=weight.device)
+        if not strict:
+            shift, variance = filter_moments(filters)
+            context.release(weight)
+            if (scale := context.absorbed.get(site.path)) is not None:
+                shift, variance = shift * scale, variance * scale.square()
+            gain = (variance + STANDARDIZE_EPS).sqrt()
+        buffers |= {f"{name}_gain": gain.to(weight.dtype), f"{name}_shift": shift.to(weight.dtype)}
+    new = retyped(site.module, STANDARDIZED[site.base], buffers)  # type: ignore[index]
+    how = "gain 1, shift 0" if strict else "gain and shift keep each filter's own std and mean"
+    note = "" if seen or site.layer_kind == "rnn" else "not traced: a norm of its width stands beside it"
+    return Swap(site, new, type(new).__name__, how, not strict, note)
+
+
+def to_normalized(site: Site, context: Context) -> Swap | str:
+    """A layer on normalized weights (Salimans & Kingma 2016): each filter's length a parameter of its own; exact."""
+    if site.base in NORMALIZED.values():
+        return "is weight-normalized already"
+    if problem := _cannot_compute(site, NORMALIZED):
+        return problem
+    old, parameters = site.module, {}
+    for name, parameter in old._parameters.items():
+        if name not in weight_names(old):
+            parameters[name] = parameter
+            continue
+        assert parameter is not None  # for the type checker: a computed weight is an obstacle
+        groups = filter_groups(old)
+        length = torch.linalg.vector_norm(widen(as_filters(parameter, groups)), dim=1)
+        context.release(parameter)
+        if (scale := context.absorbed.get(site.path)) is not None:
+            length = length * scale.abs()
+        g = length.to(parameter.dtype).view(gain_shape(parameter, groups))
+        parameters |= {f"{name}_g": nn.Parameter(g, requires_grad=parameter.requires_grad), f"{name}_v": parameter}
+    new = retyped(old, NORMALIZED[site.base], parameters=parameters)  # type: ignore[index]
+    return Swap(site, new, type(new).__name__, "g is each filter's own length", True)
+
+
+def to_layer_normalized(site: Site, context: Context) -> Swap | str:
+    """An LSTM or GRU with layer normalization inside (Ba et al. 2016), which starts as close as is known to the trained one."""
+    if site.base in LAYER_NORMALIZED.values():
+        return "has layer normalization inside already"
+    if site.base not in LAYER_NORMALIZED:
+        return f"{site.name} has no form with layer normalization inside: LSTM, GRU and their cells have"
+    moments = context.vectors.get(site.path)
+    new, writes = layer_normalized(site.module, moments, context.transfer, context.shared)
+    how = "norms start with gain 1"
+    if context.transfer == "match":
+        how = f"norms start with the std and mean that vectors have on {'the data' if moments else 'noise'}"
+    note = "" if moments or context.transfer != "match" else "more is kept with data (calibrate)"
+    return Swap(site, new, type(new).__name__, how, False, note, writes=tuple(writes))
+
+
+def _cannot_compute(site: Site, form: Mapping[type[nn.Module], type[nn.Module]]) -> str:
+    if site.base in PLAIN:
+        return f"is {site.name} already: fold it first (normswap.fold)"
+    if site.base not in form:
+        return f"{site.name} is not covered"
+    if not all(getattr(site.module, name).is_floating_point() for name in weight_names(site.module)):
+        return "has a weight that is not real"
+    return ""
+
+
+def strict_rescaling(site: Site) -> Tensor:
+    """By how much strict standardization multiplies each filter of a convolution, of shape (out_channels,)."""
+    weight = site.module.weight
+    assert isinstance(weight, Tensor)  # for the type checker: the site was planned
+    return 1 / (filter_moments(as_filters(weight, filter_groups(site.module)))[1] + STANDARDIZE_EPS).sqrt()
+
+
+WEIGHTS: dict[str, Form] = {
+    form.name: form
+    for form in (
+        Form(
+            "ws",
+            "Standardized Conv, Linear, RNN",
+            "exact; approximate with ws=strict",
+            "Qiao et al. 2019",
+            "GroupNorm at batch 1 and 2",
+            to_standardized,
+        ),
+        Form(
+            "wn",
+            "Normalized Conv, Linear, RNN",
+            "exact",
+            "Salimans & Kingma 2016",
+            "recurrent nets, training without norms (fold-wn)",
+            to_normalized,
+        ),
+    )
+}
+RECURRENT: dict[str, Form] = {
+    form.name: form
+    for form in (
+        Form(
+            "ln",
+            "LSTM, GRU with layer norm inside",
+            "approximate",
+            "Ba et al. 2016",
+            "long sequences, small batches",
+            to_layer_normalized,
+        ),
+    )
+}
+"""What a recurrent layer can become, beside whatever the target is."""
