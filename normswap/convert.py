@@ -197,7 +197,7 @@ def run(
     if options.calibrate is not None:
         progress("measuring on the calibration data")
         norms = [site for site in sites if site.kind == "norm" and site.form and not site.obstacle]
-        batches = [samples.first_inputs(work, batch) for batch in options.calibrate]
+        batches = [probe.fitted(work, samples.first_inputs(work, batch)) for batch in options.calibrate]
         measured |= measure(work, batches, norms)
         if options.recurrent:
             inner = [site for site in chosen if site.base in LAYER_NORMALIZED and not site.obstacle]

@@ -175,7 +175,7 @@ def _keep_statistics(site: Site, context: Context, new: nn.Module, how: str) -> 
     for name, value in (("running_mean", stats.mean), ("running_var", stats.var)):
         buffer = getattr(old, name, None)
         new._buffers[name] = value.to(like) if buffer is None else buffer
-        if buffer is not None and site.path in context.measured:
+        if buffer is not None and site.form != "data" and site.path in context.measured:
             writes.append((buffer, value))
     counted = getattr(old, "num_batches_tracked", None)
     new._buffers["num_batches_tracked"] = (

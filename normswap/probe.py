@@ -32,6 +32,16 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
+def fitted(model: nn.Module, inputs: Any) -> Any:
+    """`inputs` on the device of the model's first parameter, floats in its dtype."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def fit(tensor: Tensor) -> Tensor:
+        return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    return pytree.tree_map_only(Tensor, fit, inputs)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode comes back afterwards."""

@@ -257,6 +257,15 @@ def test_data_that_do_not_fit() -> None:
             normswap.convert(model, "bn", calibrate=nothing)
 
 
+def test_data_take_the_dtype_of_the_model() -> None:
+    model = net(nn.GroupNorm(2, 8)).bfloat16()
+    converted = normswap.convert(model, "bn", calibrate=DATA).model
+    assert converted[1].running_mean.dtype == converted[1].weight.dtype == torch.bfloat16
+    labelled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, torch.arange(len(X))), 16)
+    ours, theirs = (normswap.convert(net(nn.GroupNorm(2, 8)), "bn", calibrate=data).model for data in (labelled, DATA))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
 def test_a_norm_that_data_do_not_reach() -> None:
     class Optional(nn.Module):
         def __init__(self) -> None:
