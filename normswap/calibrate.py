@@ -18,6 +18,8 @@ from normswap.recurrent_transfer import Moments as VectorMoments
 from normswap.sites import Site
 from normswap.transfer import Moments
 
+_DATA = "calibration data"
+
 
 @dataclass
 class Measured:
@@ -79,7 +81,7 @@ def measure(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> 
     handles = [watch(site) for site in sites]
     try:
         for batch in batches:
-            for path, now in probe.run(model, batch, sites)[1].items():
+            for path, now in probe.run(model, batch, sites, name=_DATA)[1].items():
                 least = min(now.elements, seen[path].elements) if path in seen else now.elements
                 seen[path] = Seen(now.dims, least)
     finally:
@@ -100,6 +102,8 @@ def _normalized(site: Site, values: Tensor) -> Tensor:
     eps = float(site.module.eps)  # type: ignore[arg-type]
     if site.form in ("position", "last"):
         return F.layer_norm(values.movedim(1, -1), (site.channels,), eps=eps).movedim(-1, 1)
+    if site.form == "batch":
+        return F.batch_norm(values, None, None, training=True, eps=eps)
     if site.form == "data, group":
         values = EstimatedBatchNorm.forward(site.module, values)  # type: ignore[arg-type]
     return values if site.groups is None else F.group_norm(values, site.groups, eps=eps)
@@ -122,7 +126,7 @@ def measure_vectors(
     handles = [watch(site) for site in sites]
     try:
         for batch in batches:
-            probe.run(model, batch)
+            probe.run(model, batch, name=_DATA)
     finally:
         for handle in handles:
             handle.remove()

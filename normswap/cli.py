@@ -240,7 +240,9 @@ def targets() -> None:
     console = Console()
     tables = (("a normalization becomes", NORMS), ("a weight becomes", WEIGHTS), ("with --recurrent", RECURRENT))
     for title, forms in tables:
-        table = Table("name", title, "in eval mode", "paper", "choose it for", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
+        for heading in ("name", title, "in eval mode", "paper", "choose it for"):
+            table.add_column(heading, overflow="fold", min_width=18 if heading == title else None)
         for form in forms.values():
             table.add_row(form.name, form.becomes, form.exactness, form.paper, form.choose_when)
         console.print(table, "")

@@ -219,7 +219,7 @@ def run(
     for notice in notices:
         warnings.warn(notice, stacklevel=4)
     if not swaps and not may_be_idle:
-        raise ModelError(_nothing(target, left + hidden))
+        raise ModelError(_nothing(target, left + hidden) + _unasked(sites, options))
     _check_groups(target, swaps, options)
     if target.norm and swaps and not any(swap.site.kind == "norm" for swap in swaps):
         notices.append(
@@ -228,6 +228,8 @@ def run(
     batch_norms = [site.module for site in sites if site in chosen and site.is_batch_norm]
     if batch_norms and all(_untrained(norm) for norm in batch_norms):
         notices.append("the running statistics were never trained: there is no function to keep")
+    if target.weight and target is not PLAIN_TARGET and swaps and not any(s.site.kind == "weight" for s in swaps):
+        notices.append(f"no weight was changed{_unasked(sites, options)}; see what was left")
     counts = _count(work)
     changes = _changes(swaps)
 
@@ -351,7 +353,7 @@ def _decide(
     """A swap, built, or a reason for every site; norms first, since what they fold into changes the weights."""
     norms = [site for site in sites if site.kind == "norm"]
     weights = [site for site in sites if site.kind == "weight"]
-    if target.weight is not None and context.ws == "strict":
+    if target.weight is not None and target.weight.name == "ws" and context.ws == "strict":
         for site in norms:
             into = context.sites.get(context.flow.feeder(site.path)[0] or "")
             if into in chosen and site in chosen and isinstance(plan_weight(into, target, context), Swap):
@@ -392,6 +394,18 @@ def _nothing(target: Target, left: Sequence[Left]) -> str:
     reasons = Counter((entry.module, entry.reason) for entry in left)
     listed = "; ".join(f"{count} {module}: {reason}" for (module, reason), count in reasons.most_common(4))
     return f"nothing to convert to {target.name}: {listed}"
+
+
+def _unasked(sites: Sequence[Site], options: Options) -> str:
+    """What the options leave out though the model has it."""
+    has = Counter(site.layer_kind for site in sites if site.kind == "weight")
+    there = [kind for kind in LAYERS if has[kind] and kind not in options.layers]
+    hints = (
+        [f"weights of other layers change with layers=({', '.join(repr(kind) for kind in there)},)"] if there else []
+    )
+    if has["rnn"] and not options.recurrent:
+        hints.append('recurrent="ln" puts layer norms into LSTM and GRU')
+    return "".join(f"; {hint}" for hint in hints)
 
 
 def _check_groups(target: Target, swaps: Sequence[Swap], options: Options) -> None:

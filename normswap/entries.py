@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,6 +150,8 @@ def bind(state: Mapping[str, Any], model: Mapping[str, Any], where: object) -> l
     Raises `FileError`, which says which keys are missing, unexpected or of another shape, and why that may be.
     """
     plain = {without_wrappers(name): name for name in state}
+    if not any("parametrizations." in name for name in model):
+        plain = {_PARAMETRIZED.sub(_as_ours, name): outer for name, outer in plain.items()}
     wanted = [name for name in model if not name.endswith("num_batches_tracked")]
     best: list[tuple[int, str]] = []
     for prefix in _prefixes(plain, wanted):
@@ -175,6 +178,14 @@ def bind(state: Mapping[str, Any], model: Mapping[str, Any], where: object) -> l
     if odd or shapes:
         raise FileError(f"{where}: {_mismatch(plain, state, model, first, taken)}")
     return bindings
+
+
+_PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original([01])$")
+
+
+def _as_ours(match: re.Match[str]) -> str:
+    """`weight_g` and `weight_v`, which torch's newer weight normalization calls `parametrizations.weight.original0` and `1`."""
+    return f"{match[1]}_{'gv'[int(match[2])]}"
 
 
 def _shaped(a: Any, b: Any) -> bool:

@@ -101,7 +101,10 @@ class _Activated:
     """Mixed into a norm's class: `act(drop(norm(x)))`, as in timm's `BatchNormAct2d`, whose children these are."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(input)))  # type: ignore[misc, no-any-return]
+        output = super().forward(input)  # type: ignore[misc]
+        for name in ("drop", "act"):  # timm's SyncBatchNormAct has neither unless it was made from another norm
+            output = self._modules[name](output) if name in self._modules else output
+        return output  # type: ignore[no-any-return]
 
 
 ACTIVATED: dict[type[nn.Module], type[nn.Module]] = {}

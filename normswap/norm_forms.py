@@ -63,13 +63,13 @@ def to_instance_norm(site: Site, context: Context) -> Swap | str:
             return chosen
         return _group_norm(site, context, chosen[0], f"{chosen[0]} groups, not {site.channels}: one element a channel")
     norms = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
-    if site.base in norms.values():
+    if site.base in norms.values() and site.form != "data":
         return "is an instance norm already"
     if site.spatial_dims not in norms:
         return _group_norm(site, context, site.channels, "")
     new = norms[site.spatial_dims](site.channels, eps=eps_of(site.module), affine=True, device="meta")
-    stats = read_statistics(site, context)
-    return carry(site, _affine_flag(new, site, context, stats), stats, site.channels, context, "")
+    new.affine = site.module.weight is not None or context.transfer == "match"  # type: ignore[assignment]
+    return carry(site, new, read_statistics(site, context), site.channels, context, "")
 
 
 def _group_norm(site: Site, context: Context, groups: int, note: str) -> Swap | str:
@@ -78,16 +78,11 @@ def _group_norm(site: Site, context: Context, groups: int, note: str) -> Swap | 
         return f"has {'one group' if groups == 1 else f'{groups} groups'} already"
     new = nn.GroupNorm(groups, site.channels, eps=eps_of(site.module), affine=True, device="meta")
     stats = None if same else read_statistics(site, context)
-    swap = carry(site, _affine_flag(new, site, context, stats), stats, groups, context, note)
+    new.affine = site.module.weight is not None or (context.transfer == "match" and not same)  # type: ignore[assignment]
+    swap = carry(site, new, stats, groups, context, note, same)
     if not same or context.transfer == "reset":
         return swap
     return replace(swap, how="gain and bias as they stand: the same function", exact=True, note=note)
-
-
-def _affine_flag(new: nn.Module, site: Site, context: Context, stats: Statistics | None) -> nn.Module:
-    """Set `affine` on a new norm: false where it will have no gain and bias."""
-    new.affine = (context.transfer == "match" and stats is not None) or site.module.weight is not None  # type: ignore[assignment]
-    return new
 
 
 def to_batch_norm(site: Site, context: Context) -> Swap | str:
@@ -122,7 +117,10 @@ def to_estimated(site: Site, context: Context) -> Swap | str:
     if site.base is EstimatedBatchNorm:
         return "goes by moving estimates already"
     new = EstimatedBatchNorm(site.channels, eps_of(site.module), _rate(site), False, site.spatial_dims)
-    return _keep_statistics(site, context, new, "statistics become moving estimates")
+    kept = _keep_statistics(site, context, new, "statistics become moving estimates")
+    if isinstance(kept, Swap) and getattr(site.module, "momentum", None) == 0:
+        return replace(kept, note=f"momentum was 0; estimates follow at {new.momentum}")
+    return kept
 
 
 def to_batch_channel(site: Site, context: Context) -> Swap | str:

@@ -67,7 +67,7 @@ class Context:
     the ids of parameters that stand in more than one module; `sites` all sites by first path, `excluded` those that must stay;
     `measured` and `vectors` what calibration data showed of norms, and of recurrent layers; `given` the groups of norms that a recipe tells; `release` is told of each large weight that has been read;
     `rescaled` the norms whose convolution is standardized strictly, with its change of scale;
-    `absorbed` the layers that a norm is folded into, with the scale of their filters.
+    `absorbed` the layers that a norm is folded into, with the scale of their filters; `lengths` those of the filters of shared weights, by its id.
     """
 
     groups: str | int
@@ -87,6 +87,7 @@ class Context:
     release: Callable[[Tensor], None] = lambda tensor: None
     rescaled: dict[str, Tensor] = field(default_factory=dict)
     absorbed: dict[str, Tensor] = field(default_factory=dict)
+    lengths: dict[int, nn.Parameter] = field(default_factory=dict)
 
 
 Plan = Callable[[Site, Context], "Swap | str"]
@@ -173,11 +174,16 @@ def like_of(site: Site, context: Context) -> Tensor:
     """A tensor of the dtype and the device of a norm's vectors."""
     held = (getattr(site.module, name, None) for name in ("weight", "running_mean", "bias"))
     found = next((tensor for tensor in held if isinstance(tensor, Tensor)), None)
-    return context.measured[site.path].like if found is None else found
+    if found is not None or site.path in context.measured:
+        return context.measured[site.path].like if found is None else found
+    weights = (other.module._parameters.get("weight") for other in context.sites.values())
+    return next((w for w in weights if w is not None), torch.empty(0))
 
 
-def carry(site: Site, new: nn.Module, stats: Statistics | None, groups: int, context: Context, note: str) -> Swap:
-    """`new`, a group or instance norm, with the affine that `transfer` asks for."""
+def carry(
+    site: Site, new: nn.Module, stats: Statistics | None, groups: int, context: Context, note: str, same: bool = False
+) -> Swap:
+    """`new`, a group or instance norm, with the affine that `transfer` asks for; `same` if it does what the old one did."""
     old = site.module
     values: dict[str, Tensor | None] = {name: getattr(old, name) for name in ("weight", "bias")}
     how = {"copy": "gain and bias copied as they stand", "reset": "gain 1, bias 0"}.get(context.transfer, "")
@@ -198,6 +204,9 @@ def carry(site: Site, new: nn.Module, stats: Statistics | None, groups: int, con
         if old.weight is None or old.bias is None:
             note = join_notes(note, "gain and bias added, not trained, to carry the statistics")
     elif not how:
+        if context.transfer == "match" and site.form != "data" and not same:
+            one = torch.ones(site.channels)  # as on data, where they carry statistics: the architecture is the same
+            values = {k: (one if k == "weight" else one * 0) if v is None else v for k, v in values.items()}
         how = "gain and bias copied as they stand"
         note = join_notes(note, "no running statistics and no data to match")
     writes: list[tuple[Tensor, Tensor]] = []

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from normswap.errors import ModelError, OptionError, first_line
@@ -29,7 +30,8 @@ def call(model: nn.Module, inputs: Any) -> Any:
     """`model` on `inputs`: a tuple or list as positional arguments, a dict as keywords, else the one argument."""
     if isinstance(inputs, dict):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)  # which is a tuple too
+    return model(*inputs) if several else model(inputs)
 
 
 def fitted(model: nn.Module, inputs: Any) -> Any:
@@ -39,7 +41,12 @@ def fitted(model: nn.Module, inputs: Any) -> Any:
     def fit(tensor: Tensor) -> Tensor:
         return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
 
-    return pytree.tree_map_only(Tensor, fit, inputs)
+    def is_packed(value: Any) -> bool:
+        return isinstance(value, PackedSequence)
+
+    leaves, spec = pytree.tree_flatten(inputs, is_leaf=is_packed)
+    fitting = [leaf.to(like) if is_packed(leaf) else fit(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(fitting, spec)
 
 
 @contextmanager
@@ -57,7 +64,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def run(
-    model: nn.Module, inputs: Any, sites: Iterable[Site] = (), limit: float | None = None
+    model: nn.Module, inputs: Any, sites: Iterable[Site] = (), limit: float | None = None, name: str = "example inputs"
 ) -> tuple[Any, dict[str, Seen]]:
     """The output of `model` in eval mode, and what each of `sites` saw that it reached.
 
@@ -87,7 +94,7 @@ def run(
         raise ModelError(f"not measured: the model takes more than {limit:g} s; give --input-shape") from None
     except Exception as error:  # the forward is anybody's code
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise ModelError(f"the model does not run on the example inputs: {type(error).__name__}: {reason}") from error
+        raise ModelError(f"the model does not run on the {name}: {type(error).__name__}: {reason}") from error
     finally:
         for handle in handles:
             handle.remove()

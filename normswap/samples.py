@@ -18,6 +18,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from normswap import pickles, pictures, tensorfiles
@@ -147,7 +148,7 @@ def first_inputs(model: nn.Module, item: Any) -> Any:
     required = [p for p in positional if p.default is Parameter.empty]
     if isinstance(item, Mapping):
         return _accepted(item, parameters, required)
-    if not isinstance(item, tuple | list) or len(item) < 2 or len(required) > 1:
+    if not isinstance(item, tuple | list) or isinstance(item, PackedSequence) or len(item) < 2 or len(required) > 1:
         return item
     only_one = len(positional) == 1 and not any(p.kind is Parameter.VAR_POSITIONAL for p in parameters)
     if only_one or (len(item) == 2 and _are_labels(item[1], item[0])):
@@ -281,6 +282,8 @@ def _batches_in(data: Any, limit: int, batch: int, uint8: Callable[[Tensor], Ten
     """`data` in batches; `uint8` makes inputs of such pictures and is there where the numbers come from a file."""
     if _is_labelled(data) and uint8 is not None:
         data = data[0]
+    if isinstance(data, PackedSequence):
+        return [data]
     if isinstance(data, Tensor | numpy.ndarray | Mapping | _Arguments) or _is_labelled(data):
         size = _size_of(data)
         return [_part(data, indices, uint8) for indices in _deal(size, limit, batch)]
@@ -418,6 +421,8 @@ def _taken(items: Iterator[Any], limit: int) -> list[Any]:
 def _count(item: Any, index: int) -> int:
     """How many samples a batch has: the first dimension of its first tensor, or the length of its list of pictures."""
     first = item
+    if isinstance(item, PackedSequence):
+        return int(item.batch_sizes[0])
     if isinstance(item, Mapping):
         first = next(iter(item.values()), None)
     elif isinstance(item, tuple | list):
@@ -440,6 +445,8 @@ def _count(item: Any, index: int) -> int:
 def _cut(item: Any, count: int) -> Any:
     """The first `count` samples of a batch, where all its parts have as many as its first."""
     size = _count(item, 0)
+    if isinstance(item, PackedSequence):
+        return item
     parts = list(item.values()) if isinstance(item, Mapping) else item if isinstance(item, tuple | list) else [item]
     if not all(isinstance(part, Tensor | list | tuple) and _length(part) == size for part in parts):
         return item

@@ -121,13 +121,15 @@ class Site:
     def form(self) -> str:
         """Over what a norm takes its statistics in eval mode; "" for what is no source of a conversion.
 
-        "data" (running ones), "group" (channel groups of a sample), "position" (the channels at each position of (N, C, H, W)),
+        "data" (running ones), "batch" (a batch norm without these), "group" (channel groups of a sample), "position" (the channels at each position of (N, C, H, W)),
         "last" (the last dimension), or "data, group" (a batch-channel norm).
         """
         if self.base is BatchChannelNorm:
             return "data, group"
-        if self.is_batch_norm or (self.base and isinstance(getattr(self.module, "running_mean", None), torch.Tensor)):
+        if self.base and isinstance(getattr(self.module, "running_mean", None), torch.Tensor):
             return "data"  # an instance norm may keep running statistics too, and goes by them in eval mode
+        if self.is_batch_norm:
+            return "batch"
         if self.base is nn.LayerNorm:
             whole = len(self.module.normalized_shape) > 1  # type: ignore[arg-type]
             return "" if whole else "position" if type(self.module) in _positional() else "last"

@@ -59,6 +59,8 @@ def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:
     if site.obstacle:
         return site.obstacle
     if not site.form:
+        if isinstance(site.module, nn.LayerNorm):
+            return f"normalizes over {tuple(site.module.normalized_shape)}, with a gain for each position"
         return f"{site.name} is no norm that can be converted"
     if site.path in context.flow.touched:
         return "has tensors that a forward reads directly"

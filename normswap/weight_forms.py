@@ -5,15 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normswap.plan import (
-    Context,
-    Form,
-    Swap,
-)
+from normswap.plan import Context, Form, Swap, join_notes
 from normswap.recurrent import LAYER_NORMALIZED
 from normswap.recurrent_transfer import layer_normalized
 from normswap.sites import Site
@@ -24,6 +22,7 @@ from normswap.weights import (
     STANDARDIZE_EPS,
     STANDARDIZED,
     as_filters,
+    as_weight,
     filter_groups,
     gain_shape,
     retyped,
@@ -37,11 +36,14 @@ def to_standardized(site: Site, context: Context) -> Swap | str:
         return "is standardized already"
     if problem := _cannot_compute(site, STANDARDIZED):
         return problem
+    if site.path in context.flow.touched:
+        return "has a weight that a forward reads directly, past the standardization"
     seen = context.flow.seen(site.path)
     if context.ws_scope == "normed" and site.layer_kind != "rnn" and site.path not in context.flow.normed:
         return "has no normalization after it" if seen else "was not traced, and no norm stands beside it"
     strict = context.ws == "strict"
     buffers: dict[str, Tensor] = {}
+    constant = total = 0
     for name in weight_names(site.module):
         weight = getattr(site.module, name)
         filters = as_filters(weight, filter_groups(site.module))
@@ -54,10 +56,16 @@ def to_standardized(site: Site, context: Context) -> Swap | str:
             if (scale := context.absorbed.get(site.path)) is not None:
                 shift, variance = shift * scale, variance * scale.square()
             gain = (variance + STANDARDIZE_EPS).sqrt()
+            if not variance.is_meta:
+                constant, total = constant + int((variance == 0).sum()), total + len(variance)
         buffers |= {f"{name}_gain": gain.to(weight.dtype), f"{name}_shift": shift.to(weight.dtype)}
+    if constant and constant == total:
+        return "has constant filters alone (all zeros?): standardized, they would stay so"
     new = retyped(site.module, STANDARDIZED[site.base], buffers)  # type: ignore[index]
     how = "gain 1, shift 0" if strict else "gain and shift keep each filter's own std and mean"
     note = "" if seen or site.layer_kind == "rnn" else "not traced: a norm of its width stands beside it"
+    if constant:
+        note = join_notes(note, f"{constant} of {total} filters are constant, and stay so")
     return Swap(site, new, type(new).__name__, how, not strict, note)
 
 
@@ -68,6 +76,8 @@ def to_normalized(site: Site, context: Context) -> Swap | str:
     if problem := _cannot_compute(site, NORMALIZED):
         return problem
     old, parameters = site.module, {}
+    writes: list[tuple[Tensor, Any]] = []
+    tied = False
     for name, parameter in old._parameters.items():
         if name not in weight_names(old):
             parameters[name] = parameter
@@ -78,10 +88,22 @@ def to_normalized(site: Site, context: Context) -> Swap | str:
         context.release(parameter)
         if (scale := context.absorbed.get(site.path)) is not None:
             length = length * scale.abs()
-        g = length.to(parameter.dtype).view(gain_shape(parameter, groups))
-        parameters |= {f"{name}_g": nn.Parameter(g, requires_grad=parameter.requires_grad), f"{name}_v": parameter}
+        g = nn.Parameter(length.to(parameter.dtype).view(gain_shape(parameter, groups)), parameter.requires_grad)
+        if id(parameter) in context.shared:  # layers that are tied share their lengths too
+            g, tied = context.lengths.setdefault(id(parameter), g), True
+        elif not length.is_meta and not length.all():
+            writes.append((parameter, partial(_with_directions, parameter, length == 0, groups)))
+        parameters |= {f"{name}_g": g, f"{name}_v": parameter}
     new = retyped(old, NORMALIZED[site.base], parameters=parameters)  # type: ignore[index]
-    return Swap(site, new, type(new).__name__, "g is each filter's own length", True)
+    note = "its weight is shared: what is not normalized with it goes by the direction alone" if tied else ""
+    return Swap(site, new, type(new).__name__, "g is each filter's own length", True, note, writes=tuple(writes))
+
+
+def _with_directions(weight: Tensor, empty: Tensor, groups: int | None) -> Tensor:
+    """`weight` with a direction for each of the filters that are zero, whose length stays zero: without, none could train."""
+    filters = as_filters(weight.detach(), groups).clone()
+    noise = torch.randn(filters.shape, generator=torch.Generator().manual_seed(0)).to(filters)
+    return as_weight(torch.where(empty.view(-1, 1), noise, filters), weight, groups)
 
 
 def to_layer_normalized(site: Site, context: Context) -> Swap | str:

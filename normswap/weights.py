@@ -131,6 +131,12 @@ class _Normalized(nn.Module):
         """The weight that the layer runs with, of the shape of the parameter `name` of the plain layer."""
         return normalize_weight(getattr(self, f"{name}_v"), getattr(self, f"{name}_g"), filter_groups(self))
 
+    def __getattr__(self, name: str) -> Any:
+        """A weight by its plain name, computed, for code that reads it."""
+        if f"{name}_v" in self.__dict__.get("_parameters", {}):
+            return self.computed(name)
+        return super().__getattr__(name)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for name in weight_names(self):  # the spelling of torch.nn.utils.parametrizations.weight_norm
             for other, ours in (("original0", "g"), ("original1", "v")):
@@ -176,6 +182,11 @@ class _Recurrent:
     def flatten_parameters(self) -> None:
         """Nothing: the weights that run are made at each forward."""
 
+    def _init_flat_weights(self: Any) -> None:
+        """torch's own list holds what are parameters; nothing runs on it."""
+        self._flat_weights = [self._parameters.get(name) for name in self._flat_weights_names]
+        self._flat_weight_refs = [None] * len(self._flat_weights)
+
 
 class _Cell:
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
@@ -194,23 +205,14 @@ class _Instead:
         return types.MethodType(method, self) if isinstance(method, types.FunctionType) else getattr(self._module, name)
 
 
-class _ReadableWeight:
-    """`weight` of a normalized layer, computed, for code that reads it."""
-
-    @property
-    def weight(self: Any) -> Tensor:
-        return self.computed()  # type: ignore[no-any-return]
-
-
 def _classes(prefix: str, form: type, form_doc: str) -> dict[type[nn.Module], type[nn.Module]]:
     """A class for each plain layer, known by its name in this file, so that it can be pickled."""
     made: dict[type[nn.Module], type[nn.Module]] = {}
     for forward, plain_classes in _FORWARDS:
         for plain in plain_classes:
-            readable = (_ReadableWeight,) if form is _Normalized and forward not in (_Recurrent, _Cell) else ()
             name = f"{prefix}{plain.__name__}"
             members = {"__module__": __name__, "__doc__": f"`torch.nn.{plain.__name__}` on {form_doc}."}
-            made[plain] = globals()[name] = type(name, (*readable, forward, form, plain), members)
+            made[plain] = globals()[name] = type(name, (forward, form, plain), members)
     return made
 
 

@@ -25,7 +25,7 @@ BECOMES: dict[str, tuple[str, ...]] = {
     "batch":     (NEAR,  NEAR, NEAR, EXACT, NEAR, LEFT,  EXACT, EXACT),
     "frozen":    (NEAR,  NEAR, NEAR, EXACT, NEAR, EXACT, LEFT,  EXACT),
     "estimated": (NEAR,  NEAR, NEAR, LEFT,  NEAR, EXACT, EXACT, EXACT),
-    "tracked":   (NEAR,  NEAR, LEFT, EXACT, NEAR, EXACT, EXACT, EXACT),
+    "tracked":   (NEAR,  NEAR, NEAR, EXACT, NEAR, EXACT, EXACT, EXACT),
     "channel":   (NEAR,  NEAR, NEAR, NEAR,  LEFT, NEAR,  NEAR,  NEAR),
     "group":     (LEFT,  NEAR, NEAR, NEAR,  NEAR, NEAR,  NEAR,  NEAR),
     "one group": (NEAR,  LEFT, NEAR, NEAR,  NEAR, NEAR,  NEAR,  NEAR),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,32 @@ def test_a_norm_that_data_do_not_reach() -> None:
     with pytest.raises(normswap.OptionError, match="unused.*that reach it"):
         normswap.convert(Optional(), "bn", calibrate=DATA)
     assert normswap.convert(Optional(), "bn", calibrate=DATA, exclude="unused").report.totals.norms_changed == 1
+
+
+@pytest.mark.parametrize("target", ["gn", "ln"])
+@pytest.mark.parametrize("make", [lambda: nn.InstanceNorm2d(8), lambda: nn.GroupNorm(4, 8, affine=False)])
+def test_the_architecture_is_the_same_with_data_and_without(make: Callable[[], nn.Module], target: str) -> None:
+    on_data = normswap.convert(net(make()), target, groups=2, calibrate=DATA, calibrate_seconds=0).model
+    fresh = normswap.convert(net(make()), target, groups=2).model
+    fresh.load_state_dict(on_data.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("target", ["est", "frozen", "fold", "bcn", "gn"])
+def test_a_batch_norm_without_statistics_takes_those_of_the_data(target: str) -> None:
+    model = net(nn.BatchNorm2d(8, track_running_stats=False))
+    converted, report = normswap.convert(model, target, calibrate=X, calibrate_seconds=0)
+    assert report.totals.norms_changed == 1 and not report.exact
+    if target in ("est", "frozen", "fold"):
+        with torch.no_grad():
+            torch.testing.assert_close(converted(X), model(X), rtol=1e-3, atol=1e-3)
+
+
+def test_packed_sequences_are_data() -> None:
+    model = nn.LSTM(3, 4)
+    packed = nn.utils.rnn.pack_sequence([torch.randn(n, 3) for n in (5, 3, 2)])
+    for data in (packed, [packed], [(packed,)]):
+        options = {"recurrent": "ln", "calibrate": data, "calibrate_seconds": 0, "example_inputs": packed}
+        assert normswap.convert(model, "ln", **options).report.drift.relative_l2 is not None
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

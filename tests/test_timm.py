@@ -63,6 +63,15 @@ def test_the_activation_is_kept() -> None:
     torch.testing.assert_close(folded(x), model(x))
 
 
+def test_a_synchronized_norm_without_its_activation() -> None:
+    """timm's class has neither `drop` nor `act` until something sets them."""
+    from timm.layers.norm_act import SyncBatchNormAct
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), randomize(SyncBatchNormAct(8))).eval()
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(normswap.convert(model, "est").model(x), model(x))
+
+
 def test_frozen_norms_of_timm() -> None:
     from timm.layers import freeze_batch_norm_2d
 

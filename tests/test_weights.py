@@ -5,6 +5,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +135,23 @@ def test_torchs_weight_norm_is_recognized() -> None:
         assert [left.reason.split(",")[0] for left in report.left] == ["is weight-normalized already"]
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3, groups=2), nn.Linear(3, 4)])
+def test_a_filter_of_zeros_can_train(layer: nn.Module) -> None:
+    """The last layer of a residual branch often starts at zero: its length stays zero, but it gets a direction."""
+    with torch.no_grad():
+        layer.weight.zero_()
+    ours = converted(layer, "wn")
+    assert not ours.weight.any()
+    shape = (2, layer.weight.shape[1], 5, 5) if isinstance(layer, nn.Conv2d) else (2, 4, 5, 5)
+    x = torch.randn(2, 3) if isinstance(layer, nn.Linear) else torch.randn(shape)
+    optimizer = torch.optim.SGD(ours.parameters(), 0.1)
+    ours(x).square().sum().backward() if layer.bias is None else (ours(x) - 1).square().sum().backward()
+    optimizer.step()
+    assert ours.weight.flatten(1).any(1).all()
+    with pytest.raises(normswap.ModelError, match="constant filters alone"):
+        converted(layer, "ws")
+
+
 def test_a_filter_of_zeros_gives_no_nan() -> None:
     layer = nn.Conv2d(3, 4, 3)
     with torch.no_grad():
@@ -255,3 +273,78 @@ def test_a_training_step_is_that_of_the_paper(form: str) -> None:
     optimizer.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), wanted[name].detach(), rtol=1e-7, atol=1e-9)
+
+
+def test_strict_is_for_standardization_alone() -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).double().eval()
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    for target in ("wn", "est-wn", "frozen-wn", "fold-wn"):
+        model_, report = normswap.convert(model, target, ws="strict")
+        assert report.exact
+        torch.testing.assert_close(model_(x), model(x))
+
+
+class ReadsItsWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(nn.functional.conv2d(x, self.conv.weight, self.conv.bias))
+
+
+@pytest.mark.parametrize(
+    "make", [ReadsItsWeight, lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)], ids=["own", "transformer"]
+)
+def test_a_weight_that_a_forward_reads_is_not_standardized(make: Callable[[], nn.Module]) -> None:
+    """The forward would run past the standardization. A normalized layer computes the weight for whoever reads it."""
+    model = make().eval()
+    with pytest.raises(normswap.ModelError, match="reads directly"):
+        normswap.convert(model, "ws", layers=("conv", "linear"), ws_scope="all")
+    ours = normswap.convert(model, "wn", layers=("conv", "linear")).model
+    x = torch.randn(2, 3, 8, 8) if isinstance(model, ReadsItsWeight) else torch.randn(2, 5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), model(x))
+
+
+def test_normalized_recurrent_weights_are_readable() -> None:
+    layer, cell = converted(nn.LSTM(3, 4), "wn"), converted(nn.GRUCell(3, 4), "wn")
+    torch.testing.assert_close(layer.weight_hh_l0, normalize_weight(layer.weight_hh_l0_v, layer.weight_hh_l0_g))
+    assert len(layer.all_weights[0]) == 4 and cell.weight_hh.shape == (12, 4)
+    assert not hasattr(layer, "weight_hh_l1")
+    pickle.loads(pickle.dumps(copy.deepcopy(layer).double()))(torch.randn(2, 1, 3, dtype=torch.float64))
+
+
+def test_tied_weights_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x).tanh())
+
+    ours, report = normswap.convert(Tied(), "wn", layers=("linear",))
+    assert ours.a.weight_g is ours.b.weight_g and ours.a.weight_v is ours.b.weight_v
+    assert all("shared" in change.note for change in report.changes)
+    ours(torch.randn(3, 4)).square().sum().backward()
+    torch.optim.SGD(ours.parameters(), 0.1).step()
+    torch.testing.assert_close(ours.a.weight, ours.b.weight)
+
+
+def test_a_file_in_torchs_newer_spelling(tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(5, 4))
+    theirs = copy.deepcopy(plain)
+    torch.nn.utils.parametrizations.weight_norm(theirs[0])
+    torch.save(theirs.state_dict(), tmp_path / "w.pt")
+    ours = normswap.load(tmp_path / "w.pt", model=normswap.convert(plain, "wn").model)
+    x = torch.randn(2, 3, 7, 7)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_hints_for_what_was_not_asked() -> None:
+    with pytest.raises(normswap.ModelError, match=r"layers=\('linear', 'rnn',\).*recurrent="):
+        normswap.convert(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4)), "wn")
+    report = normswap.convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "gn-wn").report
+    assert any("no weight was changed" in warning and "linear" in warning for warning in report.warnings)
