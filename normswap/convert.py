@@ -18,11 +18,12 @@ from torch.nn.parameter import is_lazy
 
 from normswap import probe, samples
 from normswap.calibrate import Measured, measure
+from normswap.distill import distill
 from normswap.errors import ModelError, NormswapError, OptionError
 from normswap.graph import find_flow
 from normswap.plan import Context, Swap, parse_groups
 from normswap.probe import Seen
-from normswap.report import Change, Drift, Left, Report, Totals
+from normswap.report import Calibration, Change, Drift, Left, Report, Totals
 from normswap.sites import Site, find_sites, hidden_modules
 from normswap.swap import apply
 from normswap.targets import PLAIN_TARGET, Target, parse_target, plan_norm, plan_weight, strict_rescaling
@@ -69,6 +70,9 @@ class Options:
             raise OptionError(
                 f'layers: {self.layers!r} is not possible; give some of {", ".join(LAYERS)}: ("conv", "rnn")'
             )
+        seconds = self.calibrate_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+            raise OptionError(f"calibrate_seconds: {seconds!r} is no time; give seconds, 0 for matching alone")
 
 
 def convert(
@@ -106,7 +110,7 @@ def convert(
             counts regard the sizes of feature maps, and the report tells the drift of the output.
         calibrate: unlabelled data, a few hundred samples: a tensor, a `Dataset`, or any iterable of batches, each as the model
             takes it. Norms without running statistics take those of the data; `bn` needs it for them.
-        calibrate_seconds: the most time that calibration takes.
+        calibrate_seconds: the most time that is spent on fitting the new norms to the original's outputs on the data; 0: matching alone.
         inplace: change `model` itself; nothing changes unless all of it can.
 
     Returns:
@@ -219,10 +223,21 @@ def run(
         notices.append("the running statistics were never trained: there is no function to keep")
     counts = _count(work)
     changes = _changes(swaps)
+    fitted = [change.paths[0] for change in changes if change.kind == "norm" and not change.exact]
+    fits = options.calibrate is not None and options.transfer == "match" and options.calibrate_seconds > 0 and fitted
+    original = _copy(work) if fits and inplace else model
 
     progress("swapping")
     apply(swaps, release)
     _prove(work, changes, left, options.layers)
+    calibration: Calibration | None = None
+    if fits:
+        progress("calibrating")
+        inputs = [samples.first_inputs(original, batch) for batch in options.calibrate]
+        calibration = distill(
+            original, work, inputs, fitted, seconds=options.calibrate_seconds,
+            progress=lambda share: progress(f"calibrating: {share:.0%}"),
+        )  # fmt: skip
 
     moved = None
     if example_inputs is not None:
@@ -232,7 +247,7 @@ def run(
     left = sorted(left + hidden, key=lambda entry: entry.path)
     report = Report(
         target.name, tuple(changes), tuple(left), _totals(changes, left, counts, _count(work)), moved,
-        _recipe(target, options, changes), tuple(notices),
+        _recipe(target, options, changes), tuple(notices), calibration,
     )  # fmt: skip
     return Conversion(work, report)
 

@@ -10,7 +10,7 @@ FLOORS = [
     {"trace", "disk", "entries", "pickles", "sources", "pictures", "render", "bare", "sites"},
     {"graph", "tensorfiles", "distributed"},
     {"probe", "checkpoint", "samples"},
-    {"calibrate"},
+    {"calibrate", "distill"},
     {"plan"},
     {"targets", "swap", "diff"},
     {"convert"},
