@@ -36,6 +36,7 @@ _CACHE = 1 << 30  # bytes of the original's outputs that are kept; the others ar
 _EXACT = 1e-6  # an error that needs no repair
 _SEED = 0
 
+Change = Callable[[str, Tensor], Tensor]
 Tap = tuple[str, int]  # the path of a norm, and how many times it had been called before
 
 
@@ -59,6 +60,10 @@ class _Error:
     @property
     def relative(self) -> float:
         return math.sqrt(self.moved / self.size) if self.size > 0 else math.nan
+
+    def is_better(self, other: _Error) -> bool:
+        """Nearer, and no fewer of the first choices lost."""
+        return self.relative < other.relative and (self.top1 or 0.0) >= (other.top1 or 0.0)
 
     @property
     def top1(self) -> float | None:
@@ -135,34 +140,93 @@ class _Fit:
             return replace(outcome, note="the changed norms have no gain and no bias to fit")
         begun = time.monotonic()
         before, measure = self.error(held)
+        comparing = time.monotonic() - begun
         outcome = replace(outcome, measure=measure, matched_error=before.relative, matched_top1=before.top1)
         if not before.relative > _EXACT:
             why = "nothing to repair" if before.relative <= _EXACT else "nothing could be compared"
             return replace(outcome, note=why)
-        deadline = started + seconds - (time.monotonic() - begun)  # the other comparison takes as long
+        deadline = started + seconds - comparing  # the last comparison takes as long as the first
+        best, kept = before, self.copies()
+        self.restate(fitted, deadline - comparing)
+        tried, _ = self.error(held, measure)
+        if tried.is_better(before):
+            best, kept = tried, self.copies()
+        self.take(kept)
         done, note = self.descend(fitted, deadline, steps, progress)
-        outcome = replace(outcome, steps=done)
-        if note or not done:
-            return replace(outcome, note=note or "the time was over before the first step")
-        after, _ = self.error(held, measure)
-        outcome = replace(outcome, calibrated_error=after.relative, calibrated_top1=after.top1)
-        if after.relative < before.relative and (after.top1 or 0.0) >= (before.top1 or 0.0):
-            self.write()
-            return replace(outcome, kept="calibrated")
-        return outcome
+        if done and not note:
+            fit, _ = self.error(held, measure)
+            tried = fit if fit.is_better(best) or best is before else best
+            kept = self.copies() if fit.is_better(best) else kept
+        elif not done and not note:
+            note = "there was no time for a step of distillation"
+        outcome = replace(outcome, steps=done, calibrated_error=tried.relative, calibrated_top1=tried.top1, note=note)
+        if not tried.is_better(before):
+            return outcome
+        self.take(kept)
+        self.write()
+        return replace(outcome, kept="calibrated")
+
+    def copies(self) -> list[Tensor]:
+        return [value.detach().clone() for value in self.values.values()]
+
+    def take(self, copies: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for value, copy in zip(self.values.values(), copies, strict=True):
+                value.copy_(copy)
+
+    def restate(self, batches: Sequence[Any], deadline: float) -> None:
+        """Give each norm the gain and bias with which, a channel, its output's mean and variance are the original's.
+
+        In the order of execution, each norm on what the restated ones before it give; on each batch, and the mean over batches.
+        """
+        maps: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for index, batch in enumerate(batches):
+            if time.monotonic() > deadline:
+                break
+            wanted = self.original(index, batch).taps
+            found: dict[str, tuple[Tensor, Tensor]] = {}
+
+            def restated(path: str, output: Tensor) -> Tensor:
+                target = wanted.get((path, 0))  # noqa: B023  # called within this round
+                if path not in found and target is not None and self.is_plain(path, output):  # noqa: B023
+                    found[path] = _matching(output, target)  # noqa: B023
+                if path not in found:  # noqa: B023
+                    return output
+                ratio, shift = (v.view(-1, *[1] * (output.dim() - 2)).to(output.dtype) for v in found[path])  # noqa: B023
+                return output * ratio + shift
+
+            with torch.no_grad():
+                self.converted(batch, restated)
+            for path, pair in found.items():
+                maps.setdefault(path, []).append(pair)
+        with torch.no_grad():
+            for path, pairs in maps.items():
+                ratio, shift = (torch.stack(part).mean(0) for part in zip(*pairs, strict=True))
+                self.values[f"{path}.weight"].mul_(ratio)
+                self.values[f"{path}.bias"].mul_(ratio).add_(shift)
+
+    def is_plain(self, path: str, output: Tensor) -> bool:
+        """Whether a norm's output is its gain times something plus its bias, and both are fitted."""
+        norm = self.student.get_submodule(path)
+        if norm._modules or "group_weight" in norm._parameters:
+            return False
+        both = [self.values.get(f"{path}.{name}") for name in ("weight", "bias")]
+        return all(v is not None and v.shape == output.shape[1:2] for v in both)
 
     def descend(
         self, batches: Sequence[Any], deadline: float, steps: int, progress: Callable[[float], None]
     ) -> tuple[int, str]:
         """Adam on the values; the number of steps, and what went wrong."""
-        rates = [_RATE * (1.0 if v.dim() < 2 else v.detach().square().mean().sqrt().item()) for v in self.values.values()]
+        rates = [
+            _RATE * (1.0 if v.dim() < 2 else v.detach().square().mean().sqrt().item()) for v in self.values.values()
+        ]
         optimizer = torch.optim.Adam([{"params": [value]} for value in self.values.values()])
         generator = torch.Generator().manual_seed(_SEED)
         begun = time.monotonic()
         best, stale, summed, step, told = math.inf, 0, 0.0, 0, 0.0
         order: list[int] = []
         while True:
-            share = max((time.monotonic() - begun) / max(deadline - begun, 1e-9), step / max(steps, 1))
+            share = max((time.monotonic() - begun) / max(deadline - begun, 1e-9), step / steps if steps else 1.0)
             if share >= 1:
                 return step, ""
             if share >= told + 0.01:
@@ -226,10 +290,10 @@ class _Fit:
             self.cache[index] = outputs
         return outputs
 
-    def converted(self, batch: Any) -> _Outputs:
-        """The student's outputs on a batch, with the values as they now are."""
+    def converted(self, batch: Any, change: Change | None = None) -> _Outputs:
+        """The student's outputs on a batch, with the values as they now are, norms' outputs as `change` makes them."""
         values = {name: value.to(self.own[name].dtype) for name, value in self.values.items()}
-        return _forward(self.student, {**self.fixed, **values}, batch, self.paths)
+        return _forward(self.student, {**self.fixed, **values}, batch, self.paths, change)
 
     def write(self) -> None:
         for name, parameter in self.own.items():
@@ -247,15 +311,19 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.clone() if t.is_inference() else t for name, t in (parameters | buffers).items()}
 
 
-def _forward(model: nn.Module, tensors: dict[str, Tensor], batch: Any, paths: Sequence[str]) -> _Outputs:
+def _forward(
+    model: nn.Module, tensors: dict[str, Tensor], batch: Any, paths: Sequence[str], change: Change | None = None
+) -> _Outputs:
     taps: dict[Tap, Tensor] = {}
     calls = dict.fromkeys(paths, 0)
 
     def watch(path: str) -> Any:
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if isinstance(output, Tensor) and output.is_floating_point():
+                output = output if change is None else change(path, output)
                 taps[path, calls[path]] = output.clone()  # what follows may write to it
             calls[path] += 1
+            return output
 
         return model.get_submodule(path).register_forward_hook(note)
 
@@ -289,6 +357,15 @@ def _same_randomness() -> Iterator[None]:
 
 
 # ---- comparing ----
+
+
+def _matching(given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Ratio and shift with which `given` has the mean and variance of `wanted` a channel; a constant channel is only shifted."""
+    dims = [0, *range(2, given.dim())]
+    (var, mean), (to_var, to_mean) = (torch.var_mean(t.float(), dims, correction=0) for t in (given, wanted))
+    alive = var > var.max() * 1e-6
+    ratio = torch.where(alive, to_var / torch.where(alive, var, 1), 1).sqrt()
+    return ratio, to_mean - ratio * mean
 
 
 def _relative_square(given: Tensor, wanted: Tensor) -> Tensor | None:
