@@ -225,7 +225,15 @@ def run(
     changes = _changes(swaps)
     fitted = [change.paths[0] for change in changes if change.kind == "norm" and not change.exact]
     fits = options.calibrate is not None and options.transfer == "match" and options.calibrate_seconds > 0 and fitted
-    original = _copy(work) if fits and inplace else model
+    original = model
+    if fits and inplace:
+        try:
+            original = clone(work)
+        except Exception as error:  # an attribute of the model that cannot be copied
+            fits = False
+            notices.append(
+                f"not calibrated: that needs a copy of the model, which fails ({type(error).__name__}: {error})"
+            )
 
     progress("swapping")
     apply(swaps, release)

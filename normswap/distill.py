@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -183,20 +184,9 @@ class _Fit:
         for index, batch in enumerate(batches):
             if time.monotonic() > deadline:
                 break
-            wanted = self.original(index, batch).taps
             found: dict[str, tuple[Tensor, Tensor]] = {}
-
-            def restated(path: str, output: Tensor) -> Tensor:
-                target = wanted.get((path, 0))  # noqa: B023  # called within this round
-                if path not in found and target is not None and self.is_plain(path, output):  # noqa: B023
-                    found[path] = _matching(output, target)  # noqa: B023
-                if path not in found:  # noqa: B023
-                    return output
-                ratio, shift = (v.view(-1, *[1] * (output.dim() - 2)).to(output.dtype) for v in found[path])  # noqa: B023
-                return output * ratio + shift
-
             with torch.no_grad():
-                self.converted(batch, restated)
+                self.converted(batch, partial(self.restated, self.original(index, batch).taps, found))
             for path, pair in found.items():
                 maps.setdefault(path, []).append(pair)
         with torch.no_grad():
@@ -204,6 +194,18 @@ class _Fit:
                 ratio, shift = (torch.stack(part).mean(0) for part in zip(*pairs, strict=True))
                 self.values[f"{path}.weight"].mul_(ratio)
                 self.values[f"{path}.bias"].mul_(ratio).add_(shift)
+
+    def restated(
+        self, wanted: Mapping[Tap, Tensor], found: dict[str, tuple[Tensor, Tensor]], path: str, output: Tensor
+    ) -> Tensor:
+        """`output` with the moments that the first call of its norm should have; what that takes goes into `found`."""
+        target = wanted.get((path, 0))
+        if path not in found and target is not None and target.shape == output.shape and self.is_plain(path, output):
+            found[path] = _matching(output, target)
+        if path not in found:
+            return output
+        ratio, shift = (v.view(-1, *[1] * (output.dim() - 2)).to(output.dtype) for v in found[path])
+        return output * ratio + shift
 
     def is_plain(self, path: str, output: Tensor) -> bool:
         """Whether a norm's output is its gain times something plus its bias, and both are fitted."""
