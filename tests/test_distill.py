@@ -349,6 +349,12 @@ def test_a_function_that_is_kept_needs_no_repair() -> None:
     assert outcome.kept == "matched" and "nothing to repair" in outcome.note and outcome.steps == 0
 
 
+def test_both_models_draw_the_same_numbers() -> None:
+    net = Net(lambda net, x: net.plain(x) + torch.randn(len(x), 5))
+    student = normswap.convert(net, "est").model
+    assert "nothing to repair" in distill(net, student, DATA, ["bn1", "bn2"], seconds=1e6, steps=20).note
+
+
 # ---- samples ----
 
 

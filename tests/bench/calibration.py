@@ -1,15 +1,17 @@
 """Accuracy after conversion with unlabelled data: matched, re-estimated layer by layer, and distilled.
 
-Run: python tests/bench/calibration.py [--json] [--cache FOLDER] [--nets A,B] [--targets A,B] [--train norms,biases,all]
-[--seconds 15,60] [--threads 2], where the folder keeps the trained weights. The data are 256 training pictures without
-labels; accuracy is top-1 on the held-out pictures. Columns: before; matched without a step; re-estimated (a time in which no step is
-taken); distilled, by what is trained and for how many seconds, each with the number of steps; and what was kept.
+Run: python tests/bench/calibration.py [--json] [--cache FOLDER] [--nets A,B] [--targets "gn auto;ln"] [--train norms,biases,all]
+[--seconds 15,60 | --steps 100,400] [--threads 2], where the folder keeps the trained weights; a number of steps says the same on a busy
+machine. The data are 256 training pictures without labels; accuracy is top-1 on the held-out pictures. Columns: before;
+matched; re-estimated alone; distilled, by what is trained and for how long; each with what was kept. Rows come on stderr as they are done.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,19 +51,22 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
             row: Row = {"net": name, "target": target, "before": f"{before:.1%}"}
             row["matched"] = f"{accuracy(matched, images, labels):.1%}"
             restated = copy.deepcopy(matched)
-            found = distill(net, restated, batches, norms, seconds=1e9, steps=0)
+            found = distill(net, restated, batches, norms, seconds=math.inf, steps=0)
             row["re-estimated"] = f"{accuracy(restated, images, labels):.1%} {found.kept}"
             for train in arguments.train.split(","):
-                for seconds in map(float, arguments.seconds.split(",")):
+                for limit in (arguments.steps or arguments.seconds).split(","):
+                    bound: dict[str, Any] = {"seconds": float(limit)}
+                    if arguments.steps:
+                        bound = {"seconds": math.inf, "steps": int(limit)}
                     fitted = copy.deepcopy(matched)
-                    found = distill(net, fitted, batches, norms, seconds=seconds, train=train)
+                    found = distill(net, fitted, batches, norms, train=train, **bound)
                     scored = f"{accuracy(fitted, images, labels):.1%} {found.kept} ({found.steps} steps)"
-                    row[f"{train} {seconds:g} s"] = scored
+                    row[f"{train}, {limit} {'steps' if arguments.steps else 's'}"] = scored
+            print(row, file=sys.stderr, flush=True)
             yield row
-            print(row, flush=True) if arguments.show else None
 
 
 if __name__ == "__main__":
     main(
-        __doc__, measure, cache=None, nets=None, targets=None, train="norms,biases,all", seconds="15,60", threads=2, show=0
+        __doc__, measure, cache=None, nets=None, targets=None, train="norms,biases,all", seconds="15,60", steps=None, threads=2
     )  # fmt: skip
