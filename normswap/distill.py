@@ -3,6 +3,17 @@
 The network is run as it is, from input to output; its norms' gains and biases are fitted so that the output of each changed
 norm, and the network's, come near the original's on the same samples: mean square error over variance. Adam, at a rate that
 falls to 0 as the time runs out. No label is needed, no weight is touched, and what helped is told by samples held out.
+
+It starts from the better of matched values and statistics re-estimated layer by layer. Measured as in tests/bench/calibration.py,
+256 unlabelled samples, top-1 on pictures never seen, seconds of one core:
+- gn: matched, then distilled: DenseNet 96.0, 99.5 of 99.5 (80 steps, 12 s); ResNet-18 92.2, 97.2 of 99.2 (60 steps, 14 s);
+  MobileNetV2 87.2 (re-estimated 88.7), 96.7 of 98.7 (150 steps, 42 s). Re-estimation alone gains nothing on ResNet-18.
+- gn-ws strict, where matching cannot know what the filters' means did: ResNet-18 matched 11, re-estimated 92.7, distilled 96.5
+  (40 steps, 11 s). Leaving the stem helps: 95.2 and 97.2. Re-estimated, without and with the stem left: DenseNet 89.4, 97.5;
+  MobileNetV2 23, 38.
+What did not win: all parameters instead of the norms' (DenseNet 99.5 too, and every weight changed); a weight of 1 or 10 for the
+output beside the norms (MobileNetV2 after 200 steps 96.0, 96.5; 97.0 with 50); an error over each channel's own variance
+(96.0), the sum over the norms (94.7); rates of 0.003 (95.0) and 0.03 (95.7), or relative to each tensor's size (94.7 to 96.2).
 """
 
 from __future__ import annotations
@@ -26,7 +37,7 @@ from normswap.report import Calibration
 
 TRAINED = ("weight", "bias", "group_weight", "group_bias")
 """What is fitted of each norm."""
-_STEPS = 2000  # more bring nothing on a few hundred samples
+_STEPS = 2000  # passes over a few hundred samples by the hundred: enough for the rate to fall slowly
 _BATCH = 32  # most samples a step
 _SHARE = 5  # one sample in so many is held out
 _LEAST = 10  # samples with which there is anything to fit and to hold out

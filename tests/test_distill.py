@@ -143,8 +143,13 @@ def test_the_same_steps_give_the_same_values() -> None:
 
 def test_outputs_that_are_not_kept_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = state(fit(Net(), steps=10)[1])
-    monkeypatch.setattr(distilling, "_CACHE", 10_000)  # of some batches only
+    monkeypatch.setattr(distilling, "_CACHE", 100_000)  # of some batches only
     assert same(state(fit(Net(), steps=10)[1]), kept)
+    net = Net()
+    fitting = distilling._Fit(net, *matched(net), "norms")
+    held = [fitting.original(index, batch) for index, batch in enumerate(X.split(5))]
+    assert 0 < len(fitting.cache) < len(held)
+    assert sum(t.nbytes for o in fitting.cache.values() for t in (*o.taps.values(), *o.tensors)) <= 100_000
 
 
 def test_it_stops_where_nothing_improves(monkeypatch: pytest.MonkeyPatch) -> None:
