@@ -258,7 +258,7 @@ def _speaking(phases: int, silent: bool) -> Iterator[Callable[[str], None]]:
     task, started = bar.add_task("starting", total=phases), time.monotonic()
 
     def step(phase: str) -> None:
-        bar.update(task, description=phase, advance=1)
+        bar.update(task, description=phase, advance=0 if "%" in phase else 1)
         if time.monotonic() - started > _PATIENCE:
             bar.start()
 

@@ -18,12 +18,13 @@ from torch.nn.parameter import is_lazy
 
 from normswap import probe, samples
 from normswap.calibrate import Measured, measure, measure_vectors
+from normswap.distill import distill
 from normswap.errors import ModelError, NormswapError, OptionError
 from normswap.graph import find_flow
 from normswap.plan import Context, Swap, parse_groups
 from normswap.probe import Seen
 from normswap.recurrent import LAYER_NORMALIZED
-from normswap.report import Change, Drift, Left, Report, Totals
+from normswap.report import Calibration, Change, Drift, Left, Report, Totals
 from normswap.sites import Site, find_sites, hidden_modules
 from normswap.swap import apply
 from normswap.targets import PLAIN_TARGET, Target, parse_target, plan_norm, plan_weight
@@ -74,6 +75,9 @@ class Options:
             raise OptionError(
                 f'layers: {self.layers!r} is not possible; give some of {", ".join(LAYERS)}: ("conv", "rnn")'
             )
+        seconds = self.calibrate_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+            raise OptionError(f"calibrate_seconds: {seconds!r} is no time; give seconds, 0 for matching alone")
 
 
 def convert(
@@ -113,7 +117,7 @@ def convert(
             counts regard the sizes of feature maps, and the report tells the drift of the output.
         calibrate: unlabelled data, a few hundred samples: a tensor, a `Dataset`, or any iterable of batches, each as the model
             takes it. Norms without running statistics take those of the data; `bn` needs it for them.
-        calibrate_seconds: the most time that calibration takes.
+        calibrate_seconds: the most time that is spent on fitting the new norms to the original's outputs on the data; 0: matching alone.
         inplace: change `model` itself; nothing changes unless all of it can.
 
     Returns:
@@ -193,6 +197,7 @@ def run(
             if not probe_only:
                 raise
             problem = str(error)
+    batches: list[Any] = []
     vectors: dict[str, Any] = {}
     if options.calibrate is not None:
         progress("measuring on the calibration data")
@@ -232,10 +237,31 @@ def run(
         notices.append(f"no weight was changed{_unasked(sites, options)}; see what was left")
     counts = _count(work)
     changes = _changes(swaps)
+    inexact = [
+        swap.site for swap in swaps if not swap.exact and (swap.site.kind == "norm" or swap.site.layer_kind == "rnn")
+    ]
+    fitted = [site.path for site in inexact]
+    fits = options.calibrate is not None and options.transfer == "match" and options.calibrate_seconds > 0 and fitted
+    original = model
+    if fits and inplace:
+        try:
+            original = clone(work)
+        except Exception as error:  # an attribute of the model that cannot be copied
+            fits = False
+            notices.append(
+                f"not calibrated: that needs a copy of the model, which fails ({type(error).__name__}: {error})"
+            )
 
     progress("swapping")
     apply(swaps, release)
     _prove(work, changes, left, (*options.layers, "rnn") if options.recurrent else options.layers)
+    calibration: Calibration | None = None
+    if fits:
+        progress("calibrating")
+        calibration = distill(
+            original, work, batches, fitted, seconds=options.calibrate_seconds,
+            progress=lambda share: progress(f"calibrating: {share:.0%}"),
+        )  # fmt: skip
 
     moved = None
     if example_inputs is not None:
@@ -245,7 +271,7 @@ def run(
     left = sorted(left + hidden, key=lambda entry: entry.path)
     report = Report(
         target.name, tuple(changes), tuple(left), _totals(changes, left, counts, _count(work)), moved,
-        _recipe(target, options, changes), tuple(notices),
+        _recipe(target, options, changes), tuple(notices), calibration,
     )  # fmt: skip
     return Conversion(work, report)
 

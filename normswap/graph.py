@@ -32,7 +32,8 @@ class Flow:
 
     `readers[w]` lists the norm behind each use of a weight layer's output, None for any other
     use; `writers[n]` likewise the weight layer before each call of a norm. `single` and `spatial` are
-    norms whose input has one element a channel, or more; `flat` those whose input is (N, C). `complete` are sites all of whose
+    norms whose input has one element a channel, or more; `flat` those whose input is (N, C); `first` weight layers
+    that read the model's input. `complete` are sites all of whose
     uses are known, `touched` those whose tensors some forward reads directly, `functional` norms that
     no module holds, `problems` what stood in the way, by module path.
     """
@@ -43,6 +44,7 @@ class Flow:
     single: set[str] = field(default_factory=set)
     spatial: set[str] = field(default_factory=set)
     flat: set[str] = field(default_factory=set)
+    first: set[str] = field(default_factory=set)
     touched: set[str] = field(default_factory=set)
     complete: set[str] = field(default_factory=set)
     functional: dict[str, str] = field(default_factory=dict)
@@ -201,12 +203,18 @@ class _Reader:
         for node in reversed(self.nodes):
             users = node.users
             self.behind[node] = any(self._is_norm(u) or (not self._is_map(u) and self.behind[u]) for u in users)
+        behind_map: dict[fx.Node, bool] = {}
+        for node in self.nodes:
+            sources = node.all_input_nodes
+            behind_map[node] = any(behind_map[source] or self._is_map(source) for source in sources)
         for node in self.nodes:
             path = self._site(node)
             if path is None:
                 continue
             if complete:
                 self.flow.complete.add(path)
+            if not self.prefix and self._is_map(node) and not behind_map[node]:
+                self.flow.first.add(path)
             if self._is_norm(node):
                 self.flow.writers[path].append(self._writer(node))
                 if (single := self.single[node]) is not None:

@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from normswap.report import Change, Drift, Left, Report, Totals
+from normswap.report import Calibration, Change, Drift, Left, Report, Totals
 
 _MOST_NOTES = 8
 _ROOT = "(root)"
@@ -183,6 +183,7 @@ def _summary(report: Report) -> list[Text]:
         ),
         _sizes(totals),
         Text(_drift(report.drift)),
+        *([Text(_calibration(report.calibration))] if report.calibration else ()),
     ]
 
 
@@ -195,6 +196,18 @@ def _sizes(totals: Totals) -> Text:
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _calibration(found: Calibration) -> str:
+    """Which values were kept, and what that is worth."""
+    line = f"calibrated on {_plural(found.samples, 'sample')}: kept {found.kept}"
+    if found.calibrated_error is not None:
+        where = "error" if found.measure == "output" else "error at the norms"
+        line += f"; {where} {found.matched_error:.2g} matched, {found.calibrated_error:.2g} calibrated"
+        if found.matched_top1 is not None and found.calibrated_top1 is not None:
+            line += f", top-1 agreement {found.matched_top1:.1%} and {found.calibrated_top1:.1%}"
+        line += f" ({found.held_out} held out)"
+    return f"{line}; {found.note}" if found.note else line
 
 
 def _drift(drift: Drift | None) -> str:

@@ -73,11 +73,33 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What fitting the norms to the original's outputs on unlabelled data has brought, measured on held-out samples of it.
+
+    `kept` is "calibrated", or "matched" where that is no worse. An error is the relative L2 distance from the original, at
+    `measure`: "output", or "norms" where outputs cannot be compared; `top1` is the share of argmaxes over dimension 1 that
+    agree with the original's. What was not measured is None, and `note` says why.
+    """
+
+    samples: int
+    held_out: int
+    kept: str
+    measure: str = "output"
+    matched_error: float | None = None
+    calibrated_error: float | None = None
+    matched_top1: float | None = None
+    calibrated_top1: float | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """All that a conversion did and did not do.
 
     `recipe` is what a converted checkpoint carries: target, options, versions, and what
-    each changed layer became.
+    each changed layer became. `calibration` is None where there was no data or nothing to calibrate.
     """
 
     target: str
@@ -87,6 +109,7 @@ class Report:
     drift: Drift | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def exact(self) -> bool:

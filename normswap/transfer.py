@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_FAINT = 1e-3
 _CHUNK = 1 << 18  # elements of a weight that are widened at once: they stay in the processor's cache
 
 
@@ -59,14 +60,17 @@ def match_groups(stats: Statistics, groups: int) -> Affine:
     Over the data, a group's mean is `m = mean_c μ_c` and its total variance `s² = mean_c(σ²_c + μ²_c) − m²`:
     the spread of the channel means is part of it. Where a sample's statistics equal
     the data's, group norm with the returned affine equals the batch norm. Exact for one channel a group
-    in that same case, when it returns the batch norm's own gain and bias.
+    in that same case, when it returns the batch norm's own gain and bias. A channel that is nearly constant (a dead filter) would
+    need so large a gain that samples' different statistics drown it: below `_FAINT` of its group's variance, the gain falls with the
+    channel's own, down to 0, and the bias keeps the channel's mean.
     """
     mean = stats.mean.view(groups, -1)
     var = stats.var.view(groups, -1)
     group_mean = mean.mean(1, keepdim=True)
     # mean(σ² + μ²) − m², in the form that does not cancel when the means are large.
     group_var = var.mean(1, keepdim=True) + (mean - group_mean).square().mean(1, keepdim=True)
-    scale = as_affine(stats).scale.view(groups, -1)
+    faint = (var / (_FAINT * group_var).clamp(min=torch.finfo(var.dtype).tiny)).clamp(max=1)
+    scale = as_affine(stats).scale.view(groups, -1) * torch.where(group_var > 0, faint, 1)
     weight = scale * (group_var + stats.eps).sqrt()
     bias = stats.bias.view(groups, -1) + scale * (group_mean - mean)
     return Affine(weight.flatten(), bias.flatten())

@@ -42,6 +42,9 @@ def to_standardized(site: Site, context: Context) -> Swap | str:
     if context.ws_scope == "normed" and site.layer_kind != "rnn" and site.path not in context.flow.normed:
         return "has no normalization after it" if seen else "was not traced, and no norm stands beside it"
     strict = context.ws == "strict"
+    if strict and context.measured and context.ws_scope == "normed" and site.path in context.flow.first:
+        # Measured (tests/bench/calibration.py): standardized strictly, it costs more than data bring back.
+        return "reads the input, where strict standardization costs most; ws_scope=all takes it too"
     buffers: dict[str, Tensor] = {}
     constant = total = 0
     for name in weight_names(site.module):

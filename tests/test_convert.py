@@ -160,7 +160,9 @@ def test_groups(channels: int, groups: str | int, elements: int | None) -> None:
     model = nn.BatchNorm2d(channels)
     (site,) = find_sites(model)
     known = {} if elements is None else {"": Seen(4, elements)}
-    context = Context(groups, "match", "preserve", "normed", ("conv",), None, find_flow(model, [site]), {"": site}, known)
+    context = Context(
+        groups, "match", "preserve", "normed", ("conv",), None, find_flow(model, [site]), {"": site}, known
+    )
     chosen = choose_groups(site, context)
     if isinstance(chosen, str):
         assert channels * (elements or 2) == 1

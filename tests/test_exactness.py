@@ -152,7 +152,7 @@ def test_table(name: str, target: str) -> None:
     kind = KINDS[name]
     model, data = kind.make(), kind.data()
     of_norm, of_weight = wanted(kind, target)
-    options = {"layers": ("conv", "linear", "rnn"), "ws_scope": "all", "calibrate": data}
+    options = {"layers": ("conv", "linear", "rnn"), "ws_scope": "all", "calibrate": data, "calibrate_seconds": 0}
     if of_norm == of_weight == LEFT:
         with pytest.raises(normswap.ModelError, match="nothing to convert"):
             normswap.convert(model, target, **options)

@@ -11,7 +11,7 @@ FLOORS = [
     {"sites", "recurrent_transfer", "tensorfiles", "distributed"},
     {"graph"},
     {"probe", "checkpoint", "samples"},
-    {"calibrate"},
+    {"calibrate", "distill"},
     {"plan"},
     {"norm_forms", "weight_forms", "swap", "diff"},
     {"plain_forms"},

@@ -56,7 +56,7 @@ def test_bn_is_refused_without_data_and_nothing_changes(inplace: bool) -> None:
 def test_bn_has_the_statistics_of_the_data() -> None:
     """Mean and variance of its input, and with gain and bias those of the old norm's output, channel by channel."""
     model = net(nn.GroupNorm(2, 8)).double()
-    converted, report = normswap.convert(model, "bn", calibrate=[batch.double() for batch in DATA])
+    converted, report = normswap.convert(model, "bn", calibrate=[batch.double() for batch in DATA], calibrate_seconds=0)
     norm = converted[1]
     assert type(norm) is nn.BatchNorm2d and not report.exact and norm.eps == model[1].eps
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_there_and_back() -> None:
     """bn to gn and, on data, back: most of the function is still there."""
     model = settled(nn.BatchNorm2d(8))
     there = normswap.convert(model, "gn", groups=1).model
-    back = normswap.convert(there, "bn", calibrate=DATA).model
+    back = normswap.convert(there, "bn", calibrate=DATA, calibrate_seconds=0).model
     with torch.no_grad():
         assert distance(model(X), back(X)) < 0.1
     channel = normswap.convert(model, "bcn").model
@@ -115,7 +115,7 @@ def test_other_groups(source: nn.Module, groups: str | int) -> None:
             normswap.convert(model, "gn", groups=groups)
         return
     copied, _ = normswap.convert(model, "gn", groups=groups)
-    measured, _ = normswap.convert(model, "gn", groups=groups, calibrate=DATA)
+    measured, _ = normswap.convert(model, "gn", groups=groups, calibrate=DATA, calibrate_seconds=0)
     assert copied[1].num_groups == measured[1].num_groups == number
     with torch.no_grad():
         before, without, on_data = model(X), copied(X), measured(X)
@@ -150,10 +150,14 @@ def test_layer_norm_after_a_linear_layer() -> None:
     torch.testing.assert_close(one(x), model(x))
     four = normswap.convert(model, "gn", groups=4).model
     assert four[4].num_groups == 4 and four(x).isfinite().all()
-    bn, _ = normswap.convert(model, "bn", calibrate=x)
+    bn, _ = normswap.convert(model, "bn", calibrate=x, calibrate_seconds=0)
     assert type(bn[1]) is nn.BatchNorm1d
     assert distance(model(x), bn(x)) < 0.5
-    assert not [m for m in normswap.convert(model, "fold", calibrate=x).model if isinstance(m, nn.LayerNorm)]
+    assert not [
+        m
+        for m in normswap.convert(model, "fold", calibrate=x, calibrate_seconds=0).model
+        if isinstance(m, nn.LayerNorm)
+    ]
 
 
 class Tokens(nn.Module):
@@ -168,7 +172,7 @@ class Tokens(nn.Module):
         return self.body(self.embed(x).flatten(2).transpose(1, 2)).mean(1)
 
 
-@pytest.mark.parametrize("options", [{}, {"example_inputs": X}, {"calibrate": DATA}])
+@pytest.mark.parametrize("options", [{}, {"example_inputs": X}, {"calibrate": DATA, "calibrate_seconds": 0}])
 def test_layer_norm_over_tokens_stays(options: dict[str, object]) -> None:
     model = Tokens().eval()
     with pytest.raises(normswap.ModelError, match="normalizes the last"):
@@ -204,7 +208,7 @@ def test_convnext_on_data() -> None:
         [models.convnext.CNBlockConfig(16, 32, 1), models.convnext.CNBlockConfig(32, None, 1)], num_classes=5
     )
     x = torch.randn(8, 3, 32, 32)
-    converted, report = normswap.convert(model.eval(), "ln", calibrate=x)
+    converted, report = normswap.convert(model.eval(), "ln", calibrate=x, calibrate_seconds=0)
     assert report.totals.norms_changed == 3
     assert all(
         "normalizes the last" in left.reason or "already" in left.reason for left in report.left if left.kind == "norm"
@@ -235,7 +239,7 @@ def frozen_backbone() -> nn.Module:
 def test_what_data_decided_comes_back(tmp_path: Path, make: object, target: str, whole: bool) -> None:
     """A file converted on data loads, with or without its architecture in it, and computes the same."""
     model = make()
-    options = {} if make is frozen_backbone else {"calibrate": DATA}
+    options = {} if make is frozen_backbone else {"calibrate": DATA, "calibrate_seconds": 0}
     wanted = normswap.convert(model, target, **options).model
     path = tmp_path / "model.pt"
     torch.save(model if whole else model.state_dict(), path)
@@ -277,8 +281,13 @@ def test_a_norm_that_data_do_not_reach() -> None:
             return self.used(x)
 
     with pytest.raises(normswap.OptionError, match="unused.*that reach it"):
-        normswap.convert(Optional(), "bn", calibrate=DATA)
-    assert normswap.convert(Optional(), "bn", calibrate=DATA, exclude="unused").report.totals.norms_changed == 1
+        normswap.convert(Optional(), "bn", calibrate=DATA, calibrate_seconds=0)
+    assert (
+        normswap.convert(
+            Optional(), "bn", calibrate=DATA, calibrate_seconds=0, exclude="unused"
+        ).report.totals.norms_changed
+        == 1
+    )
 
 
 @pytest.mark.parametrize("target", ["gn", "ln"])
@@ -314,9 +323,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = CliRunner()
     refused = run.invoke(app, ["convert", "net.pt", "--to", "bn"])
     assert refused.exit_code == 1 and "--calibrate" in refused.stderr and not Path("net.bn.pt").exists()
-    done = run.invoke(app, ["convert", "net.pt", "--to", "bn", "--calibrate", "data.pt"])
+    done = run.invoke(app, ["convert", "net.pt", "--to", "bn", "--calibrate", "data.pt", "--calibrate-seconds", "0"])
     assert done.exit_code == 0, done.output
-    wanted = normswap.convert(net(nn.GroupNorm(2, 8)), "bn", calibrate=X).model
+    wanted = normswap.convert(net(nn.GroupNorm(2, 8)), "bn", calibrate=X, calibrate_seconds=0).model
     with torch.no_grad():
         torch.testing.assert_close(normswap.load("net.bn.pt")(X), wanted(X))
     wrong = run.invoke(

@@ -1,0 +1,432 @@
+"""Distillation on unlabelled data: what it brings, what it must not touch, and models that it cannot fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_render import printed
+from torch import Tensor, nn
+
+import normswap
+from normswap import distill as distilling
+from normswap.distill import distill, split
+from normswap.report import Calibration
+
+X = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 2, 60).view(-1, 1, 1, 1)
+DATA = list(X.split(20))
+Wrap = Callable[[nn.Module, Tensor], Any]
+
+
+class Net(nn.Module):
+    """Two norms with in-place activations behind them, dropout, and a head; `way` is its forward."""
+
+    def __init__(self, way: Wrap | None = None, shared: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(8, 5)
+        self.way, self.shared = way, shared
+        self.requires_grad_(True)
+        with torch.no_grad():
+            for norm in (self.bn1, self.bn2):
+                norm.weight.copy_(torch.linspace(0.5, 1.5, 8))
+                norm.bias.copy_(torch.linspace(-0.5, 0.5, 8))
+                norm.momentum = None
+            for batch in DATA:  # in train mode: the running statistics become those of the data
+                self.plain(batch)
+            for norm in (self.bn1, self.bn2):
+                norm.momentum = 0.1
+        self.eval()
+
+    def plain(self, x: Tensor) -> Tensor:
+        x = torch.relu_(self.bn1(self.conv1(x)))
+        x = torch.relu_(self.bn2(self.conv2(x)))
+        if self.shared:
+            x = torch.relu_(self.bn2(self.conv2(x)))
+        return self.head(self.drop(x.mean((2, 3))))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.plain(x) if self.way is None else self.way(self, x)
+
+
+def matched(net: nn.Module, to: str = "gn", **options: Any) -> tuple[nn.Module, list[str]]:
+    """The converted net, with the paths of its new norms."""
+    converted, report = normswap.convert(net, to, **options)
+    return converted, [change.paths[0] for change in report.changes if change.kind == "norm"]
+
+
+def fit(net: nn.Module, data: Any = DATA, steps: int = 60, **options: Any) -> tuple[nn.Module, nn.Module, Calibration]:
+    """Matched, and distilled from it, with the outcome."""
+    start, paths = matched(net)
+    student = copy.deepcopy(start)
+    return start, student, distill(net, student, data, paths, seconds=1e6, steps=steps, **options)
+
+
+def state(net: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def error(teacher: nn.Module, student: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        wanted, given = teacher(x), student(x)
+    return ((wanted - given).norm() / wanted.norm()).item()
+
+
+# ---- what it brings ----
+
+
+def test_it_comes_nearer_on_samples_that_it_never_saw() -> None:
+    net = Net()
+    start, student, outcome = fit(net, steps=150)
+    assert outcome.kept == "calibrated" and outcome.steps == 150 and not outcome.note
+    assert (outcome.samples, outcome.held_out, outcome.measure) == (60, 12, "output")
+    assert outcome.calibrated_error < 0.95 * outcome.matched_error
+    assert outcome.calibrated_top1 >= outcome.matched_top1 > 0
+    fresh = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(9))
+    assert error(net, student, fresh) < error(net, start, fresh)
+
+
+def test_its_numbers_are_those_of_the_held_out_samples() -> None:
+    net = Net()
+    start, student, outcome = fit(net)
+    held = torch.cat(split(DATA)[1])
+    assert outcome.matched_error == pytest.approx(error(net, start, held), rel=1e-4)
+    assert outcome.calibrated_error == pytest.approx(error(net, student, held), rel=1e-4)
+    with torch.no_grad():
+        agreed = (net(held).argmax(1) == student(held).argmax(1)).double().mean().item()
+    assert outcome.calibrated_top1 == pytest.approx(agreed)
+
+
+def test_strict_standardization_is_repaired_by_statistics_alone() -> None:
+    net = Net()
+    student, paths = matched(net, "gn-ws", ws="strict")
+    outcome = distill(net, student, DATA, paths, seconds=1e6, steps=0)
+    assert outcome.kept == "calibrated" and outcome.steps == 0
+    assert outcome.calibrated_error < 0.8 * outcome.matched_error
+
+
+def test_restated_norms_have_the_original_moments() -> None:
+    net = Net()
+    student, paths = matched(net, "gn-ws", ws="strict")
+    fitting = distilling._Fit(net, student, paths, "norms")
+    with distilling._eval(net, student):
+        fitting.restate([X], math.inf)
+        wanted, given = fitting.original(None, X), fitting.converted(X)
+    for tap in wanted.taps:
+        old, new = wanted.taps[tap], given.taps[tap].detach()
+        torch.testing.assert_close(new.mean((0, 2, 3)), old.mean((0, 2, 3)), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(new.var((0, 2, 3)), old.var((0, 2, 3)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("to", ["gn", "ln", "in", "bcn", "gn-ws", "bcn-wn"])
+def test_every_approximate_target_gains(to: str) -> None:
+    net = Net()
+    student, paths = matched(net, to)
+    outcome = distill(net, student, DATA, paths, seconds=1e6, steps=80)
+    assert outcome.kept == "calibrated" and outcome.calibrated_error < outcome.matched_error
+
+
+def test_the_same_steps_give_the_same_values() -> None:
+    assert same(state(fit(Net())[1]), state(fit(Net())[1]))
+
+
+def test_outputs_that_are_not_kept_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = state(fit(Net(), steps=10)[1])
+    monkeypatch.setattr(distilling, "_CACHE", 100_000)  # of some batches only
+    assert same(state(fit(Net(), steps=10)[1]), kept)
+    net = Net()
+    fitting = distilling._Fit(net, *matched(net), "norms")
+    held = [fitting.original(index, batch) for index, batch in enumerate(X.split(5))]
+    assert 0 < len(fitting.cache) < len(held)
+    assert sum(t.nbytes for o in fitting.cache.values() for t in (*o.taps.values(), *o.tensors)) <= 100_000
+
+
+def test_it_stops_where_nothing_improves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distilling, "_RATE", 0.0)
+    outcome = fit(Net(), steps=2000)[2]
+    assert outcome.steps < 200
+
+
+def test_it_keeps_to_the_time() -> None:
+    net = Net()
+    student, paths = matched(net)
+    outcome = distill(net, student, DATA, paths, seconds=0.5, steps=10**9)
+    assert 0 < outcome.seconds < 1.5
+
+
+def test_progress_rises_to_the_end() -> None:
+    told: list[float] = []
+    fit(Net(), steps=40, progress=told.append)
+    assert told == sorted(told) and told[-1] == 1.0 and len(told) > 20 and all(0 <= share <= 1 for share in told)
+
+
+# ---- never worse, and nothing else touched ----
+
+
+def test_what_is_worse_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distilling, "_RATE", 1e3)
+    monkeypatch.setattr(distilling._Fit, "restate", lambda *_: None)
+    start, student, outcome = fit(Net(), steps=10)
+    assert outcome.kept == "matched" and outcome.calibrated_error > outcome.matched_error
+    assert same(state(start), state(student))
+
+
+def test_values_that_are_not_finite_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = distilling._relative_square, []
+
+    def broken(given: Tensor, wanted: Tensor) -> Any:
+        calls.append(1)
+        return real(given, wanted) * (math.nan if len(calls) > 10 else 1)
+
+    monkeypatch.setattr(distilling, "_relative_square", broken)
+    monkeypatch.setattr(distilling._Fit, "restate", lambda *_: None)
+    start, student, outcome = fit(Net())
+    assert outcome.kept == "matched" and "not finite" in outcome.note and same(state(start), state(student))
+
+
+def test_all_else_stays_bit_by_bit() -> None:
+    """Modes, frozen parameters, gradients, random state, the teacher; only the norms' own values move."""
+    net = Net()
+    net.conv1.weight.requires_grad_(False)
+    net.bn1.weight.requires_grad_(False)
+    start, paths = matched(net)
+    student = copy.deepcopy(start)
+    for model in (net, student):
+        model.train()
+        model.bn1.eval()
+    student.head.weight.grad = torch.ones_like(student.head.weight)
+    before, random = state(net), torch.get_rng_state()
+    flags = {name: p.requires_grad for name, p in student.named_parameters()}
+    modes = [m.training for m in (*net.modules(), *student.modules())]
+    identities = [id(p) for p in student.parameters()]
+    assert distill(net, student, DATA, paths, seconds=1e6, steps=60).kept == "calibrated"
+    assert same(before, state(net)) and torch.equal(random, torch.get_rng_state())
+    assert flags == {name: p.requires_grad for name, p in student.named_parameters()}
+    assert modes == [m.training for m in (*net.modules(), *student.modules())]
+    assert identities == [id(p) for p in student.parameters()]
+    assert [n for n, p in (*net.named_parameters(), *student.named_parameters()) if p.grad is not None] == [
+        "head.weight"
+    ]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*net.modules(), *student.modules()))
+    moved = {name for name, value in state(student).items() if not torch.equal(value, state(start)[name])}
+    assert moved == {"bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias"}
+
+
+def test_a_forward_that_writes_to_its_buffers_leaves_no_trace() -> None:
+    def counting(net: nn.Module, x: Tensor) -> Tensor:
+        net.calls += 1
+        return net.plain(x)
+
+    net = Net(counting)
+    net.register_buffer("calls", torch.zeros(()))
+    _, student, outcome = fit(net)
+    assert outcome.kept == "calibrated" and net.calls == 0 and student.calls == 0
+
+
+# ---- any model ----
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda net, x: {"out": [net.plain(x), (x.argmax(1), None)], "mask": x > 0},
+        lambda net, x: (net.plain(x)[:, :, None], net.plain(x).softmax(1)),
+        lambda net, x: [net.plain(x), torch.full((len(x),), -math.inf)],
+        lambda net, x: net.plain(x) + 0.01 * torch.randn(len(x), 5),
+    ],
+    ids=["nested", "several", "infinite beside", "random"],
+)
+def test_outputs_of_any_structure(way: Wrap) -> None:
+    _, _, outcome = fit(Net(way))
+    assert (
+        outcome.kept == "calibrated"
+        and outcome.measure == "output"
+        and outcome.calibrated_error < outcome.matched_error
+    )
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda net, x: net.plain(x).argmax(1),
+        lambda net, x: net.plain(x)[net.plain(x)[:, 0] > 0.01 * net.bn1.weight.sum()][:1, :0],
+        lambda net, x: None if net.plain(x) is None else (),
+    ],
+    ids=["labels", "empty", "nothing"],
+)
+def test_without_an_output_to_compare_the_norms_are(way: Wrap) -> None:
+    _, _, outcome = fit(Net(way))
+    assert outcome.kept == "calibrated" and outcome.measure == "norms" and outcome.calibrated_top1 is None
+    assert outcome.calibrated_error < outcome.matched_error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    net = Net().to(dtype)
+    start, student, outcome = fit(net, [batch.to(dtype) for batch in DATA])
+    assert outcome.kept == "calibrated" and student.bn1.weight.dtype == dtype
+    assert not torch.equal(start.bn1.weight, student.bn1.weight)
+
+
+def test_a_norm_that_is_called_twice() -> None:
+    _, _, outcome = fit(Net(shared=True))
+    assert outcome.kept == "calibrated"
+
+
+def test_a_norm_that_no_data_reach_stays() -> None:
+    net = Net()
+    net.unused = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)).eval()
+    start, student, outcome = fit(net)
+    assert outcome.kept == "calibrated"
+    assert same(state(start.unused), state(student.unused))
+
+
+def test_tied_weights() -> None:
+    net = Net()
+    net.conv3 = net.conv2
+    net.way = lambda net, x: net.plain(x) + net.head(net.conv3(torch.relu(net.bn1(net.conv1(x)))).mean((2, 3)))
+    assert fit(net)[2].kept == "calibrated"
+
+
+def test_another_norm_left_in_it() -> None:
+    net = Net()
+    net.left = nn.SyncBatchNorm(8).eval()
+    net.way = lambda net, x: net.head(
+        net.left(torch.relu(net.bn2(net.conv2(torch.relu(net.bn1(net.conv1(x))))))).mean((2, 3))
+    )
+    start, paths = matched(net, exclude="left")
+    outcome = distill(net, start, DATA, paths, seconds=1e6, steps=60)
+    assert outcome.kept == "calibrated" and paths == ["bn1", "bn2"]
+
+
+def test_within_inference_mode() -> None:
+    net = Net()
+    converted = normswap.convert(net, "gn").model
+    with torch.inference_mode():
+        student = copy.deepcopy(converted)  # its tensors are made in inference mode
+        assert student.bn1.weight.is_inference()
+        outcome = distill(net, student, [batch.clone() for batch in DATA], ["bn1", "bn2"], seconds=1e6, steps=60)
+        assert outcome.kept == "calibrated" and not outcome.note
+
+
+@torch.no_grad()
+def test_without_gradients_around() -> None:
+    assert fit(Net())[2].kept == "calibrated" and not torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("way", "why"),
+    [
+        (lambda net, x: torch.no_grad()(net.plain)(x), "no gradient"),
+        (lambda net, x: torch.inference_mode()(net.plain)(x), "no gradient"),
+        (lambda net, x: net.plain(x) if not torch.is_grad_enabled() else 1 / 0, "ZeroDivisionError"),
+        (lambda net, x: net.plain(x) if len(x) > 12 else net.plain(x.view(-1)), "not fitted"),
+    ],
+    ids=["no_grad", "inference_mode", "fails with gradients", "fails on few samples"],
+)
+def test_a_model_that_cannot_be_fitted_says_why(way: Wrap, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distilling._Fit, "restate", lambda *_: None)
+    start, student, outcome = fit(Net(way))
+    assert outcome.kept == "matched" and why in outcome.note and same(state(start), state(student))
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_too_few_samples(count: int) -> None:
+    start, student, outcome = fit(Net(), [X[:count]])
+    assert outcome.kept == "matched" and "too few samples" in outcome.note and same(state(start), state(student))
+
+
+def test_a_function_that_is_kept_needs_no_repair() -> None:
+    net = Net()
+    student = normswap.convert(net, "est").model
+    outcome = distill(net, student, DATA, ["bn1", "bn2"], seconds=1e6, steps=20)
+    assert outcome.kept == "matched" and "nothing to repair" in outcome.note and outcome.steps == 0
+
+
+def test_both_models_draw_the_same_numbers() -> None:
+    net = Net(lambda net, x: net.plain(x) + torch.randn(len(x), 5))
+    student = normswap.convert(net, "est").model
+    assert "nothing to repair" in distill(net, student, DATA, ["bn1", "bn2"], seconds=1e6, steps=20).note
+
+
+# ---- samples ----
+
+
+@pytest.mark.parametrize("sizes", [[256], [10], [16] * 16, [1] * 256, [100, 7], [33] * 3])
+def test_about_a_fifth_is_held_out(sizes: list[int]) -> None:
+    samples = torch.arange(sum(sizes)).view(-1, 1)
+    fitted, held = split(list(samples.split(sizes)))
+    assert sorted(torch.cat(fitted + held).flatten().tolist()) == list(range(sum(sizes)))
+    assert 0.12 < len(torch.cat(held)) / sum(sizes) < 0.35
+    assert all(len(part) <= 32 for part in fitted + held)
+
+
+def test_arguments_are_cut_together_and_lists_stay_whole() -> None:
+    x, n = torch.randn(20, 3), torch.arange(20)
+    for batch in ((x, n), {"a": x, "b": n}):
+        parts = [list(p.values()) if isinstance(p, dict) else p for part in split([batch]) for p in part]
+        assert all(torch.equal(a[:, 0], x[b, 0]) for a, b in parts) and sum(len(a) for a, _ in parts) == 20
+    pictures = [([torch.randn(3, 8, 8)] * 2,)] * 10
+    fitted, held = split(pictures)
+    assert len(fitted) == 8 and len(held) == 2 and fitted[0] is pictures[0]
+
+
+# ---- from convert ----
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_convert_with_data(inplace: bool) -> None:
+    net = Net()
+    wanted, x = copy.deepcopy(net), X[:8]
+    told: list[str] = []
+    options = normswap.convert.__globals__["Options"](calibrate=DATA, calibrate_seconds=1.0)
+    target = normswap.TARGETS["gn"]
+    converted, report = normswap.convert.__globals__["run"](net, target, options, inplace=inplace, progress=told.append)
+    calibration = report.calibration
+    assert calibration.kept == "calibrated" and calibration.samples == 60
+    assert error(wanted, converted, x) < error(wanted, normswap.convert(wanted, "gn").model, x)
+    assert (converted is net) == inplace and "calibrating: 100%" in told
+    data = json.loads(json.dumps(report.to_dict()))["calibration"]
+    assert data["kept"] == "calibrated" and data["calibrated_error"] == calibration.calibrated_error
+    assert "calibrated on 60 samples: kept calibrated; error" in printed(report, 200)
+
+
+@pytest.mark.parametrize(
+    ("to", "options"),
+    [
+        ("gn", {"calibrate_seconds": 0}),
+        ("gn", {"transfer": "copy"}),
+        ("est", {}),
+        ("frozen-ws", {}),
+    ],
+)
+def test_nothing_to_calibrate(to: str, options: dict[str, Any]) -> None:
+    _, report = normswap.convert(Net(), to, calibrate=DATA, **options)
+    assert report.calibration is None and report.to_dict()["calibration"] is None
+
+
+@pytest.mark.parametrize("seconds", [-1, math.nan, "soon", True])
+def test_a_time_that_is_none(seconds: Any) -> None:
+    with pytest.raises(normswap.OptionError, match="calibrate_seconds"):
+        normswap.convert(Net(), "gn", calibrate=DATA, calibrate_seconds=seconds)
+
+
+def test_strict_standardization_leaves_the_stem_where_there_are_data() -> None:
+    model = Net()
+    kept = {}
+    for scope in ("normed", "all"):
+        _, report = normswap.convert(model, "gn-ws", ws="strict", ws_scope=scope, calibrate=DATA, calibrate_seconds=0)
+        kept[scope] = [left.path for left in report.left if "reads the input" in left.reason]
+    assert len(kept["normed"]) == 1 and not kept["all"]
+    assert "reads the input" not in str(normswap.convert(model, "gn-ws", ws="strict").report.left)
