@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,18 +16,23 @@ from normswap.layers import EstimatedBatchNorm
 from normswap.probe import Seen
 from normswap.recurrent_transfer import Moments as VectorMoments
 from normswap.sites import Site
-from normswap.transfer import Moments
+from normswap.transfer import Moments, Statistics, as_affine, match_groups, widen
 
+AUTO_GROUPS, AUTO_CHANNELS = 8, 4
+"""`groups="auto"`: at most so many groups, with at least so many channels in each."""
 _DATA = "calibration data"
 
 
 @dataclass
 class Measured:
-    """What the data showed of one norm: moments, sizes, and an empty tensor of its input's dtype and device."""
+    """What the data showed of one norm: moments, sizes, an empty tensor of its input's dtype and device, and by numbers of
+    groups the mean square error of the matched group norm.
+    """
 
     moments: Moments
     seen: Seen
     like: Tensor
+    errors: Mapping[int, float] = field(default_factory=dict)
 
 
 class _Gatherer:
@@ -61,6 +66,7 @@ def measure(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> 
     gatherers: dict[str, tuple[_Gatherer, _Gatherer]] = {}
     seen: dict[str, Seen] = {}
     like: dict[str, Tensor] = {}
+    errors: dict[str, dict[int, float]] = {}
 
     def watch(site: Site) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -75,6 +81,9 @@ def measure(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> 
             before.add(values)
             behind.add(_normalized(site, values))
             like[site.path] = args[0].new_empty(0)
+            known = errors.setdefault(site.path, {})
+            for groups, error in _group_errors(site, values):
+                known[groups] = known.get(groups, 0.0) + error
 
         return site.module.register_forward_pre_hook(note)
 
@@ -88,7 +97,7 @@ def measure(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> 
         for handle in handles:
             handle.remove()
     found = {
-        path: Measured(Moments(before.mean, before.var, behind.mean, behind.var), seen[path], like[path])
+        path: Measured(Moments(before.mean, before.var, behind.mean, behind.var), seen[path], like[path], errors[path])
         for path, (before, behind) in gatherers.items()
     }
     for path, measured in found.items():
@@ -107,6 +116,27 @@ def _normalized(site: Site, values: Tensor) -> Tensor:
     if site.form == "data, group":
         values = EstimatedBatchNorm.forward(site.module, values)  # type: ignore[arg-type]
     return values if site.groups is None else F.group_norm(values, site.groups, eps=eps)
+
+
+def _group_errors(site: Site, values: Tensor) -> Iterator[tuple[int, float]]:
+    """The square error of the matched group norm that would stand in for a norm by running statistics, for few to more groups."""
+    norm, channels = site.module, site.channels
+    if site.form != "data":
+        return
+    mean, var = widen(norm.running_mean), widen(norm.running_var)  # type: ignore[arg-type]
+    weight, bias = (
+        torch.full_like(mean, fill) if held is None else widen(held)  # type: ignore[arg-type]
+        for held, fill in ((norm.weight, 1.0), (norm.bias, 0.0))
+    )
+    stats = Statistics(weight, bias, mean, var, float(norm.eps))  # type: ignore[arg-type]
+    wide = values.to(mean.dtype) if values.dtype == mean.dtype else values.float()
+    scale, shift = (v.to(wide).view(-1, *[1] * (wide.dim() - 2)) for v in as_affine(stats))
+    wanted = wide * scale + shift
+    for groups in range(1, AUTO_GROUPS + 1):
+        if channels % groups == 0 and (groups == 1 or channels // groups >= AUTO_CHANNELS):
+            gain, offset = (v.to(wide) for v in match_groups(stats, groups))
+            given = F.group_norm(wide, groups, gain, offset, stats.eps)
+            yield groups, float((given - wanted).square().sum())
 
 
 def measure_vectors(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from normswap.calibrate import Measured
+from normswap.calibrate import AUTO_CHANNELS, AUTO_GROUPS, Measured
 from normswap.errors import OptionError
 from normswap.graph import Flow
 from normswap.layers import BatchChannelNorm
@@ -26,8 +26,10 @@ from normswap.transfer import (
     without_channel_half,
 )
 
-AUTO_GROUPS, AUTO_CHANNELS, AUTO_ELEMENTS = 8, 4, 16
-"""`groups="auto"`: at most so many groups, with at least so many channels, and elements, in each."""
+AUTO_ELEMENTS = 16
+"""`groups="auto"`: at least so many elements in each group, beside at most `AUTO_GROUPS` of at least `AUTO_CHANNELS` channels."""
+_TOLERANCE = 1.1
+"""On data, `auto` takes the most groups whose error is within so many times the least: more groups fine-tune better."""
 LEAST_ELEMENTS = 2  # one element a group is its own mean: the norm would erase it
 
 
@@ -259,6 +261,11 @@ def choose_groups(site: Site, context: Context) -> tuple[int, str] | str:
         least = AUTO_ELEMENTS if kind == "auto" else LEAST_ELEMENTS
         limit = max(1, min(asked, channels * elements // least))
     chosen = next(n for n in range(min(limit, channels), 0, -1) if channels % n == 0)
+    errors = context.measured[site.path].errors if kind == "auto" and site.path in context.measured else {}
+    if within := {n: error for n, error in errors.items() if n <= chosen}:
+        kept = max(n for n, error in within.items() if error <= _TOLERANCE * min(within.values()))
+        if kept < chosen:
+            return kept, f"{kept} groups, not {chosen}: they keep more on the data"
     if kind == "channels" and channels % number == 0 and chosen == asked:
         return chosen, ""
     if chosen == asked and kind != "channels":

@@ -308,6 +308,21 @@ def test_a_batch_norm_without_statistics_takes_those_of_the_data(target: str) ->
             torch.testing.assert_close(converted(X), model(X), rtol=1e-3, atol=1e-3)
 
 
+def test_groups_are_chosen_on_the_data() -> None:
+    """Samples whose channels differ in strength from one to the next: small groups would even that out."""
+    model = settled(nn.BatchNorm2d(8))
+    _, blind = normswap.convert(model, "gn")
+    _, report = normswap.convert(model, "gn", calibrate=DATA, calibrate_seconds=0)
+    (before,), (after,) = ([c for c in r.changes if c.kind == "norm"] for r in (blind, report))
+    assert before.groups == 2 and after.groups == 1 and "keep more on the data" in after.note
+    errors = {
+        groups: normswap.convert(model, "gn", groups=groups, example_inputs=X).report.drift.relative_l2
+        for groups in (1, 2)
+    }
+    assert errors[1] < errors[2]
+    assert normswap.convert(model, "gn", groups=2, calibrate=DATA, calibrate_seconds=0).report.changes[0].groups == 2
+
+
 def test_packed_sequences_are_data() -> None:
     model = nn.LSTM(3, 4)
     packed = nn.utils.rnn.pack_sequence([torch.randn(n, 3) for n in (5, 3, 2)])
