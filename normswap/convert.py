@@ -187,6 +187,9 @@ def run(
     before: Any = None
     sizes, measured = dict(seen or {}), dict(measured or {})
     problem = ""
+    batches = [probe.fitted(work, samples.first_inputs(work, batch)) for batch in options.calibrate or ()]
+    if batches and example_inputs is None:
+        example_inputs, probe_name = batches[0], f"the calibration data's first batch of {probe.count(batches[0])}"
     if example_inputs is not None:
         progress("running the model before")
         try:
@@ -197,12 +200,10 @@ def run(
             if not probe_only:
                 raise
             problem = str(error)
-    batches: list[Any] = []
     vectors: dict[str, Any] = {}
     if options.calibrate is not None:
         progress("measuring on the calibration data")
         norms = [site for site in sites if site.kind == "norm" and site.form and not site.obstacle]
-        batches = [probe.fitted(work, samples.first_inputs(work, batch)) for batch in options.calibrate]
         measured |= measure(work, batches, norms)
         if options.recurrent:
             inner = [site for site in chosen if site.base in LAYER_NORMALIZED and not site.obstacle]

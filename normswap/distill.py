@@ -32,7 +32,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from normswap.errors import first_line
-from normswap.probe import evaluating
+from normswap.probe import count, evaluating
 from normswap.report import Calibration
 
 TRAINED = ("weight", "bias", "group_weight", "group_bias")
@@ -105,7 +105,7 @@ def distill(
     """
     started = time.monotonic()
     fitted, held = split(batches)
-    samples, held_out = (sum(map(_count, part)) for part in (fitted, held))
+    samples, held_out = (sum(map(count, part)) for part in (fitted, held))
     outcome = Calibration(samples + held_out, held_out, "matched")
     try:
         if not held:
@@ -414,7 +414,7 @@ def split(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     A batch that is a tensor, or arguments that all are tensors of one first dimension, is cut along that; any other counts
     as one sample and stays whole.
     """
-    total = sum(map(_count, batches))
+    total = sum(map(count, batches))
     if total < _LEAST:
         return list(batches), []
     most = min(_BATCH, total // _SHARE)
@@ -422,18 +422,11 @@ def split(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return [p for i, p in enumerate(pieces) if i % _SHARE != 2], pieces[2::_SHARE]
 
 
-def _count(batch: Any) -> int:
-    """The common first dimension of the tensors of a batch; 1 where there is none."""
-    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else [batch]
-    sizes = {v.shape[0] if isinstance(v, Tensor) and v.dim() else None for v in values}
-    return (sizes.pop() or 1) if len(sizes) == 1 else 1
-
-
 def _cut(batch: Any, most: int) -> list[Any]:
-    count = _count(batch)
-    if count <= most:
+    size = count(batch)
+    if size <= most:
         return [batch]
-    return [_rows(batch, slice(at, at + most)) for at in range(0, count, most)]
+    return [_rows(batch, slice(at, at + most)) for at in range(0, size, most)]
 
 
 def _rows(batch: Any, part: slice) -> Any:

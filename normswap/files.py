@@ -238,9 +238,9 @@ def _convert_module(model: nn.Module, job: _Job) -> tuple[nn.Module, Report]:
     if job.target is PLAIN_TARGET:
         return run(model, PLAIN_TARGET, Options(), may_be_idle=True, inplace=True, release=disk.release)
     inputs, name = job.example_inputs, "example inputs"
-    probe_only = inputs is None and job.input_shape is None
+    probe_only = inputs is None and job.input_shape is None and job.options.calibrate is None
     large = sum(p.numel() for p in model.parameters()) > _LARGE
-    if inputs is None and not (large and probe_only):
+    if inputs is None and job.options.calibrate is None and not (large and probe_only):
         shape = None if job.input_shape is None else tuple(job.input_shape)
         inputs, name = probe.guess_inputs(model, shape) or (None, "")
     previous = vars(model).get(RECIPE)
@@ -248,7 +248,7 @@ def _convert_module(model: nn.Module, job: _Job) -> tuple[nn.Module, Report]:
         model, job.target, job.options, inputs, name, probe_only=probe_only, inplace=True, progress=job.progress,
         release=disk.release,
     )  # fmt: skip
-    if large and probe_only:
+    if large and probe_only and report.drift is None:
         report = replace(
             report, warnings=(*report.warnings, "drift was not measured on so large a model: give --input-shape")
         )

@@ -49,6 +49,13 @@ def fitted(model: nn.Module, inputs: Any) -> Any:
     return pytree.tree_unflatten(fitting, spec)
 
 
+def count(batch: Any) -> int:
+    """The common first dimension of the tensors of a batch; 1 where there is none."""
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else [batch]
+    sizes = {v.shape[0] if isinstance(v, Tensor) and v.dim() else None for v in values}
+    return (sizes.pop() or 1) if len(sizes) == 1 else 1
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode comes back afterwards."""
