@@ -60,7 +60,7 @@ def _row(task: str, name: str, groups: int | str, found: list[tuple[float, float
 def picture(rows: list[Row]) -> str:
     """Accuracy and drift over the number of groups, a line a net."""
     charts = []
-    for task in ("digits", "gratings"):
+    for task in dict.fromkeys(row["task"] for row in rows if row["task"]):
         for label, value in (
             ("accuracy, %", lambda row: 100 * row["accuracy"]["mean"]),
             ("drift, %", lambda row: 100 * row["drift"]),

@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 WIDTH, HEIGHT, MARGIN = 780, 250, 48  # the width of a row; the height of a panel
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#e11d48", "#a855f7", "#ca8a04", "#06b6d4", "#84736b", "#ec4899", "#65a30d")
 STYLE = """<style>
-text { font: 12px system-ui, sans-serif; fill: #24292f }
+text { font-family: system-ui, "DejaVu Sans", sans-serif; font-size: 12px; fill: #24292f }
 .axis { stroke: #57606a; fill: none } .grid { stroke: #57606a; opacity: 0.2 }
 @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .axis, .grid { stroke: #9da7b3 } }
 </style>"""

@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     images, tests = F.avg_pool2d(images, 3), F.avg_pool2d(tests, 3)
     batches, seeds = numbers(arguments.batches), arguments.seeds
     if arguments.quick:
-        images, labels, batches, seeds = images[:200], labels[:200], [4], 1
+        images, labels, batches, seeds = images[:600], labels[:600], [8], 1
     for norm in NORMS:
         for batch in batches:
             tried = {}
