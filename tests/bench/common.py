@@ -63,13 +63,17 @@ def main(
 ) -> None:
     """Run `measure`, which yields rows, and print them as a table, or with `--json` as data.
 
-    With `--results FILE` the data is written to the file, and `picture`, an SVG drawn of the rows, beside it.
+    With `--results FILE` the data is written to the file, and `picture`, an SVG drawn of the rows, beside it; with `--add` too,
+    after the rows that the file has, so that a long benchmark can be run in parts.
     `options` are further arguments of the script, by name, each with its default; one whose default is False is a flag.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print data instead of a table")
     parser.add_argument(
         "--results", type=Path, help="write the data to this file, and a picture, if there is one, beside it"
+    )
+    parser.add_argument(
+        "--add", action="store_true", help="keep the rows that the results file has: this is a further part"
     )
     for name, default in options.items():
         flag = f"--{name.replace('_', '-')}"
@@ -80,16 +84,18 @@ def main(
     arguments = parser.parse_args()
     start = time.perf_counter()
     rows = list(measure(arguments))
-    asked = {name: value for name, value in vars(arguments).items() if name not in ("json", "results", "cache")}
+    asked = {name: value for name, value in vars(arguments).items() if name not in ("json", "results", "add", "cache")}
     made = {**environment(), "arguments": asked, "minutes": round((time.perf_counter() - start) / 60, 1)}
-    data = _lines({"environment": made, "rows": rows})
+    data = {"environment": made, "rows": rows}
     if arguments.results:
+        if arguments.add and arguments.results.exists():
+            data = joined(json.loads(arguments.results.read_text()), data)
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        arguments.results.write_text(data)
+        arguments.results.write_text(_lines(data))
         if picture is not None:
-            arguments.results.with_suffix(".svg").write_text(picture(rows))
+            arguments.results.with_suffix(".svg").write_text(picture(data["rows"]))
     if arguments.json:
-        print(data, end="")
+        print(_lines(data), end="")
         return
     console = Console()
     table = Table(*rows[0], box=None, pad_edge=False)
@@ -97,6 +103,17 @@ def main(
         table.add_row(*(shown(value) for value in row.values()))
     console.print(table)
     console.print(made, style="dim")
+
+
+def joined(first: Row, second: Row) -> Row:
+    """The results of two parts as one: minutes added up, and the arguments in which they differ listed one after the other."""
+    was, made = first["environment"], second["environment"]
+    asked = {
+        name: value if value == was["arguments"].get(name) else f"{was['arguments'].get(name)},{value}"
+        for name, value in made["arguments"].items()
+    }
+    made = {**made, "arguments": asked, "minutes": round(was["minutes"] + made["minutes"], 1)}
+    return {"environment": made, "rows": first["rows"] + second["rows"]}
 
 
 def _lines(data: Row) -> str:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torchvision import models
 from torchvision.models import efficientnet, vgg
 
-FLOOR = 0.97  # a net that learnt less says nothing of what conversion keeps
+FLOOR = 0.97  # a net that learnt less, the mean over its seeds, says nothing of what conversion keeps
 
 
 def resnet(block: type[nn.Module], width: int) -> nn.Module:
