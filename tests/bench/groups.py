@@ -58,7 +58,7 @@ def _row(task: str, name: str, groups: int | str, found: list[tuple[float, float
 
 
 def picture(rows: list[Row]) -> str:
-    """Accuracy and drift over the number of groups, a line a net."""
+    """Accuracy and drift over the number of groups, a line a net; `auto` has no place on that axis."""
     charts = []
     for task in dict.fromkeys(row["task"] for row in rows if row["task"]):
         for label, value in (
@@ -67,7 +67,7 @@ def picture(rows: list[Row]) -> str:
         ):
             series: dict[str, dict[str, float]] = defaultdict(dict)
             for row in rows:
-                if row["task"] == task:
+                if row["task"] == task and row["groups"] != "auto":
                     series[row["net"]][str(row["groups"])] = value(row)
             charts.append(Chart(f"{task}, before training", "groups", label, series))
     return draw(charts)
