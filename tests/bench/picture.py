@@ -11,6 +11,7 @@ WIDTH, HEIGHT, MARGIN = 780, 250, 48  # the width of a row; the height of a pane
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#e11d48", "#a855f7", "#ca8a04", "#06b6d4", "#84736b", "#ec4899", "#65a30d")
 STYLE = """<style>
 text { font-family: system-ui, "DejaVu Sans", sans-serif; font-size: 12px; fill: #24292f }
+.small { font-size: 10px }
 .axis { stroke: #57606a; fill: none } .grid { stroke: #57606a; opacity: 0.2 }
 @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .axis, .grid { stroke: #9da7b3 } }
 </style>"""
@@ -70,7 +71,8 @@ def _panel(chart: Chart, colours: Mapping[str, str], width: int) -> str:
             f'<path class="grid" d="M{left} {up(value):.1f}H{right}"/>'
             + _text(left - 5, up(value) + 4, f"{value:g}", "end")
         )
-    parts += [_text(across(place), bottom + 15, place, "middle") for place in places]
+    small = "small" if 8 * max(map(len, places)) > pitch else ""
+    parts += [_text(across(place), bottom + 15, place, "middle", name=small) for place in places]
     parts.append(f'<path class="axis" d="M{left} {top}V{bottom}H{right}"/>')
     parts.append(_text((left + right) / 2, bottom + 31, chart.x_label, "middle"))
     parts.append(
@@ -101,5 +103,6 @@ def _scale(low: float, high: float, from_zero: bool) -> tuple[float, float, floa
     return math.floor(low / step) * step, math.ceil(high / step) * step, step
 
 
-def _text(x: float, y: float, words: str, anchor: str = "start", weight: str = "normal") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}">{escape(words)}</text>'
+def _text(x: float, y: float, words: str, anchor: str = "start", weight: str = "normal", name: str = "") -> str:
+    style = f'text-anchor="{anchor}" font-weight="{weight}"' + (f' class="{name}"' if name else "")
+    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(words)}</text>'
