@@ -1,0 +1,117 @@
+"""The tables of the README, made from the files in `results`, which the benchmarks write.
+
+Run: python tests/bench/tables.py, to put them in their places: from `<!-- results: NAME -->` to `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[2] / "README.md"
+PLACE = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+Row = dict[str, Any]
+
+
+def retention(rows: list[Row]) -> list[list[str]]:
+    """A line a net: accuracy before, and after each target with automatic groups."""
+    starts = [start for start in ("reset", "copied", "matched", "calibrated") if start in rows[0]]
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    columns = [(target, start) for target in targets for start in (starts if target == "gn" else starts[2:])]
+    found = {(row["task"], row["net"], row["target"]): row for row in rows if row["groups"] in ("auto", "")}
+    table = [["net", "before", *(_column(target, start) for target, start in columns)]]
+    for task, net in dict.fromkeys((row["task"], row["net"]) for row in rows):
+        before = found[task, net, "gn"]["before"]
+        cells = [found[task, net, target][start] for target, start in columns]
+        table.append([f"{net}, {task}", _percent(before["mean"]), *(_with_spread(cell) for cell in cells)])
+    means = [
+        statistics.fmean(row[start]["mean"] for key, row in found.items() if key[2] == target)
+        for target, start in columns
+    ]
+    before = statistics.fmean(row["before"]["mean"] for key, row in found.items() if key[2] == "gn")
+    return [*table, ["**mean**", _percent(before), *map(_percent, means)]]
+
+
+def _column(target: str, start: str) -> str:
+    name = f"`{target.replace(' preserve', '').replace('strict', '--ws strict')}`"
+    if start != "matched" or target == "gn":
+        name += f" {start}"
+    return f"**{name}**" if (target, start) == ("gn", "matched") else name
+
+
+def groups(rows: list[Row]) -> list[list[str]]:
+    """A line for each number of groups that every net can have: accuracy and drift, the mean over all nets."""
+    chosen = [row for row in rows if row["net"] == "all nets"]
+    table = [["groups", *(str(row["groups"]) for row in chosen)]]
+    table.append(["accuracy", *(_percent(row["accuracy"]["mean"]) for row in chosen)])
+    return [*table, ["drift", *(f"{row['drift']:.2f}" for row in chosen)]]
+
+
+def fine_tune(rows: list[Row]) -> list[list[str]]:
+    """A line a start: the mean over the nets, before training and after so many steps at each batch size."""
+    looks = list(dict.fromkeys((row["batch"], row["steps"]) for row in rows))
+    table = [["start", "before", *(f"batch {batch}, {steps} steps" for batch, steps in looks if batch)]]
+    for start in dict.fromkeys(row["start"] for row in rows):
+        found = {
+            look: [row for row in rows if (row["start"], row["batch"], row["steps"]) == (start, *look)]
+            for look in looks
+        }
+        table.append([f"`{start}`", *(_mean(chosen, "accuracy") for chosen in found.values())])
+    return table
+
+
+def small_batch(rows: list[Row]) -> list[list[str]]:
+    """A line a norm: the error at each batch size."""
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    table = [["norm", *(f"batch {batch}" for batch in batches)]]
+    for norm in dict.fromkeys(row["norm"] for row in rows):
+        table.append([norm, *(_with_spread(row["error"]) for row in rows if row["norm"] == norm)])
+    return table
+
+
+TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
+    "retention": retention,
+    "groups": groups,
+    "fine_tune": fine_tune,
+    "small_batch": small_batch,
+}
+
+
+def render(name: str) -> str:
+    """The table of that name as Markdown, and under it with what and when it was measured."""
+    data = json.loads((RESULTS / f"{name}.json").read_text())
+    head, *lines = TABLES[name](data["rows"])
+    text = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+    made = data["environment"]
+    seeds = f", {made['arguments']['seeds']} seeds" if "seeds" in made["arguments"] else ""
+    text += [
+        "",
+        f"`tests/bench/{name}.py`{seeds}, torch {made['packages']['torch']}, {made['machine']}, {made['date']}.",
+    ]
+    return "\n".join(text) + "\n"
+
+
+def fill(text: str) -> str:
+    """The README's text with every table as the results have it."""
+    return PLACE.sub(lambda found: found[1] + render(found[2]) + found[4], text)
+
+
+def _mean(rows: list[Row], column: str) -> str:
+    return _percent(statistics.fmean(row[column]["mean"] for row in rows))
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _with_spread(cell: Row) -> str:
+    return _percent(cell["mean"]) + (f" ±{100 * cell['spread']:.1f}" if cell["spread"] is not None else "")
+
+
+if __name__ == "__main__":
+    README.write_text(fill(README.read_text()))

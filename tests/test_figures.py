@@ -1,0 +1,57 @@
+"""The README's figures are those that the benchmarks wrote."""
+
+import json
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+BENCH = Path(__file__).parent / "bench"
+sys.path.insert(0, str(BENCH))
+
+import tables  # noqa: E402
+from picture import Chart, draw  # noqa: E402
+
+PLACES = {found[2]: found[3] for found in tables.PLACE.finditer(tables.README.read_text())}
+
+
+def test_readme_has_a_place_for_every_table() -> None:
+    assert set(PLACES) == set(tables.TABLES)
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_table_is_what_the_benchmark_wrote(name: str) -> None:
+    assert PLACES[name] == tables.render(name)
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_results_tell_where_they_come_from(name: str) -> None:
+    made = json.loads((tables.RESULTS / f"{name}.json").read_text())["environment"]
+    assert {"date", "machine", "python", "packages", "arguments", "minutes"} <= set(made)
+    assert (BENCH / f"{name}.py").exists()
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_picture_is_drawn_beside_the_results(name: str) -> None:
+    picture = ElementTree.parse(tables.RESULTS / f"{name}.svg")
+    assert picture.getroot().tag.endswith("svg")
+
+
+def test_matched_keeps_more_than_reset_and_copied_in_every_net() -> None:
+    rows = json.loads((tables.RESULTS / "retention.json").read_text())["rows"]
+    found = [row for row in rows if row["target"] == "gn" and row["groups"] == "auto"]
+    assert len({row["net"] for row in found}) >= 8
+    for row in found:
+        assert row["matched"]["mean"] > max(row["reset"]["mean"], row["copied"]["mean"]), row["net"]
+
+
+@pytest.mark.parametrize("bars", [False, True])
+def test_a_chart_shows_every_value_within_its_frame(bars: bool) -> None:
+    series = {"one": {"1": 0.5, "2": 99.0}, "<two>": {"2": 40.0}}
+    root = ElementTree.fromstring(draw([Chart("title", "x", "y", series, bars)]))
+    shapes = root.iter("{http://www.w3.org/2000/svg}" + ("rect" if bars else "circle"))
+    ups = [float(shape.get("y" if bars else "cy", "")) for shape in shapes]
+    assert len(ups) == (5 if bars else 3)  # with bars, two more of the legend
+    assert all(0 <= up <= float(root.get("height", "")) for up in ups)
+    assert "<two>" in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
