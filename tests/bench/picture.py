@@ -40,7 +40,7 @@ def draw(charts: Sequence[Chart], columns: int = 2) -> str:
         parts.append(f'<g transform="translate({across} {down})">{_panel(chart, colours, panel)}</g>')
     x, y = MARGIN, rows * HEIGHT + 14
     for name in names:
-        needed = 30 + 7 * len(name)
+        needed = 30 + 8 * len(name)
         if x + needed > WIDTH:
             x, y = MARGIN, y + 20
         parts.append(
