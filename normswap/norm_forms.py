@@ -226,7 +226,7 @@ def _cannot_absorb(into: Site, norm: Site, context: Context) -> str:
         return "has another number of channels"
     if into.path in context.flow.touched:
         return "has a weight that is also read directly"
-    if any(id(p) in context.shared for p in (layer.weight, layer.bias)):
+    if any(id(p) in context.shared for p in layer._parameters.values()):
         return "shares its weight with another layer"
     if layer._forward_hooks or layer._forward_pre_hooks or norm.module._forward_pre_hooks:
         return "has a forward hook, which would see other values"

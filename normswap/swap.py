@@ -26,7 +26,7 @@ def apply(swaps: Sequence[Swap], release: Callable[[Tensor], None] = lambda tens
         for swap in swaps:
             if swap.absorb is not None:
                 _take_in(swap.absorb)
-                if isinstance(weight := swap.absorb.site.module.weight, nn.Parameter):
+                if (weight := swap.absorb.site.module._parameters.get("weight")) is not None:
                     release(weight)
         for swap in swaps:
             values = [(tensor, value() if callable(value) else value) for tensor, value in swap.writes]

@@ -399,7 +399,7 @@ QUIRKS: dict[str, Quirk] = {
     "lazy, run once": Quirk(_lazy_run),
     "branches on data": Quirk(OnData, fold=0),
     "cannot be traced": Quirk(Untraceable, norms=2, fold=1, ws=2),
-    "forward reads the weight": Quirk(ReadsWeight, fold=0),
+    "forward reads the weight": Quirk(ReadsWeight, fold=0, ws=0, wn=1),
     "forward reads the statistics": Quirk(ReadsStatistics, norms=0),
     "forward leaves its input": Quirk(Remembers),
     "attributes from outside": Quirk(lambda: touched(conv_norm(), _set_attributes)),
