@@ -16,6 +16,7 @@ FLOORS = [
     {"norm_forms", "weight_forms", "swap", "diff"},
     {"plain_forms"},
     {"targets"},
+    {"selection", "account"},
     {"convert"},
     {"recipe"},
     {"fitting"},

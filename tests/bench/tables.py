@@ -44,6 +44,16 @@ def _column(target: str, start: str) -> str:
     return f"**{name}**" if (target, start) == ("gn", "matched") else name
 
 
+def calibrated(rows: list[Row]) -> list[list[str]]:
+    """A line a target and net: accuracy before, matched and calibrated, and what share of that before is kept."""
+    table = [["target", "net", "before", "matched", "**calibrated**", "share kept"]]
+    for row in rows:
+        net = f"{row['net']}, {row['task']}" if row["task"] else f"**{row['net']}**"
+        scores = [_with_spread(row[start]) for start in ("before", "matched", "calibrated")]
+        table.append([f"`{row['target'].replace('strict', '--ws strict')}`", net, *scores, _percent(row["kept"])])
+    return table
+
+
 def groups(rows: list[Row]) -> list[list[str]]:
     """A line for each number of groups that every net can have: accuracy and drift, the mean over all nets."""
     chosen = [row for row in rows if row["net"] == "all nets"]
@@ -76,6 +86,7 @@ def small_batch(rows: list[Row]) -> list[list[str]]:
 
 TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "retention": retention,
+    "calibrated": calibrated,
     "groups": groups,
     "fine_tune": fine_tune,
     "small_batch": small_batch,

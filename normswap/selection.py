@@ -1,0 +1,110 @@
+"""Which models and which of their layers are converted: checks, the copy, the user's patterns, and what tensors are shared."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from normswap.errors import ModelError, OptionError
+from normswap.report import Left
+from normswap.sites import Site, find_sites, hidden_modules
+from normswap.trace import clone
+
+Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+
+
+def check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"expected a torch.nn.Module, not {type(model).__name__}; for a file, use normswap.convert_file"
+        )
+    for path, module in model.named_modules():
+        where, name = path or "the model", type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{where} is TorchScript, whose layers cannot be exchanged; convert the model that it was made from"
+            )
+        if name in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise ModelError(f"{where} is wrapped in {name}; convert first, then wrap: convert(model.module, ...)")
+        for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and is_lazy(tensor):
+                raise ModelError(
+                    f"{where} ({name}) is lazy and its {tensor_name} has no shape yet; run the model once on an input, then convert"
+                )
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    try:
+        copied = clone(model)
+        if {id(module) for module in copied.modules()} & {id(module) for module in model.modules()}:
+            raise TypeError("a module's own copy is itself")
+        return copied
+    except Exception as error:  # an attribute of the model that cannot be copied
+        raise ModelError(
+            f"the model cannot be copied ({type(error).__name__}: {error}); convert with inplace=True"
+        ) from error
+
+
+def select(sites: Sequence[Site], include: Pattern, exclude: Pattern) -> tuple[set[Site], set[Site]]:
+    """The sites to convert, and those that the user excluded."""
+    included = set(sites) if include is None else _matching(sites, include, "include")
+    excluded = set() if exclude is None else _matching(sites, exclude, "exclude")
+    return included - excluded, excluded
+
+
+def _matching(sites: Sequence[Site], pattern: Pattern, option: str) -> set[Site]:
+    if callable(pattern):
+        return {site for site in sites if any(pattern(path, site.module) for path in site.paths)}
+    found: set[Site] = set()
+    globs: list[Any] = (
+        [pattern] if isinstance(pattern, str) else list(pattern) if isinstance(pattern, Iterable) else [pattern]
+    )
+    if not all(isinstance(glob, str) for glob in globs):
+        raise OptionError(f"{option}: {pattern!r} is neither a glob, a list of globs nor a function")
+    for glob in globs:
+        matched = {site for site in sites if any(fnmatch.fnmatchcase(path, glob) for path in site.paths)}
+        if not matched:
+            inside = any(path.startswith(f"{glob}.") for site in sites for path in site.paths)
+            hint = (
+                f"; it holds some: write '{glob}.*'"
+                if inside
+                else "; patterns are globs on module paths, such as 'layer1.*'"
+            )
+            raise OptionError(f"{option}: {glob!r} matches no norm and no convolution{hint}")
+        found |= matched
+    return found
+
+
+def shared_tensors(model: nn.Module) -> frozenset[int]:
+    """The ids of tensors that stand in more than one place, or share their memory with one that does."""
+    places: dict[int, list[int]] = defaultdict(list)
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                places[
+                    tensor.data_ptr() if tensor.layout is torch.strided and _has_memory(tensor) else id(tensor)
+                ].append(id(tensor))
+    return frozenset(key for keys in places.values() if len(keys) > 1 for key in keys)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return not tensor.is_meta and tensor.numel() > 0 and type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+
+
+def hidden_layers(model: nn.Module) -> tuple[list[Left], list[str]]:
+    left, notices = [], []
+    for where, module in hidden_modules(model):
+        reason = "is not registered (a plain list or attribute): its parameters are neither saved nor trained"
+        inside = find_sites(module)
+        left += [
+            Left(f"{where}.{path}".rstrip("."), site.kind, site.name, reason) for site in inside for path in site.paths
+        ]
+        if inside:
+            notices.append(f"{where} {reason}; use nn.ModuleList or nn.ModuleDict")
+    return left, notices
