@@ -142,7 +142,9 @@ def convert(
             metavar="PATH", help="Unlabelled data: a folder of pictures, or tensors in .pt, .npy, .npz, .safetensors."
         ),
     ] = None,
-    calibrate_seconds: Annotated[float, typer.Option(metavar="S", help="The most time that calibration takes.")] = 60.0,
+    calibrate_seconds: Annotated[
+        float, typer.Option(metavar="S", help="The most time that the new norms are fitted to the data; 0: not at all.")
+    ] = 60.0,
     input_size: Annotated[
         str | None, typer.Option(metavar="N|H,W", help="Size of the pictures, where the model's own is not known.")
     ] = None,
