@@ -99,7 +99,8 @@ def render(name: str) -> str:
     head, *lines = TABLES[name](data["rows"])
     text = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
     made = data["environment"]
-    seeds = f", {made['arguments']['seeds']} seeds" if "seeds" in made["arguments"] else ""
+    number = made["arguments"].get("seeds")
+    seeds = f", {number} seed{'s' * (number != 1)}" if number else ""
     text += [
         "",
         f"`tests/bench/{name}.py`{seeds}, torch {made['packages']['torch']}, {made['machine']}, {made['date']}.",
