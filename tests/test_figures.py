@@ -25,17 +25,19 @@ def test_table_is_what_the_benchmark_wrote(name: str) -> None:
     assert PLACES[name] == tables.render(name)
 
 
-@pytest.mark.parametrize("name", tables.TABLES)
-def test_results_tell_where_they_come_from(name: str) -> None:
-    made = json.loads((tables.RESULTS / f"{name}.json").read_text())["environment"]
+@pytest.mark.parametrize("path", sorted(tables.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_results_tell_where_they_come_from(path: Path) -> None:
+    made = json.loads(path.read_text())["environment"]
     assert {"date", "machine", "python", "packages", "arguments", "minutes"} <= set(made)
-    assert (BENCH / f"{name}.py").exists()
+    assert (BENCH / f"{path.stem}.py").exists()
+    assert path.stem in tables.TABLES
 
 
-@pytest.mark.parametrize("name", tables.TABLES)
-def test_picture_is_drawn_beside_the_results(name: str) -> None:
-    picture = ElementTree.parse(tables.RESULTS / f"{name}.svg")
-    assert picture.getroot().tag.endswith("svg")
+@pytest.mark.parametrize("path", sorted(tables.RESULTS.glob("*.svg")), ids=lambda path: path.stem)
+def test_picture_is_drawn_beside_the_results_and_shown(path: Path) -> None:
+    assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    assert path.with_suffix(".json").exists()
+    assert f"(tests/bench/results/{path.name})" in tables.README.read_text()
 
 
 def test_matched_keeps_more_than_reset_and_copied_in_every_net() -> None:

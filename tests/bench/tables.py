@@ -84,10 +84,28 @@ def small_batch(rows: list[Row]) -> list[list[str]]:
     return table
 
 
+def recurrent(rows: list[Row]) -> list[list[str]]:
+    """A line a net: accuracy before, and with layer normalization inside from each start."""
+    columns = ["before", "gain 1", "no data", "measured"]
+    return [["net", *columns], *([row["what"], *(row[column] for column in columns)] for row in rows if row["before"])]
+
+
+def recurrent_speed(rows: list[Row]) -> list[list[str]]:
+    """A line a layer: the time of forward and backward as a multiple of three others'."""
+    table = [["layer", "× torch's cell in a loop", "× that with layer norms pasted in", "× torch's fused layer"]]
+    for row in rows:
+        if row["ms"]:
+            fused = row["× nn.LSTM"] or row["× nn.GRU"]
+            table.append([row["what"], *(f"{value:.2f}" for value in (row["× cell loop"], row["× with norms"], fused))])
+    return table
+
+
 TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "retention": retention,
     "calibrated": calibrated,
     "groups": groups,
+    "recurrent": recurrent,
+    "recurrent_speed": recurrent_speed,
     "fine_tune": fine_tune,
     "small_batch": small_batch,
 }
@@ -95,7 +113,8 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
 
 def render(name: str) -> str:
     """The table of that name as Markdown, and under it with what and when it was measured."""
-    data = json.loads((RESULTS / f"{name}.json").read_text())
+    source = name.removesuffix("_speed")
+    data = json.loads((RESULTS / f"{source}.json").read_text())
     head, *lines = TABLES[name](data["rows"])
     text = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
     made = data["environment"]
@@ -103,7 +122,7 @@ def render(name: str) -> str:
     seeds = f", {number} seed{'s' * (number != 1)}" if number else ""
     text += [
         "",
-        f"`tests/bench/{name}.py`{seeds}, torch {made['packages']['torch']}, {made['machine']}, {made['date']}.",
+        f"`tests/bench/{source}.py`{seeds}, torch {made['packages']['torch']}, {made['machine']}, {made['date']}.",
     ]
     return "\n".join(text) + "\n"
 
