@@ -175,7 +175,6 @@ class _LayerNormalized:
 class _Layer(_LayerNormalized):
     def forward(self: Any, input: Tensor | PackedSequence, hx: Any = None) -> Any:
         """As the plain layer's: the output of the last layer for all steps, and the last state of each layer."""
-        self._update_flat_weights()
         x, sizes, start = prepare(self, input, hx)
         x, last = run_layers(self, x, sizes, start, self._run, self.dropout if self.training else 0.0)
         return _as_given(self, input, x, last)

@@ -340,6 +340,9 @@ def _part(data: Any, indices: list[int], uint8: Callable[[Tensor], Tensor] | Non
         return {name: _part(value, indices, uint8, 1) for name, value in data.items()}
     if isinstance(data, tuple | list):
         return tuple(_part(value, indices, uint8, 1) for value in data)
+    if isinstance(data, Tensor):  # torch 2.6 can index neither float8 nor wide unsigned integers
+        data = data.float() if data.is_floating_point() and data.itemsize == 1 else data
+        data = data.to(torch.int64) if data.dtype in (torch.uint16, torch.uint32, torch.uint64) else data
     rows = data[indices] if isinstance(data, numpy.ndarray) else data[torch.tensor(indices, device=data.device)]
     return _converted(rows, uint8, depth)
 

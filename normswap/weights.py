@@ -198,7 +198,9 @@ class _Instead:
     """A module with some of its attributes exchanged, for the methods of its class to run on."""
 
     def __init__(self, module: nn.Module, **values: Any):
-        self.__dict__.update(values, _module=module)
+        self._module = module
+        for name, value in values.items():
+            setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(type(self._module), name, None)
