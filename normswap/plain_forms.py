@@ -80,9 +80,11 @@ def to_plain_weight(site: Site, context: Context) -> Swap | str:
     normalized, names = site.base in NORMALIZED.values(), weight_names(old)
     held = {name: old._parameters[f"{name}_v" if normalized else name] for name in names}
     writes: list[tuple[Tensor, Any]] = []
+    note = ""
     for name, weight in held.items():
         assert weight is not None  # for the type checker: a layer of ours has all its weights
         if id(weight) in context.shared:
+            note = "weight no longer shared with another layer"
             held[name] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         writes.append((held[name], partial(old.computed, name)))  # type: ignore[arg-type, operator, misc]
     parameters: dict[str, nn.Parameter | None] = {}
@@ -95,7 +97,7 @@ def to_plain_weight(site: Site, context: Context) -> Swap | str:
         for buffer in (f"{name}_gain", f"{name}_shift"):
             new._buffers.pop(buffer, None)
     form = "normalized" if normalized else "standardized"
-    return Swap(site, new, PLAIN[site.base].__name__, f"{form} weight baked in", True, writes=tuple(writes))
+    return Swap(site, new, PLAIN[site.base].__name__, f"{form} weight baked in", True, note, writes=tuple(writes))
 
 
 PLAIN_NORM = Form("plain", "torch's own layer", "exact", "", "deployment", to_plain_norm)

@@ -331,6 +331,7 @@ def test_tied_weights_stay_tied() -> None:
     ours(torch.randn(3, 4)).square().sum().backward()
     torch.optim.SGD(ours.parameters(), 0.1).step()
     torch.testing.assert_close(ours.a.weight, ours.b.weight)
+    assert all("no longer shared" in change.note for change in normswap.fold(ours).report.changes)
 
 
 def test_a_file_in_torchs_newer_spelling(tmp_path: Path) -> None:
