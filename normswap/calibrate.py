@@ -129,7 +129,7 @@ def _group_errors(site: Site, values: Tensor) -> Iterator[tuple[int, float]]:
         for held, fill in ((norm.weight, 1.0), (norm.bias, 0.0))
     )
     stats = Statistics(weight, bias, mean, var, float(norm.eps))  # type: ignore[arg-type]
-    wide = values.to(mean.dtype) if values.dtype == mean.dtype else values.float()
+    wide = values if values.dtype == mean.dtype else values.float()
     scale, shift = (v.to(wide).view(-1, *[1] * (wide.dim() - 2)) for v in as_affine(stats))
     wanted = wide * scale + shift
     for groups in range(1, AUTO_GROUPS + 1):

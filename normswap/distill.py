@@ -32,7 +32,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from normswap.errors import first_line
-from normswap.probe import count, evaluating
+from normswap.probe import arguments, count, evaluating
 from normswap.report import Calibration
 
 TRAINED = ("weight", "bias", "group_weight", "group_bias")
@@ -346,8 +346,7 @@ def _forward(
     try:
         torch.manual_seed(_SEED)  # a forward that draws numbers draws the same in both
         batch = pytree.tree_map_only(Tensor, Tensor.clone, batch)
-        kwargs = batch if isinstance(batch, dict) else {}
-        args = () if isinstance(batch, dict) else tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+        args, kwargs = arguments(batch)
         output = functional_call(model, tensors, args, kwargs)
     finally:
         for handle in handles:

@@ -26,12 +26,18 @@ class Seen(NamedTuple):
     elements: int
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """`model` on `inputs`: a tuple or list as positional arguments, a dict as keywords, else the one argument."""
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with: a tuple or list as positional arguments, a dict as keywords, else the one argument."""
     if isinstance(inputs, dict):
-        return model(**inputs)
+        return (), inputs
     several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)  # which is a tuple too
-    return model(*inputs) if several else model(inputs)
+    return (tuple(inputs) if several else (inputs,)), {}
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """`model` on `inputs`, taken as `arguments` does."""
+    args, kwargs = arguments(inputs)
+    return model(*args, **kwargs)
 
 
 def fitted(model: nn.Module, inputs: Any) -> Any:

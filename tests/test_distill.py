@@ -430,3 +430,13 @@ def test_strict_standardization_leaves_the_stem_where_there_are_data() -> None:
         kept[scope] = [left.path for left in report.left if "reads the input" in left.reason]
     assert len(kept["normed"]) == 1 and not kept["all"]
     assert "reads the input" not in str(normswap.convert(model, "gn-ws", ws="strict").report.left)
+
+
+def test_packed_sequences_are_fitted_on() -> None:
+    """A packed sequence is one argument, though it is a tuple."""
+    torch.manual_seed(0)
+    packed = [nn.utils.rnn.pack_sequence([torch.randn(n, 3) for n in (5, 3, 2)]) for _ in range(12)]
+    options = {"recurrent": "ln", "calibrate": packed, "calibrate_seconds": 5}
+    found = normswap.convert(nn.LSTM(3, 4), "ln", **options).report.calibration
+    assert found is not None and "not fitted" not in found.note
+    assert found.steps > 0 and found.matched_error is not None
