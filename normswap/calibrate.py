@@ -106,6 +106,13 @@ def measure(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> 
     return found
 
 
+def affine_of(norm: nn.Module, like: Tensor, reset: bool = False) -> tuple[Tensor, Tensor]:
+    """Gain and bias of a norm, widened; 1 and 0, of the shape of `like`, where it has none or shall forget them."""
+    weight = torch.ones_like(like) if norm.weight is None or reset else norm.weight
+    bias = torch.zeros_like(like) if norm.bias is None or reset else norm.bias
+    return widen(weight), widen(bias)  # type: ignore[arg-type]
+
+
 def _normalized(site: Site, values: Tensor) -> Tensor:
     """What the norm makes of `values` of shape (N, C, *spatial), before its gain and bias."""
     eps = float(site.module.eps)  # type: ignore[arg-type]
@@ -124,10 +131,7 @@ def _group_errors(site: Site, values: Tensor) -> Iterator[tuple[int, float]]:
     if site.form != "data":
         return
     mean, var = widen(norm.running_mean), widen(norm.running_var)  # type: ignore[arg-type]
-    weight, bias = (
-        torch.full_like(mean, fill) if held is None else widen(held)  # type: ignore[arg-type]
-        for held, fill in ((norm.weight, 1.0), (norm.bias, 0.0))
-    )
+    weight, bias = affine_of(norm, mean)
     stats = Statistics(weight, bias, mean, var, float(norm.eps))  # type: ignore[arg-type]
     wide = values if values.dtype == mean.dtype else values.float()
     scale, shift = (v.to(wide).view(-1, *[1] * (wide.dim() - 2)) for v in as_affine(stats))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from normswap.calibrate import AUTO_CHANNELS, AUTO_GROUPS, Measured
+from normswap.calibrate import AUTO_CHANNELS, AUTO_GROUPS, Measured, affine_of
 from normswap.errors import OptionError
 from normswap.graph import Flow
 from normswap.layers import BatchChannelNorm
@@ -126,12 +126,12 @@ def read_statistics(site: Site, context: Context) -> Statistics | None:
 def _own_statistics(site: Site, context: Context) -> Statistics | None:
     norm, eps, measured = site.module, eps_of(site.module), context.measured.get(site.path)
     if "data" in site.form and isinstance(norm.running_mean, Tensor) and isinstance(norm.running_var, Tensor):
-        weight, bias = _affine(norm, norm.running_mean, context)
+        weight, bias = affine_of(norm, norm.running_mean, context.transfer == "reset")
         stats = Statistics(weight, bias, widen(norm.running_mean), widen(norm.running_var), eps)
     elif site.form == "data" or measured is None:
         return None
     else:
-        weight, bias = _affine(norm, measured.moments.mean, context)
+        weight, bias = affine_of(norm, measured.moments.mean, context.transfer == "reset")
         stats = Statistics(weight, bias, measured.moments.mean, measured.moments.var, eps)
     if site.form == "data" or context.transfer != "match":
         return stats
@@ -144,14 +144,6 @@ def _own_statistics(site: Site, context: Context) -> Statistics | None:
     each = norm.num_features // norm.num_groups
     both = as_batch_norm(measured.moments, gain.repeat_interleave(each), shift.repeat_interleave(each), eps)
     return both._replace(weight=torch.where(weight < 0, -both.weight, both.weight))
-
-
-def _affine(norm: nn.Module, like: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-    """Gain and bias of a norm, 1 and 0 where it has none or shall forget them."""
-    reset = context.transfer == "reset"
-    weight = torch.ones_like(like) if norm.weight is None or reset else norm.weight
-    bias = torch.zeros_like(like) if norm.bias is None or reset else norm.bias
-    return widen(weight), widen(bias)  # type: ignore[arg-type]
 
 
 def eps_of(norm: nn.Module) -> float:
