@@ -28,7 +28,7 @@ from normswap.transfer import (
 
 AUTO_ELEMENTS = 16
 """`groups="auto"`: at least so many elements in each group, beside at most `AUTO_GROUPS` of at least `AUTO_CHANNELS` channels."""
-_TOLERANCE = 1.1
+_TOLERANCE = 1.03
 """On data, `auto` takes the most groups whose error is within so many times the least: more groups fine-tune better."""
 LEAST_ELEMENTS = 2  # one element a group is its own mean: the norm would erase it
 
