@@ -1,9 +1,9 @@
 """Which start and which target to take at which batch size: nets trained with BatchNorm, fine-tuned on a shifted task.
 
 Run: python tests/bench/fine_tune.py [--json] [--results FILE] [--cache FOLDER] [--quick] [--nets A,B] [--seeds 3] [--batches 1,2,4,16]
-[--steps 200,200,100,50] [--rates 2e-4,6e-4,1.8e-3] [--threads 1]
-[--processes 1]. The task is the digits turned, fainter and noisy. Every start gets
-the same: AdamW with a rate that falls to 0 by a cosine, the best of the rates by the accuracy on 300 images apart (net of
+[--steps 200,200,100,50] [--rates 2e-4,6e-4,1.8e-3] [--threads 1] [--processes 1] [--starts "gn matched;gn calibrated"]
+[--task shifted]. The task is the digits turned, fainter and noisy, or with `--task same` those that the nets were trained on. A calibrated
+start was fitted for up to half a minute to 256 unlabelled images of the old task. Every start gets the same: AdamW with a rate that falls to 0 by a cosine, the best of the rates by the accuracy on 300 images apart (net of
 seed 0, half the steps), then that many steps from the net of each seed. Each number is accuracy on held-out images: the mean
 over the seeds, with its standard deviation. "steps" are the steps done of the whole budget, so those in between are not yet cooled down.
 """
@@ -35,6 +35,7 @@ STARTS: dict[str, dict[str, Any] | None] = {
     "gn reset": {"to": "gn", "transfer": "reset"},
     "gn copied": {"to": "gn", "transfer": "copy"},
     "gn matched": {"to": "gn"},
+    "gn calibrated": {"to": "gn", "calibrate": 256, "calibrate_seconds": 30.0},
     "ln matched": {"to": "ln"},
     "in matched": {"to": "in"},
     "gn-ws matched": {"to": "gn-ws"},
@@ -46,10 +47,13 @@ LOOKS = (25, 50, 100)
 """Steps after which a net is looked at on its way, at batch 2."""
 
 
-def start_from(net: nn.Module, start: str) -> nn.Module:
-    """A copy of the net with the norms, and the gain and bias, of that start."""
+def start_from(net: nn.Module, start: str, images: Tensor) -> nn.Module:
+    """A copy of the net with the norms, and the gain and bias, of that start; `images` are those it may be calibrated on."""
     options = STARTS[start]
-    return copy.deepcopy(net) if options is None else normswap.convert(net, **options).model
+    if options is None:
+        return copy.deepcopy(net)
+    data = {"calibrate": images[: options["calibrate"]]} if "calibrate" in options else {}
+    return normswap.convert(net, **options | data).model
 
 
 def fine_tune(
@@ -84,8 +88,9 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     names = arguments.nets.split(",")
     if arguments.quick:
         names, arguments.seeds, arguments.rates, arguments.batches, arguments.steps = names[:1], 1, "6e-4", "2", "20"
+    starts = arguments.starts.split(";") if arguments.starts else [*STARTS]
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        for rows in pool.imap(_cell, [(arguments, name, start) for name in names for start in STARTS]):
+        for rows in pool.imap(_cell, [(arguments, name, start) for name in names for start in starts]):
             yield from rows
 
 
@@ -96,13 +101,16 @@ def _cell(asked: tuple[argparse.Namespace, str, str]) -> list[Row]:
     budgets = dict(zip(numbers(arguments.batches), numbers(arguments.steps), strict=True))
     rates = [float(rate) for rate in arguments.rates.split(",")]
     data = digits()
-    images, labels = shifted(data[0], 0).contiguous(memory_format=torch.channels_last), data[1]
+    moved = shifted if arguments.task == "shifted" else lambda images, seed: images
+    images, labels = moved(data[0], 0).contiguous(memory_format=torch.channels_last), data[1]
     apart = images[:VALIDATED], labels[:VALIDATED]
-    images, labels, held_out = images[VALIDATED:], labels[VALIDATED:], (shifted(data[2], 1), data[3])
+    images, labels, held_out = images[VALIDATED:], labels[VALIDATED:], (moved(data[2], 1), data[3])
     cache = Path(arguments.cache) if arguments.cache else None
-    starts = [start_from(trained(name, cache, "digits", seed, data), start) for seed in range(arguments.seeds)]
+    nets = [trained(name, cache, "digits", seed, data) for seed in range(arguments.seeds)]
+    starts = [start_from(net, start, data[0]) for net in nets]
     before = mean_spread([accuracy(net, *held_out) for net in starts])
-    rows = [{"net": name, "start": start, "batch": "", "rate": "", "steps": 0, "accuracy": before}]
+    same = {"task": arguments.task, "net": name}
+    rows = [{**same, "start": start, "batch": "", "rate": "", "steps": 0, "accuracy": before}]
     for batch, steps in budgets.items():
         scores = {rate: _tried(starts[0], images, labels, apart, rate, batch, steps // 2) for rate in rates}
         best = max(scores, key=lambda rate: scores[rate])
@@ -114,7 +122,7 @@ def _cell(asked: tuple[argparse.Namespace, str, str]) -> list[Row]:
         for done, values in found.items():
             rows.append(
                 {
-                    "net": name,
+                    **same,
                     "start": start,
                     "batch": batch,
                     "rate": best,
@@ -172,4 +180,6 @@ if __name__ == "__main__":
         rates="2e-4,6e-4,1.8e-3",
         threads=1,
         processes=1,
+        starts="",
+        task="shifted",
     )

@@ -1,4 +1,5 @@
-"""How many groups keep most: accuracy and drift right after conversion to matched GroupNorm, over 1, 2, 4, … groups and `auto`.
+"""How many groups keep most: accuracy and drift right after conversion to matched GroupNorm, over 1, 2, 4, … groups and `auto`,
+which on data (256 training images, whose labels are not used) chooses by what they show; nothing is fitted to them here.
 
 Run: python tests/bench/groups.py [--json] [--results FILE] [--cache FOLDER] [--seeds 3] [--threads 1]; about five minutes on one
 core once the nets are trained. A number that a layer's channels can't be divided by becomes the largest divisor below it.
@@ -22,12 +23,14 @@ from torch import nn
 import normswap
 
 ALL = "all nets"
+AUTO, ON_DATA = "auto", "auto, on data"
+SAMPLES = 256
 
 
 def choices(net: nn.Module) -> list[int | str]:
-    """1, 2, 4, … up to the most channels that a norm of the net has, and `auto`."""
+    """1, 2, 4, … up to the most channels that a norm of the net has, and `auto`, without and with data."""
     widest = max(m.num_features for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    return [*(2**k for k in range(widest.bit_length())), "auto"]
+    return [*(2**k for k in range(widest.bit_length())), AUTO, ON_DATA]
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -36,13 +39,16 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     everywhere: dict[int | str, list[tuple[float, float]]] = defaultdict(list)
     for task, name in pairs():
         data = TASKS[task]()
-        _, _, images, labels = data
+        some, _, images, labels = data
         scores: dict[int | str, list[tuple[float, float]]] = defaultdict(list)
         for seed in range(arguments.seeds):
             net = trained(name, cache, task, seed, data)
             told = outputs(net, images)
             for groups in choices(net):
-                tells = outputs(normswap.convert(net, "gn", groups=groups).model, images)
+                options = (
+                    {"calibrate": some[:SAMPLES], "calibrate_seconds": 0} if groups == ON_DATA else {"groups": groups}
+                )
+                tells = outputs(normswap.convert(net, "gn", **options).model, images)
                 right = (tells.argmax(1) == labels).double().mean().item()
                 scores[groups].append((right, ((tells - told).norm() / told.norm()).item()))
         for groups, found in scores.items():
@@ -67,7 +73,7 @@ def picture(rows: list[Row]) -> str:
         ):
             series: dict[str, dict[str, float]] = defaultdict(dict)
             for row in rows:
-                if row["task"] == task and row["groups"] != "auto":
+                if row["task"] == task and row["groups"] not in (AUTO, ON_DATA):
                     series[row["net"]][str(row["groups"])] = value(row)
             charts.append(Chart(f"{task}, before training", "groups", label, series))
     return draw(charts)

@@ -75,6 +75,16 @@ def fine_tune(rows: list[Row]) -> list[list[str]]:
     return table
 
 
+def fine_tune_calibrated(rows: list[Row]) -> list[list[str]]:
+    """The table of `fine_tune` for each task."""
+    table: list[list[str]] = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        head, *lines = fine_tune([row for row in rows if row["task"] == task])
+        table += [] if table else [["task", *head]]
+        table += [[task, *line] for line in lines]
+    return table
+
+
 def small_batch(rows: list[Row]) -> list[list[str]]:
     """A line a norm: the error at each batch size."""
     batches = list(dict.fromkeys(row["batch"] for row in rows))
@@ -107,6 +117,7 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "recurrent": recurrent,
     "recurrent_speed": recurrent_speed,
     "fine_tune": fine_tune,
+    "fine_tune_calibrated": fine_tune_calibrated,
     "small_batch": small_batch,
 }
 
@@ -114,6 +125,7 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
 def render(name: str) -> str:
     """The table of that name as Markdown, and under it with what and when it was measured."""
     source = name.removesuffix("_speed")
+    script = source.removesuffix("_calibrated")
     data = json.loads((RESULTS / f"{source}.json").read_text())
     head, *lines = TABLES[name](data["rows"])
     text = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
@@ -122,7 +134,7 @@ def render(name: str) -> str:
     seeds = f", {number} seed{'s' * (number != 1)}" if number else ""
     text += [
         "",
-        f"`tests/bench/{source}.py`{seeds}, torch {made['packages']['torch']}, {made['machine']}, {made['date']}.",
+        f"`tests/bench/{script}.py`{seeds}, torch {made['packages']['torch']}, {made['machine']}, {made['date']}.",
     ]
     return "\n".join(text) + "\n"
 
