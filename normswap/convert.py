@@ -16,7 +16,6 @@ from normswap.account import (
     changes_of,
     count_elements,
     drift_of,
-    is_reported,
     is_untrained,
     left_unasked,
     nothing_to_convert,
@@ -25,19 +24,20 @@ from normswap.account import (
     totals_of,
 )  # fmt: skip
 from normswap.calibrate import Measured, measure, measure_vectors
+from normswap.decide import check_groups, decide
 from normswap.distill import distill
 from normswap.errors import ModelError, OptionError
 from normswap.graph import find_flow
-from normswap.plan import Context, Swap, parse_groups
+from normswap.plan import Context, parse_groups
 from normswap.probe import Seen
 from normswap.recurrent import LAYER_NORMALIZED
-from normswap.report import Calibration, Drift, Left, Report
+from normswap.report import Calibration, Drift, Report
 from normswap.selection import Pattern, check_model, copy_of, hidden_layers, select, shared_tensors
-from normswap.sites import Site, find_sites
+from normswap.sites import find_sites
 from normswap.swap import apply
-from normswap.targets import PLAIN_TARGET, Target, parse_target, plan_norm, plan_weight
+from normswap.targets import PLAIN_TARGET, Target, parse_target
 from normswap.trace import clone
-from normswap.weight_forms import RECURRENT, strict_rescaling
+from normswap.weight_forms import RECURRENT
 from normswap.weights import LAYERS
 
 Progress = Callable[[str], None]
@@ -224,10 +224,7 @@ def run(
     )  # fmt: skip
 
     progress("working out the new layers")
-    swaps, left = _decide(sites, chosen, target, context)
-    left += [
-        Left(where, "norm", name, "is a function call that no module holds") for where, name in flow.functional.items()
-    ]
+    swaps, left = decide(sites, chosen, target, context)
     hidden, notices = hidden_layers(work)
     for notice in notices:
         warnings.warn(notice, stacklevel=4)
@@ -235,7 +232,7 @@ def run(
         raise ModelError(
             nothing_to_convert(target, left + hidden) + left_unasked(sites, options.layers, options.recurrent)
         )
-    _check_groups(target, swaps, options)
+    check_groups(target, swaps, options.groups)
     if target.norm and swaps and not any(swap.site.kind == "norm" for swap in swaps):
         notices.append(
             f"no norm was changed: the model has none that {target.norm.name} can replace; see what was left"
@@ -288,44 +285,3 @@ def run(
         recipe_of(target, options, changes), tuple(notices), calibration,
     )  # fmt: skip
     return Conversion(work, report)
-
-
-# ---- decide and build ----
-
-
-def _decide(
-    sites: Sequence[Site], chosen: set[Site], target: Target, context: Context
-) -> tuple[list[Swap], list[Left]]:
-    """A swap, built, or a reason for every site; norms first, since what they fold into changes the weights."""
-    norms = [site for site in sites if site.kind == "norm"]
-    weights = [site for site in sites if site.kind == "weight"]
-    if target.weight is not None and target.weight.name == "ws" and context.ws == "strict":
-        for site in norms:
-            into = context.sites.get(context.flow.feeder(site.path)[0] or "")
-            if into in chosen and site in chosen and isinstance(plan_weight(into, target, context), Swap):
-                context.rescaled[site.path] = strict_rescaling(into)
-    plans: dict[Site, Swap | str] = dict.fromkeys(sites, "not selected")
-    for site in norms:
-        if site in chosen:
-            swap = plans[site] = plan_norm(site, target, context)
-            if isinstance(swap, Swap) and swap.absorb:
-                context.absorbed[swap.absorb.site.path] = swap.absorb.affine.scale
-    for site in weights:
-        if site in chosen:
-            plans[site] = plan_weight(site, target, context)
-    swaps = [plan for plan in plans.values() if isinstance(plan, Swap)]
-    layers = (*context.layers, "rnn") if context.recurrent else context.layers
-    left = [
-        Left(path, site.kind, site.name, plan)
-        for site, plan in plans.items()
-        if isinstance(plan, str) and site.path not in context.absorbed and is_reported(site, layers)
-        for path in site.paths
-    ]
-    return swaps, left
-
-
-def _check_groups(target: Target, swaps: Sequence[Swap], options: Options) -> None:
-    _, number = parse_groups(options.groups)
-    widths = [swap.site.channels for swap in swaps if swap.site.kind == "norm"]
-    if target.norm and target.norm.name in ("gn", "bcn") and widths and number > max(widths):
-        raise OptionError(f"groups: {options.groups} is more than the {max(widths)} channels of the widest layer")

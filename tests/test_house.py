@@ -17,6 +17,7 @@ FLOORS = [
     {"plain_forms"},
     {"targets"},
     {"selection", "account"},
+    {"decide"},
     {"convert"},
     {"recipe"},
     {"fitting"},
