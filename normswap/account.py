@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -14,7 +15,7 @@ from normswap import probe
 from normswap.errors import ModelError, NormswapError
 from normswap.plan import Swap
 from normswap.recurrent import LAYER_NORMALIZED
-from normswap.report import Change, Drift, Left, Totals
+from normswap.report import Change, Drift, Left, Node, Totals
 from normswap.sites import Site, find_sites
 from normswap.targets import Target
 from normswap.weights import LAYERS
@@ -64,10 +65,37 @@ def totals_of(
     return Totals(kinds["norm"], kinds["weight"], len(left), before[0], after[0], before[1], after[1])
 
 
-def drift_of(model: nn.Module, before: Any, inputs: Any, name: str, exact: bool) -> Drift:
-    """The measured drift; raises `ModelError` where a model does not run any more, or moved though it should not have."""
+def modules_of(before: Mapping[str, str], model: nn.Module, changes: Sequence[Change]) -> tuple[Node, ...]:
+    """The tree, before and after; `before` are the names of modules by path, as `names_of` has them."""
+    written = {path: change for change in changes for path in change.paths}
+    after = names_of(model)
+    pairs = ((path, before.get(path, ""), after.get(path, "")) for path in dict.fromkeys([*before, *after]))
+    return tuple(
+        Node(path, written[path].before, written[path].after) if path in written else Node(path, old, new)
+        for path, old, new in pairs
+    )
+
+
+def names_of(model: nn.Module) -> dict[str, str]:
+    """The class of each module by its first path."""
+    return {path: type(module).__name__ for path, module in model.named_modules()}
+
+
+def drift_of(
+    model: nn.Module,
+    before: Any,
+    inputs: Any,
+    name: str,
+    exact: bool,
+    sketches: probe.Sketches,
+    changed: Container[str],
+) -> Drift:
+    """The measured drift, also that of the changed layers among the `sketches` of before; raises `ModelError` where a model does not run any more, or moved though it should not have."""
     try:
-        moved = probe.drift(before, probe.run(model, inputs)[0], name)
+        taps = [path for path in sketches if path in changed]
+        now: probe.Sketches = {}
+        output, _ = probe.run(model, inputs, sketches=now, taps=taps)
+        moved = probe.drift(before, output, name)
     except ModelError as error:
         raise ModelError(f"after conversion {error}; leave what it needs with exclude=") from error
     precision = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
@@ -76,7 +104,8 @@ def drift_of(model: nn.Module, before: Any, inputs: Any, name: str, exact: bool)
             f"this conversion should be exact, but on {name} the output moved by {moved.relative_l2:.2g} (relative L2): the "
             "forward does something that could not be seen; leave the layers concerned with exclude=, and please report it"
         )
-    return moved
+    old = {path: sketches[path] for path in taps}
+    return replace(moved, layers=tuple(probe.layer_drifts(old, now)))
 
 
 def recipe_of(target: Target, options: object, changes: Sequence[Change]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-import time
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -79,6 +79,12 @@ Trust = Annotated[bool, typer.Option("--trust", help="Run whatever code the file
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")]
 Full = Annotated[bool, typer.Option("--full", help="Print a line for every layer.")]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", metavar="FILE", help="Write the report too: a page (.html), .md, .json or a picture (.svg)."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 
 
@@ -160,6 +166,7 @@ def convert(
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report, and write nothing.")] = False,
     as_json: Json = False,
+    report_file: ReportFile = None,
     full: Full = False,
     quiet: Quiet = False,
 ) -> None:
@@ -171,6 +178,7 @@ def convert(
 
     form = format.value if format else None
     with _speaking(_PHASES, quiet or as_json) as progress:
+        _check_report(report_file, overwrite)
         shape, arguments = _parse_shape(input_shape), sources.parse_arguments(model_arg or [])
         size = _numbers("--input-size", input_size, int)
         report = files.convert_file(
@@ -181,6 +189,7 @@ def convert(
             mean=_numbers("--mean", mean, float), std=_numbers("--std", std, float),
             layers=tuple(layers.split(",")), recurrent=recurrent, include=include or None, exclude=exclude or None,
         )  # fmt: skip
+        _write_report(report, input, report_file, overwrite)
     _print(report, input, "" if dry_run else str(out or files.default_out(input, to, form)), as_json, full, quiet)
 
 
@@ -195,6 +204,7 @@ def fold(
     trust: Trust = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    report_file: ReportFile = None,
     full: Full = False,
     quiet: Quiet = False,
 ) -> None:
@@ -205,11 +215,13 @@ def fold(
     from normswap import files, sources
 
     with _speaking(2, quiet or as_json) as progress:
+        _check_report(report_file, overwrite)
         progress(f"folding {input}")
         report = files.fold_file(
             input, out, model=model, model_args=sources.parse_arguments(model_arg or []), key=key,
             allow=_importable(allow), trust=trust, overwrite=overwrite,
         )  # fmt: skip
+        _write_report(report, input, report_file, overwrite)
     _print(report, input, str(out or files.default_out(input, "fold")), as_json, full, quiet)
 
 
@@ -220,7 +232,9 @@ def diff(
     key: Key = None,
     allow: Allow = None,
     trust: Trust = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report file.")] = False,
     as_json: Json = False,
+    report_file: ReportFile = None,
     full: Full = False,
     quiet: Quiet = False,
 ) -> None:
@@ -231,8 +245,10 @@ def diff(
     from normswap.diff import diff as compare
 
     with _speaking(2, quiet or as_json) as progress:
+        _check_report(report_file, overwrite)
         progress(f"comparing {a} with {b}")
         report = compare(a, b, key=key, allow=_importable(allow), trust=trust)
+        _write_report(report, f"{a} and {b}", report_file, overwrite)
     _print(report, f"{a} and {b}", "", as_json, full, quiet)
 
 
@@ -257,23 +273,29 @@ def _speaking(phases: int, silent: bool) -> Iterator[Callable[[str], None]]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, transient=True, disable=silent or not console.is_terminal)
-    task, started = bar.add_task("starting", total=phases), time.monotonic()
+    task = bar.add_task("starting", total=phases)
+    later = threading.Timer(_PATIENCE, bar.start)  # a short run needs no bar, and a long phase gets one too
+    later.daemon = True
 
     def step(phase: str) -> None:
         bar.update(task, description=phase, advance=0 if "%" in phase else 1)
-        if time.monotonic() - started > _PATIENCE:
-            bar.start()
 
+    def done() -> None:
+        later.cancel()
+        bar.stop()
+
+    if not bar.disable:
+        later.start()
     try:
         with redirect_stdout(sys.stderr), warnings.catch_warnings():  # what a model prints is not the report
             warnings.simplefilter("ignore", UserWarning)  # the report repeats ours; torch's are not the user's doing
             yield step
     except NormswapError as error:
-        bar.stop()
+        done()
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     finally:
-        bar.stop()
+        done()
 
 
 def _parse_shape(text: str | None) -> tuple[int, ...] | None:
@@ -302,6 +324,20 @@ def _importable(allow: list[str] | None) -> list[str]:
     if allow and "" not in sys.path:
         sys.path.insert(0, "")
     return allow or []
+
+
+def _check_report(path: Path | None, overwrite: bool) -> None:
+    if path is not None:
+        from normswap import views
+
+        views.check(path, overwrite)
+
+
+def _write_report(report: Any, source: str, path: Path | None, overwrite: bool) -> None:
+    if path is not None:
+        from normswap import views
+
+        views.write(report, source, path, overwrite)
 
 
 def _print(report: Any, source: str, out: str, as_json: bool, full: bool, quiet: bool) -> None:

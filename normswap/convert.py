@@ -18,6 +18,8 @@ from normswap.account import (
     drift_of,
     is_untrained,
     left_unasked,
+    modules_of,
+    names_of,
     nothing_to_convert,
     prove,
     recipe_of,
@@ -191,7 +193,8 @@ def run(
     chosen, excluded = select(sites, options.include, options.exclude)
     progress("tracing what feeds what")
     flow = find_flow(work, sites)
-    before: Any = None
+    names, before = names_of(work), None
+    sketches: probe.Sketches = {}
     sizes, measured = dict(seen or {}), dict(measured or {})
     problem = ""
     batches = [probe.fitted(work, samples.first_inputs(work, batch)) for batch in options.calibrate or ()]
@@ -201,7 +204,10 @@ def run(
         progress("running the model before")
         try:
             watched = [site for site in sites if probe_only or site.kind == "norm"]
-            before, found = probe.run(work, example_inputs, watched, _PATIENCE if probe_only else None)
+            tapped = [site.path for site in sites if site.kind == ("norm" if target.norm else "weight")]
+            before, found = probe.run(
+                work, example_inputs, watched, _PATIENCE if probe_only else None, sketches=sketches, taps=tapped
+            )
             sizes |= {} if probe_only else found
         except ModelError as error:
             if not probe_only:
@@ -276,12 +282,13 @@ def run(
     if example_inputs is not None:
         progress("running the model after")
         exact = all(swap.exact for swap in swaps)
-        moved = (
-            Drift(probe_name, note=problem) if problem else drift_of(work, before, example_inputs, probe_name, exact)
-        )
+        moved = Drift(probe_name, note=problem)
+        if not problem:
+            changed = {swap.site.path for swap in swaps}
+            moved = drift_of(work, before, example_inputs, probe_name, exact, sketches, changed)
     left = sorted(left + hidden, key=lambda entry: entry.path)
     report = Report(
         target.name, tuple(changes), tuple(left), totals_of(changes, left, counts, count_elements(work)), moved,
-        recipe_of(target, options, changes), tuple(notices), calibration,
+        recipe_of(target, options, changes), tuple(notices), calibration, modules_of(names, work, changes),
     )  # fmt: skip
     return Conversion(work, report)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normswap import checkpoint, entries
 from normswap.disk import release
-from normswap.report import Change, Left, Report, Totals
+from normswap.report import Change, Left, Node, Report, Totals
 
 Side = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 TARGET = "diff"
@@ -27,8 +27,8 @@ def diff(a: Side, b: Side, *, key: str | None = None, trust: bool = False, allow
     """
     old, new = (_open(side, key, trust, allow) for side in (a, b))
     before, after = _tensors(old), _tensors(new)
-    modules = list(_modules(old, new)) if isinstance(old, nn.Module) and isinstance(new, nn.Module) else []
-    changes = [*modules, *_changes(before, after)]
+    nodes = tuple(_tree(old, new))
+    changes = [*_modules(nodes), *_changes(before, after)]
     differ = {path for change in changes if change.kind == "tensor" for path in change.paths}
     left = tuple(
         Left(name, "tensor", str(value.dtype).removeprefix("torch."), "same")
@@ -37,9 +37,8 @@ def diff(a: Side, b: Side, *, key: str | None = None, trust: bool = False, allow
     )
     counts = [_count(side) for side in (old, new)]
     totals = Totals(0, 0, len(left), counts[0][0], counts[1][0], counts[0][1], counts[1][1])
-    return Report(
-        TARGET, tuple(changes), left, totals, warnings=tuple(_made(old, "the first") + _made(new, "the second"))
-    )
+    made = tuple(_made(old, "the first") + _made(new, "the second"))
+    return Report(TARGET, tuple(changes), left, totals, warnings=made, modules=nodes)
 
 
 def _open(side: Side, key: str | None, trust: bool, allow: Iterable[str]) -> Any:
@@ -54,16 +53,20 @@ def _tensors(side: Any) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _modules(old: nn.Module, new: nn.Module) -> Iterator[Change]:
+def _tree(old: Any, new: Any) -> Iterator[Node]:
+    """The modules of both sides by path, where both have some."""
+    if isinstance(old, nn.Module) and isinstance(new, nn.Module):
+        before, after = (dict(side.named_modules(remove_duplicate=False)) for side in (old, new))
+        for path in dict.fromkeys([*before, *after]):
+            yield Node(path, *(_layer(side[path]) if path in side else "" for side in (before, after)))
+
+
+def _modules(nodes: Iterable[Node]) -> Iterator[Change]:
     """Paths that lead to modules of different classes, or only on one side."""
-    before, after = (dict(side.named_modules(remove_duplicate=False)) for side in (old, new))
-    for path in dict.fromkeys([*before, *after]):
-        names = [_layer(side[path]) if path in side else "nothing" for side in (before, after)]
-        if names[0] != names[1]:
-            how = (
-                "modules added" if path not in before else "modules removed" if path not in after else "modules changed"
-            )
-            yield Change((path,), "module", names[0], names[1], how, False)
+    for node in nodes:
+        if node.before != node.after:
+            how = "modules added" if not node.before else "modules removed" if not node.after else "modules changed"
+            yield Change((node.path,), "module", node.before or "nothing", node.after or "nothing", how, False)
 
 
 def _layer(module: nn.Module) -> str:

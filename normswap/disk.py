@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,8 +23,9 @@ from normswap.errors import FileError, first_line
 
 try:
     import fcntl
+    import resource
 except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = resource = None  # type: ignore[assignment]
 
 _RELEASED_FROM = 1 << 16  # bytes; smaller blocks are not worth a system call
 _MADV_DONTNEED = 4
@@ -214,6 +216,14 @@ def _sync(path: Path) -> None:
 
 
 # ---- memory ----
+
+
+def peak_memory() -> int | None:
+    """The most bytes of memory that this process has held at once; None where the system does not tell."""
+    if resource is None:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def release(tensor: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from normswap.entries import Binding, Entry
 from normswap.errors import FileError, ModelError, NormswapError, OptionError, first_line
 from normswap.fitting import fill, parameters_of, source_of, with_others
 from normswap.optimizer import Parameter
-from normswap.report import Change, Left, Report
+from normswap.report import Change, Cost, Left, Node, Report
 from normswap.sources import Source
 from normswap.targets import PLAIN_TARGET, Target, parse_target
 
@@ -84,6 +85,7 @@ def convert_file(
     Raises:
         NormswapError: with nothing written.
     """
+    started = time.monotonic()
     asked, target = Options(**options), parse_target(to)
     if not sources.is_spec(str(path)):
         checkpoint.check_input(Path(path))
@@ -117,7 +119,11 @@ def convert_file(
     if not dry_run:
         progress(f"writing {out}")
         _write(found, out, form, key, overwrite)
-    return report
+    return _with_cost(report, started)
+
+
+def _with_cost(report: Report, started: float) -> Report:
+    return replace(report, cost=Cost(time.monotonic() - started, disk.peak_memory()))
 
 
 @contextmanager
@@ -268,7 +274,10 @@ def _with_baked(report: Report, baked: Report) -> Report:
         for c in report.changes
     )
     sizes = {name: getattr(baked.totals, name) for name in ("parameters_after", "buffers_after")}
-    return replace(report, changes=changes, totals=replace(report.totals, **sizes))
+    then = {node.path: node.after for node in baked.modules}
+    before = {node.path: node.before for node in report.modules}
+    modules = tuple(Node(path, before.get(path, ""), then.get(path, "")) for path in {**before, **then})
+    return replace(report, changes=changes, totals=replace(report.totals, **sizes), modules=modules)
 
 
 def _convert_bare(entry: Entry, where: Path, job: _Job) -> _Done:
@@ -399,13 +408,14 @@ def fold_file(
     """Fold the converted model in a file into plain torch layers and save it; `model.fold.pt` by default."""
     if sources.is_spec(str(path)):
         raise OptionError(f"{path} is a model, not a converted file; convert it first: --to fold, or --to gn-ws --fold")
+    started = time.monotonic()
     out = default_out(path, "fold") if out is None else Path(out)
     checkpoint.check_format(out, None, overwrite)
     found = checkpoint.read(path, trust=trust, allow=allow, scratch=out.resolve().parent)
     with _naming(path):
         found, report = _convert(found, key, _Job(PLAIN_TARGET, Options(), model, model_args or {}))
     checkpoint.write(found, out, overwrite=overwrite)
-    return report
+    return _with_cost(report, started)
 
 
 def _folded(value: Any) -> Any:

@@ -257,16 +257,20 @@ def choose_groups(site: Site, context: Context) -> tuple[int, str] | str:
     if within := {n: error for n, error in errors.items() if n <= chosen}:
         kept = max(n for n, error in within.items() if error <= _TOLERANCE * min(within.values()))
         if kept < chosen:
-            return kept, f"{kept} groups, not {chosen}: they keep more on the data"
+            return kept, f"{_plural(kept)}, not {chosen}: keeps more on the data"
     if kind == "channels" and channels % number == 0 and chosen == asked:
         return chosen, ""
     if chosen == asked and kind != "channels":
         return chosen, ""
     if limit < asked:
         few = "one element" if elements == 1 else f"{elements} elements"
-        return chosen, f"{chosen} groups, not {asked}: {few} a channel"
+        return chosen, f"{_plural(chosen)}, not {asked}: {few} a channel"
     wanted = f"{number} channels a group" if kind == "channels" else f"{asked} groups"
-    return chosen, f"{chosen} groups: {channels} channels do not divide into {wanted}"
+    return chosen, f"{_plural(chosen)}: {channels} channels do not divide into {wanted}"
+
+
+def _plural(groups: int) -> str:
+    return "1 group" if groups == 1 else f"{groups} groups"
 
 
 def elements_of(site: Site, context: Context) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,17 +14,23 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from normswap.errors import ModelError, OptionError, first_line
-from normswap.report import Drift
+from normswap.report import Drift, LayerDrift
 from normswap.sites import Site
 
 _SEED = 0
 
 
+_SKETCH = 1 << 14  # elements of a layer's output that are kept to compare
+
+
 class Seen(NamedTuple):
-    """Of the input of a norm: its dimensions, and the least elements that a channel of a sample had."""
+    """Of the input of a layer: its dimensions, the least elements that a channel of a sample had, and its last size behind
+    (N, C).
+    """
 
     dims: int
     elements: int
+    spatial: tuple[int, ...] = ()
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -76,12 +83,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+Sketches = dict[str, Tensor]
+"""By path, some elements of the first output of a layer."""
+
+
 def run(
-    model: nn.Module, inputs: Any, sites: Iterable[Site] = (), limit: float | None = None, name: str = "example inputs"
+    model: nn.Module,
+    inputs: Any,
+    sites: Iterable[Site] = (),
+    limit: float | None = None,
+    name: str = "example inputs",
+    sketches: Sketches | None = None,
+    taps: Iterable[str] = (),
 ) -> tuple[Any, dict[str, Seen]]:
     """The output of `model` in eval mode, and what each of `sites` saw that it reached.
 
-    Raises `ModelError` where the forward fails, or reaches a site after more than `limit` seconds.
+    `sketches` gets some elements of what the layers at the paths `taps` put out, in the order in which they run. Raises `ModelError` where the forward fails, or reaches a site after more than `limit` seconds.
     """
     seen: dict[str, Seen] = {}
     started = time.monotonic()
@@ -91,14 +108,23 @@ def run(
             if limit is not None and time.monotonic() - started > limit:
                 raise TimeoutError
             if args and isinstance(args[0], Tensor) and args[0].dim() >= 2:
-                size = args[0].shape[2:].numel()
-                seen[site.path] = Seen(
-                    args[0].dim(), min(size, seen[site.path].elements if site.path in seen else size)
-                )
+                spatial = tuple(args[0].shape[2:])
+                size = math.prod(spatial)
+                least = min(size, seen[site.path].elements if site.path in seen else size)
+                seen[site.path] = Seen(args[0].dim(), least, spatial)
 
         return site.module.register_forward_pre_hook(note)
 
+    def tap(path: str, into: Sketches) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if path not in into and isinstance(output, Tensor) and output.is_floating_point() and output.numel():
+                flat = output.detach().flatten()
+                into[path] = flat[:: -(-len(flat) // _SKETCH)].float().cpu()
+
+        return model.get_submodule(path).register_forward_hook(note)
+
     handles = [watch(site) for site in sites]
+    handles += [] if sketches is None else [tap(path, sketches) for path in taps]
     try:
         with evaluating(model), torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)  # a forward that draws numbers draws the same before and after
@@ -131,6 +157,14 @@ def drift(before: Any, after: Any, probe: str) -> Drift:
     relative = ((b - a).norm() / a.norm()).item()
     cosine = nn.functional.cosine_similarity(a, b, dim=0).item() if b.norm() > 0 else None
     return Drift(probe, relative, cosine, top1)
+
+
+def layer_drifts(before: Sketches, after: Sketches) -> Iterator[LayerDrift]:
+    """How far each layer moved, in the order of `before`; those that cannot be compared are left out."""
+    for path, old in before.items():
+        new = after.get(path)
+        if new is not None and new.shape == old.shape and old.isfinite().all() and new.isfinite().all() and old.any():
+            yield LayerDrift(path, ((new - old).norm() / old.norm()).item())
 
 
 def _tensors(output: Any) -> list[Tensor]:

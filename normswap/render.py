@@ -2,62 +2,34 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from normswap.report import Calibration, Change, Drift, Left, Report, Totals
+from normswap import wording
+from normswap.patterns import ROOT
+from normswap.report import Report
 
 _MOST_NOTES = 8
-_ROOT = "(root)"
-_JUDGED = ("norm", "weight", "copy")  # kinds of changes that keep a function, or do not
-Key = TypeVar("Key", bound=Hashable)
+_BAR = 24  # characters of the longest bar
+_FAR = 1.0  # relative L2 beyond which a bar grows no more: the output has little in common with the one before
+_ASCII = str.maketrans({"→": "->", "×": "x", "█": "#", "…": "...", "·": "-", "–": "-", "—": "-", "‖": "|", "’": "'"})
 
 
-def fold_paths(paths: Iterable[str]) -> list[tuple[str, int]]:
-    """Module paths as patterns, each with the number of paths it stands for.
-
-    Paths that differ in numbers alone fall together: `layer1.0.bn1` to `layer4.2.bn3` are
-    `layer[1-4].*.bn[1-3]`. A pattern sums up; it may cover paths that were not given.
-    """
-    shapes: dict[tuple[str, ...], list[list[int | None]]] = defaultdict(list)
-    for path in paths:
-        parts = [re.fullmatch(r"(.*?)(\d*)", part) for part in path.split(".")]
-        stems = tuple(f"{part[1]}#" if part[2] else part[1] for part in parts if part)
-        shapes[stems].append([int(part[2]) if part[2] else None for part in parts if part])
-    folded = []
-    for stems, rows in shapes.items():
-        columns = zip(*rows, strict=True)
-        written = (_segment(stem, set(column)) for stem, column in zip(stems, columns, strict=True))
-        folded.append((".".join(written) or _ROOT, len(rows)))
-    return folded
+def told(text: str, options: ConsoleOptions) -> str:
+    """`text` as the terminal can show it."""
+    return text.translate(_ASCII) if options.ascii_only else text
 
 
-def _segment(stem: str, numbers: set[int | None]) -> str:
-    if not stem.endswith("#"):
-        return stem
-    found = sorted(number for number in numbers if number is not None)
-    if len(found) == 1:
-        return f"{stem[:-1]}{found[0]}"
-    if stem == "#":
-        return "*"
-    together = found[-1] - found[0] == len(found) - 1
-    return f"{stem[:-1]}[{found[0]}-{found[-1]}]" if together else f"{stem[:-1]}[{','.join(map(str, found))}]"
-
-
-def _grouped(pairs: Iterable[tuple[Key, str]]) -> Iterator[tuple[Key, str, int]]:
-    """(key, pattern, count) for paths that are folded apart for each key, keys in order of appearance."""
-    paths: dict[Key, list[str]] = defaultdict(list)
-    for key, path in pairs:
-        paths[key].append(path)
-    for key, members in paths.items():
-        for pattern, count in fold_paths(members):
-            yield key, pattern, count
+def columns(*names: str) -> Table:
+    """A table without lines or header, whose texts fold; `count` stands at the right."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name in names:
+        number = name in ("count", "value")
+        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
+    return table
 
 
 class ReportView:
@@ -67,157 +39,81 @@ class ReportView:
         self.report, self.title, self.out, self.full = report, title, out, full
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.options = options
         report = self.report
-        arrow = "" if report.target == "diff" else f" → {report.target}"
-        parts: list[Table | Text] = [Text(f"{self.title}{arrow}", style="bold"), Text()]
-        if report.changes:
-            parts += _changes(report.changes, self.full)
-        notes = _notes(report.changes, self.full)
-        if notes:
+        parts: list[Table | Text] = [self._text(wording.heading(report, self.title), "bold"), Text()]
+        parts += self._changes()
+        if notes := self._notes():
             parts += [Text("differs from what was asked", style="bold"), *notes, Text()]
         if report.left:
-            heading = "the same" if report.target == "diff" else "left as it was"
-            parts += [Text(f"{heading}: {len(report.left)}", style="bold"), _left(report.left, self.full), Text()]
-        parts += [*_summary(report), *(Text(f"warning: {notice}", style="yellow") for notice in report.warnings)]
+            parts += [Text(wording.left_heading(report), style="bold"), self._left(), Text()]
+        if not report.exact and (bars := wording.bars(report.drift, self.full)):
+            parts += [Text("drift of each layer's output", style="bold"), self._bars(bars), Text()]
+        parts += [self._verdict(line) for line in wording.summary(report)]
+        parts += [self._text(f"warning: {notice}", "yellow") for notice in report.warnings]
         if self.out:
             parts.append(Text.assemble(("written to", "bold"), f" {self.out}", overflow="fold"))
         yield Group(*parts)
 
+    def _text(self, text: str, style: str = "") -> Text:
+        return Text(told(text, self.options), style=style)
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for name in columns:
-        number = name == "count"
-        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
-    return table
+    def _verdict(self, line: str) -> Text:
+        text = self._text(line)
+        text.highlight_words(["approximate;"], "yellow")
+        text.highlight_words(["exact;"], "green")
+        return text
 
+    def _changes(self) -> Iterator[Table | Text]:
+        """A heading for each way of changing, and below it what became what."""
+        ways = wording.ways(self.report.changes)
+        lines = [wording.full_lines(way.changes) if self.full else wording.lines(way.changes) for way in ways]
+        width = max((len(line.path) for members in lines for line in members), default=0)
+        for way, members in zip(ways, lines, strict=True):
+            title = self._text(way.how, "bold")
+            if way.exact is not None:
+                title.append_text(
+                    Text.assemble(" (", (wording.verdict(way.exact), _style(way.exact)), ")", style="none")
+                )
+            yield title
+            table = columns("path", "change", "count")
+            table.columns[0].min_width = min(width + 2, 50, max(26, self.options.max_width - 34))
+            for line in members:
+                count = "" if self.full else f"×{line.count}"
+                table.add_row(self._text(f"  {line.path}"), self._text(line.became), self._text(count))
+            yield table
+            yield Text()
 
-def _changes(changes: Sequence[Change], full: bool) -> Iterator[Table | Text]:
-    """A heading for each way of changing, and below it what became what."""
-    ways: dict[tuple[str, bool], list[Change]] = defaultdict(list)
-    for change in changes:
-        ways[change.how, change.exact].append(change)
-    lines = {way: list(_change_lines(members, full)) for way, members in ways.items()}
-    width = max(len(path) for members in lines.values() for path, _, _ in members)
-    for way, members in lines.items():
-        how, exact = way
-        verdict = ("exact", "green") if exact else ("approximate", "yellow")
-        judged = ways[way][0].kind in _JUDGED
-        yield Text.assemble((how, "bold"), *((" (", verdict, ")") if judged else ()))
-        table = _table("path", "change", "count")
-        table.columns[0].min_width = min(width + 2, 50)
-        for path, became, count in members:
-            table.add_row(Text(f"  {path}"), Text(became), Text(count))
-        yield table
-        yield Text()
+    def _notes(self) -> list[Text]:
+        notes = [self._text(note) for note in wording.notes(self.report.changes)]
+        if len(notes) > _MOST_NOTES and not self.full:
+            hidden = len(notes) - _MOST_NOTES
+            return [*notes[:_MOST_NOTES], Text(f"and {hidden} more lines (--full)", style="dim")]
+        return notes
 
-
-def _change_lines(changes: Sequence[Change], full: bool) -> Iterator[tuple[str, str, str]]:
-    if full:
-        for change in changes:
-            yield " = ".join(path or _ROOT for path in change.paths), f"{change.before} → {change.after}", ""
-        return
-    if changes[0].kind == "tensor" and not changes[0].how.startswith("renamed"):
-        yield from _tensor_lines(changes)
-        return
-    numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
-    pairs = []
-    for change in changes:
-        key = (change.before, change.after.partition("(")[0])
-        if "(" in change.after and change.groups:
-            numbers[key].add(change.groups)
-        pairs.append((key, change.paths[0]))
-    for key, pattern, count in _grouped(pairs):
-        groups = sorted(numbers[key])
-        written = f"({groups[0]})" if len(groups) == 1 else f"({groups[0]}-{groups[-1]})" if groups else ""
-        yield pattern, f"{key[0]} → {key[1]}{written}", f"×{count}"
-
-
-def _tensor_lines(changes: Sequence[Change]) -> Iterator[tuple[str, str, str]]:
-    """Tensors by the last part of their key; how far those moved that differ in value."""
-    pairs = [((change.paths[0].rpartition(".")[2],), change.paths[0]) for change in changes]
-    amounts: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for key, change in zip((key for key, _ in pairs), changes, strict=True):
-        if change.amount is not None:
-            amounts[key].append(change.amount)
-    for key, pattern, count in _grouped(pairs):
-        moved = sorted(amounts[key])
-        far = f"relative L2 {moved[0]:.2g}" + (f" to {moved[-1]:.2g}" if len(moved) > 1 else "") if moved else ""
-        shapes = {f"{c.before} → {c.after}" for c in changes if c.paths[0].rpartition(".")[2] == key[0]}
-        yield pattern, far or (shapes.pop() if len(shapes) == 1 else "several shapes"), f"×{count}"
-
-
-def _notes(changes: Sequence[Change], full: bool) -> list[Text]:
-    lines = []
-    for note, pattern, count in _grouped((change.note, change.paths[0]) for change in changes if change.note):
-        lines.append(Text(f"{pattern}{f' ×{count}' if count > 1 else ''}: {note}"))
-    if len(lines) > _MOST_NOTES and not full:
-        hidden = len(lines) - _MOST_NOTES
-        return [*lines[:_MOST_NOTES], Text(f"and {hidden} more lines (--full)", style="dim")]
-    return lines
-
-
-def _left(left: Sequence[Left], full: bool) -> Table:
-    table = _table("path", "module", "count", "reason")
-    if full:
-        for entry in left:
-            table.add_row(Text(entry.path or _ROOT), entry.module, "", Text(entry.reason))
+    def _left(self) -> Table:
+        table = columns("path", "module", "count", "reason")
+        if self.full:
+            for entry in self.report.left:
+                table.add_row(self._text(entry.path or ROOT), entry.module, "", self._text(entry.reason))
+            return table
+        for pattern, module, count, reason in wording.left_lines(self.report.left):
+            table.add_row(self._text(pattern), module, self._text(f"×{count}"), self._text(reason))
         return table
-    for (module, reason), pattern, count in _grouped(((entry.module, entry.reason), entry.path) for entry in left):
-        table.add_row(Text(pattern), module, f"×{count}", Text(reason))
-    return table
+
+    def _bars(self, bars: list[wording.Bar]) -> Table:
+        table = columns("path", "value", "bar", "count")
+        table.columns[2].no_wrap = table.columns[3].no_wrap = True
+        longest = min(_FAR, max(bar.value for bar in bars)) or 1.0
+        most = max(6, min(_BAR, self.options.max_width // 3 - 8))
+        for bar in bars:
+            length = max(1, round(most * min(1.0, bar.value / longest)))
+            style = "red" if bar.value > 0.75 * longest else "yellow"
+            several = f"furthest of {bar.count}" if bar.count > 1 else ""
+            drawn = self._text("█" * length, style)
+            table.add_row(self._text(f"  {bar.path}"), f"{bar.value:.2g}", drawn, self._text(several, "dim"))
+        return table
 
 
-def _summary(report: Report) -> list[Text]:
-    totals = report.totals
-    if report.target == "diff":
-        counts = Counter(change.how for change in report.changes)
-        found = ", ".join(f"{count} {how}" for how, count in counts.items()) or "no difference"
-        return [Text(f"{found}; {totals.left} the same"), _sizes(totals)]
-    verdict = ("exact", "green") if report.exact else ("approximate", "yellow")
-    return [
-        Text.assemble(
-            f"{_plural(totals.norms_changed, 'norm')}, {_plural(totals.weights_changed, 'weight')} changed: ",
-            verdict,
-            f"; {totals.left} left",
-        ),
-        _sizes(totals),
-        Text(_drift(report.drift)),
-        *([Text(_calibration(report.calibration))] if report.calibration else ()),
-    ]
-
-
-def _sizes(totals: Totals) -> Text:
-    return Text(
-        f"parameters {totals.parameters_before:,} → {totals.parameters_after:,}, "
-        f"buffers {totals.buffers_before:,} → {totals.buffers_after:,}"
-    )
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def _calibration(found: Calibration) -> str:
-    """Which values were kept, and what that is worth."""
-    line = f"calibrated on {_plural(found.samples, 'sample')}: kept {found.kept}"
-    if found.calibrated_error is not None:
-        where = "error" if found.measure == "output" else "error at the norms"
-        line += f"; {where} {found.matched_error:.2g} matched, {found.calibrated_error:.2g} calibrated"
-        if found.matched_top1 is not None and found.calibrated_top1 is not None:
-            line += f", top-1 agreement {found.matched_top1:.1%} and {found.calibrated_top1:.1%}"
-        line += f" ({found.held_out} held out)"
-    return f"{line}; {found.note}" if found.note else line
-
-
-def _drift(drift: Drift | None) -> str:
-    if drift is None:
-        return "drift not measured: no probe input"
-    measured = [
-        f"relative L2 {drift.relative_l2:.2g}" if drift.relative_l2 is not None else "",
-        f"cosine {drift.cosine:.4f}" if drift.cosine is not None else "",
-        f"top-1 agreement {drift.top1_agreement:.0%}" if drift.top1_agreement is not None else "",
-        drift.note,
-    ]
-    caution = " (noise says little about accuracy)" if drift.probe.startswith("noise") else ""
-    return f"drift on {drift.probe}{caution}: {', '.join(part for part in measured if part)}"
+def _style(exact: bool) -> str:
+    return "green" if exact else "yellow"

@@ -6,6 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+SCHEMA = 1
+"""The version of the data that reports are written as; a reader of one version can read all that is added to it later."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -56,13 +59,38 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Node:
+    """A module of the model by its first path: its class, or the layer as it is written, before and after; "" where it is not."""
+
+    path: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """How far the output of one changed layer moved on the probe: ‖after − before‖ / ‖before‖, on at most 16384 of its elements."""
+
+    path: str
+    relative_l2: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took: seconds, and the most memory that the process held at once (bytes; None where that is not told)."""
+
+    seconds: float
+    peak_memory: int | None = None
+
+
+@dataclass(frozen=True)
 class Drift:
     """How far the output moved on a probe input, in eval mode.
 
     `relative_l2` is ‖after − before‖ / ‖before‖ over all floating-point outputs, `cosine` the
     cosine between them, `top1_agreement` the share of argmaxes over dimension 1 that agree. A value
     is None where it has no meaning, and `note` says why. `probe` names the input: noise says
-    little about accuracy.
+    little about accuracy. `layers` are the changed layers in the order in which they ran.
     """
 
     probe: str
@@ -70,6 +98,7 @@ class Drift:
     cosine: float | None = None
     top1_agreement: float | None = None
     note: str = ""
+    layers: tuple[LayerDrift, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +128,8 @@ class Report:
     """All that a conversion did and did not do.
 
     `recipe` is what a converted checkpoint carries: target, options, versions, and what
-    each changed layer became. `calibration` is None where there was no data or nothing to calibrate.
+    each changed layer became. `calibration` is None where there was no data or nothing to calibrate, `cost` where no file was
+    converted; `modules` is the whole tree, empty in a `diff` of tensors.
     """
 
     target: str
@@ -110,6 +140,8 @@ class Report:
     recipe: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     calibration: Calibration | None = None
+    modules: tuple[Node, ...] = ()
+    cost: Cost | None = None
 
     @property
     def exact(self) -> bool:
@@ -117,8 +149,8 @@ class Report:
         return all(change.exact for change in self.changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-able data: what `--json` prints."""
-        return {**dataclasses.asdict(self), "exact": self.exact}
+        """The report as JSON-able data, what `--json` prints; `report.schema.json`, beside this file, describes it."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self), "exact": self.exact}
 
     def __str__(self) -> str:
         totals = self.totals

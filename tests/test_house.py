@@ -6,10 +6,10 @@ from pathlib import Path
 import normswap
 
 FLOORS = [
-    {"errors", "report", "transfer", "layers", "weights", "optimizer"},
-    {"trace", "disk", "entries", "pickles", "sources", "pictures", "render", "bare", "recurrent"},
-    {"sites", "recurrent_transfer", "tensorfiles", "distributed"},
-    {"graph"},
+    {"errors", "report", "transfer", "layers", "weights", "optimizer", "patterns"},
+    {"trace", "disk", "entries", "pickles", "sources", "pictures", "wording", "bare", "recurrent"},
+    {"sites", "recurrent_transfer", "tensorfiles", "distributed", "render", "page", "markdown"},
+    {"graph", "views"},
     {"probe", "checkpoint", "samples"},
     {"calibrate", "distill"},
     {"plan"},

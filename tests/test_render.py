@@ -13,7 +13,8 @@ from zoo import QUIRKS
 
 import normswap
 from normswap import sources
-from normswap.render import ReportView, fold_paths
+from normswap.patterns import fold_paths
+from normswap.render import ReportView
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -1,0 +1,161 @@
+"""A report as one HTML page that needs nothing else: no network, no files beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+
+from normswap import wording
+from normswap.patterns import ROOT
+from normswap.report import Change, Left, Node, Report
+
+_OPEN_DEPTH = 2  # branches of the tree that are open at first
+
+
+def page(report: Report, source: str) -> str:
+    """The report on a conversion (or a `diff`) of `source` as HTML."""
+    template = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    rows = [*map(_change_row, report.changes), *map(_left_row, report.left)]
+    return template.substitute(
+        title=escape(wording.heading(report, source)),
+        summary=_summary(report),
+        charts=f'<div class="charts">{_drift_chart(report)}{_groups_chart(report)}</div>',
+        tree=_tree(report),
+        rows="\n".join(rows),
+        lines=len(rows),
+        foot=escape(f"normswap {version('normswap')}"),
+    )
+
+
+def _summary(report: Report) -> str:
+    totals = report.totals
+    tiles = [
+        (totals.norms_changed, "norms changed"),
+        (totals.weights_changed, "weights changed"),
+        (totals.left, "left"),
+    ]
+    if report.target == "diff":
+        tiles = [(len(report.changes), "differences"), (totals.left, "the same")]
+    shown = "".join(f'<div class="tile" data-name="{name}"><b>{count}</b>{name}</div>' for count, name in tiles)
+    if report.target != "diff":
+        kind, word = ("exact" if report.exact else "near"), wording.verdict(report.exact)
+        shown += f'<div class="tile" data-name="verdict"><b class="{kind}">{word}</b>in eval mode</div>'
+    told = "".join(f"<li>{escape(line)}</li>" for line in wording.summary(report))
+    warned = "".join(f'<p class="warning">{escape(notice)}</p>' for notice in report.warnings)
+    return f'<div class="tiles">{shown}</div><ul>{told}</ul>{warned}'
+
+
+# ---- charts ----
+
+
+def _drift_chart(report: Report) -> str:
+    bars = wording.bars(report.drift)
+    if not bars:
+        return ""
+    longest = max(max(bar.value for bar in bars), 1e-12)
+    drawn = "".join(_bar(_several(bar), bar.value / longest, f"{bar.value:.2g}") for bar in bars)
+    every = "".join(
+        _bar(bar.path, min(1.0, bar.value / longest), f"{bar.value:.2g}") for bar in wording.bars(report.drift, True)
+    )
+    all_of_them = f"<details><summary>every layer</summary>{every}</details>" if len(bars) < every.count("<i") else ""
+    return f'<section id="drift"><h2>Drift of each layer\'s output (relative L2)</h2>{drawn}{all_of_them}</section>'
+
+
+def _several(bar: wording.Bar) -> str:
+    return bar.path if bar.count == 1 else f"{bar.path} (furthest of {bar.count})"
+
+
+def _groups_chart(report: Report) -> str:
+    groups = wording.groups(report.changes)
+    if not groups:
+        return ""
+    most = max(count for _, count in groups)
+    drawn = "".join(
+        _bar(wording.plural(number, "group"), count / most, wording.plural(count, "layer")) for number, count in groups
+    )
+    return f'<section id="groups"><h2>Groups of the new norms</h2>{drawn}</section>'
+
+
+def _bar(name: str, share: float, value: str) -> str:
+    return (
+        f'<div class="bar"><span class="path">{escape(name)}</span><i style="width:{100 * share:.1f}%"></i>'
+        f"<span>{escape(value)}</span></div>"
+    )
+
+
+# ---- the tree ----
+
+
+@dataclass
+class _Branch:
+    """A place in the module tree, with what stands below it."""
+
+    name: str
+    path: str
+    node: Node | None = None
+    below: dict[str, _Branch] = field(default_factory=dict)
+
+
+def _tree(report: Report) -> str:
+    changed = {path: change for change in report.changes if change.kind != "tensor" for path in change.paths}
+    left = {entry.path: entry for entry in report.left if entry.kind != "tensor"}
+    nodes = {node.path: node for node in report.modules}
+    for path, entry in left.items():
+        nodes.setdefault(path, Node(path, entry.module, entry.module))
+    for path, change in changed.items():
+        nodes.setdefault(path, Node(path, change.before, change.after))
+    root = _Branch(ROOT, "")
+    for path, node in nodes.items():
+        branch = root
+        for part in path.split(".") if path else ():
+            where = f"{branch.path}.{part}".lstrip(".")
+            branch = branch.below.setdefault(part, _Branch(part, where))
+        branch.node = node
+    return _branch(root, changed, left, 0) if nodes else '<p class="dim">tensors alone: no modules</p>'
+
+
+def _branch(branch: _Branch, changed: Mapping[str, Change], left: Mapping[str, Left], depth: int) -> str:
+    node = branch.node or Node(branch.path, "", "")
+    kind, reason = "", ""
+    if branch.path in changed and branch.node is not None:
+        kind, reason = " changed", changed[branch.path].how
+    elif branch.path in left:
+        kind, reason = " left", left[branch.path].reason
+    changes = sum(path.startswith(f"{branch.path}.") for path in changed) if branch.path else len(changed)
+    below = f" ({changes} changed)" if branch.below and changes else ""
+    cells = (branch.name, node.before, (node.after or ("gone" if node.before else "")) + below)
+    spans = "".join(f"<span>{escape(cell)}</span>" for cell in cells)
+    row = f'<div class="row path{kind}" style="--depth:{depth}" title="{escape(reason)}">{spans}</div>'
+    text = f'data-text="{_searchable([branch.path, *cells, reason])}"'
+    if not branch.below:
+        return f'<div class="leaf" {text}>{row}</div>'
+    inner = "".join(_branch(child, changed, left, depth + 1) for child in branch.below.values())
+    return f"<details {text}{' open' if depth < _OPEN_DEPTH else ''}><summary>{row}</summary>{inner}</details>"
+
+
+# ---- all lines ----
+
+
+def _change_row(change: Change) -> str:
+    names = " = ".join(path or ROOT for path in change.paths)
+    judged = "" if change.kind not in wording.JUDGED else f" ({wording.verdict(change.exact)})"
+    amount = f"; relative L2 {change.amount:.2g}" if change.amount is not None else ""
+    why = f"{change.how}{judged}{amount}{f'; {change.note}' if change.note else ''}"
+    return _row("change", change.kind, names, f"{change.before} → {change.after}", why)
+
+
+def _left_row(entry: Left) -> str:
+    return _row("left", entry.kind, entry.path or ROOT, entry.module, f"left: {entry.reason}")
+
+
+def _row(kind: str, what: str, path: str, layer: str, why: str) -> str:
+    cells = f'<td class="path">{escape(path)}</td><td class="path">{escape(layer)}</td><td>{escape(why)}</td>'
+    return f'<tr class="{kind}" data-kind="{escape(what)}" data-text="{_searchable([path, layer, why])}">{cells}</tr>'
+
+
+def _searchable(parts: Iterable[str]) -> str:
+    return escape(" ".join(parts).lower())

@@ -1,0 +1,63 @@
+"""Many module paths as a few patterns, and a module tree with alike branches folded."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator
+from typing import TypeVar
+
+ROOT = "(root)"
+Key = TypeVar("Key", bound=Hashable)
+
+
+def fold_paths(paths: Iterable[str]) -> list[tuple[str, int]]:
+    """Module paths as patterns, each with the number of paths it stands for.
+
+    Paths that differ in numbers alone fall together: `layer1.0.bn1` to `layer4.2.bn3` are
+    `layer[1-4].*.bn[1-3]`. A pattern sums up; it may cover paths that were not given.
+    """
+    shapes: dict[tuple[str, ...], list[list[int | None]]] = defaultdict(list)
+    for path in paths:
+        parts = [re.fullmatch(r"(.*?)(\d*)", part) for part in path.split(".")]
+        stems = tuple(f"{part[1]}#" if part[2] else part[1] for part in parts if part)
+        shapes[stems].append([int(part[2]) if part[2] else None for part in parts if part])
+    folded = []
+    for stems, rows in shapes.items():
+        columns = zip(*rows, strict=True)
+        written = (_segment(stem, set(column)) for stem, column in zip(stems, columns, strict=True))
+        folded.append((".".join(written) or ROOT, len(rows)))
+    return folded
+
+
+def _segment(stem: str, numbers: set[int | None]) -> str:
+    if not stem.endswith("#"):
+        return stem
+    found = sorted(number for number in numbers if number is not None)
+    if len(found) == 1:
+        return f"{stem[:-1]}{found[0]}"
+    return "*" if stem == "#" else f"{stem[:-1]}[{ranges(found)}]"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers in short: `1-4` where they follow one another, else `1,3,7`."""
+    found = sorted(set(numbers))
+    if len(found) > 1 and found[-1] - found[0] == len(found) - 1:
+        return f"{found[0]}-{found[-1]}"
+    return ",".join(map(str, found))
+
+
+def span(numbers: Iterable[int]) -> str:
+    """The least and the greatest of some numbers: `64`, or `64-512`."""
+    found = sorted(set(numbers))
+    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
+
+
+def grouped(pairs: Iterable[tuple[Key, str]]) -> Iterator[tuple[Key, str, int]]:
+    """(key, pattern, count) for paths that are folded apart for each key, keys in order of appearance."""
+    paths: dict[Key, list[str]] = defaultdict(list)
+    for key, path in pairs:
+        paths[key].append(path)
+    for key, members in paths.items():
+        for pattern, count in fold_paths(members):
+            yield key, pattern, count

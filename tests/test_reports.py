@@ -1,0 +1,325 @@
+"""The views of a report (terminal, page, Markdown, JSON, picture): they agree, stand alone, and say what happened."""
+
+import io
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import jsonschema
+import pytest
+import torch
+from rich.console import Console
+from test_cli import run
+from torch import nn
+
+import normswap
+from normswap import sources, views
+from normswap.render import ReportView
+
+SCHEMA = json.loads((Path(normswap.__file__).parent / "report.schema.json").read_text())
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(3)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), *blocks, nn.Dropout(), nn.LayerNorm(9))
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2.0)
+            norm.num_batches_tracked.fill_(1)
+    return model.eval()
+
+
+def converted(target: str = "gn-ws", **options: Any) -> normswap.Report:
+    return normswap.convert(small(), target, example_inputs=torch.randn(2, 3, 11, 11), **options).report
+
+
+def of(name: str, target: str) -> normswap.Report:
+    return normswap.convert(sources.build(f"torchvision:{name}"), target).report
+
+
+def compared() -> normswap.Report:
+    return normswap.diff(small(), normswap.convert(small(), "gn-ws").model)
+
+
+REPORTS = {
+    "small": converted,
+    "exact": lambda: converted("fold"),
+    "calibrated": lambda: converted("gn", calibrate=torch.randn(32, 3, 11, 11), calibrate_seconds=0.5),
+    "resnet50": lambda: of("resnet50", "gn-ws"),
+    "densenet121": lambda: of("densenet121", "fold"),
+    "diff": compared,
+    "diff of tensors": lambda: normswap.diff(
+        small().state_dict(), normswap.convert(small(), "fold").model.state_dict()
+    ),
+}
+
+
+class Page(HTMLParser):
+    """What a page shows: tiles, rows of the table, marked rows of the tree, text, and whatever it would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tiles: dict[str, str] = {}
+        self.rows: Counter[tuple[str, str]] = Counter()
+        self.marked: Counter[str] = Counter()
+        self.links: list[str] = []
+        self.text, self._tile = "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        self.links += [found[name] for name in ("src", "href") if name in found]
+        kinds = found.get("class", "").split()
+        if "tile" in kinds:
+            self._tile = found["data-name"]
+        if tag == "tr" and "data-kind" in found:
+            self.rows[kinds[0], found["data-kind"]] += 1
+        if "row" in kinds:
+            self.marked.update(kind for kind in ("changed", "left") if kind in kinds)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._tile:
+            self.tiles[self._tile], self._tile = data, ""
+
+
+def terminal(report: normswap.Report, width: int = 200, **options: Any) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(ReportView(report, "model.pt", **options))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_all_views_agree(name: str) -> None:
+    """Counts are read back from each view and compared with the report's."""
+    report = REPORTS[name]()
+    kinds = Counter(change.kind for change in report.changes)
+    text, page = terminal(report), Page(views.page(report, "model.pt"))
+    told, data = views.markdown(report, "model.pt"), json.loads(views.data(report, "model.pt"))
+    if report.target == "diff":
+        heads = re.findall(r"^.*the same$", text, re.MULTILINE)
+        assert heads and heads[0] in told and heads[0] in page.text
+        assert page.tiles == {"differences": str(len(report.changes)), "the same": str(report.totals.left)}
+    else:
+        line = re.search(r"^(\d+) norms?, (\d+) weights? changed: (\w+); (\d+) left$", text, re.MULTILINE)
+        assert line is not None and line[0] in told and line[0] in page.text
+        totals = (kinds["norm"], kinds["weight"], len(report.left))
+        assert (int(line[1]), int(line[2]), int(line[4])) == totals
+        tiles = [page.tiles[name] for name in ("norms changed", "weights changed", "left", "verdict")]
+        assert tiles == [line[1], line[2], line[4], line[3]]
+        assert data["exact"] == report.exact == (line[3] == "exact")
+        paths = {path for change in report.changes for path in change.paths}
+        assert page.marked == Counter({"changed": len(paths), "left": len({e.path for e in report.left} - paths)})
+    assert Counter(change["kind"] for change in data["changes"]) == kinds
+    assert sum(count for (what, _), count in page.rows.items() if what == "left") == len(report.left)
+    assert {kind: count for (what, kind), count in page.rows.items() if what == "change"} == kinds
+    listed, _, kept = told.partition("<details>")
+    rows = [line.split(" | ") for line in listed.splitlines() if re.match(r"\| `.* \| .+ \| \d+ \| [^|]{3,}\|$", line)]
+    assert sum(int(row[2]) for row in rows) == len(report.changes)
+    assert sum(int(row.split(" | ")[2]) for row in kept.splitlines() if row.startswith("| `")) == len(report.left)
+    if report.drift is not None and report.drift.relative_l2 is not None:
+        assert all(f"relative L2 {report.drift.relative_l2:.2g}" in view for view in (text, told, page.text))
+        assert data["drift"]["relative_l2"] == report.drift.relative_l2
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_schema_holds(name: str) -> None:
+    data = REPORTS[name]().to_dict()
+    jsonschema.validate(json.loads(json.dumps(data)), SCHEMA)
+    assert data["schema"] == SCHEMA["properties"]["schema"]["const"]
+
+
+def test_the_schema_names_every_field() -> None:
+    """And nothing else: what is written and what is described are one."""
+    data = json.loads(json.dumps(REPORTS["calibrated"]().to_dict()))
+    assert set(data) == set(SCHEMA["properties"])
+    held = {"change": "changes", "left": "left", "node": "modules", "drift": "drift", "calibration": "calibration"}
+    held["totals"] = "totals"
+    for name, key in held.items():
+        value = data[key][0] if isinstance(data[key], list) else data[key]
+        assert set(value) == set(SCHEMA["$defs"][name]["properties"]), name
+
+
+def test_each_changed_layer_has_its_drift() -> None:
+    """Against outputs that hooks of this test saw."""
+    inputs, outputs = torch.randn(2, 3, 11, 11), []
+    model = small()
+    made, report = normswap.convert(model, "gn", example_inputs=inputs)
+    names = [change.paths[0] for change in report.changes]
+    for net in (model, made):
+        seen: dict[str, torch.Tensor] = {}
+        for name in names:
+            net.get_submodule(name).register_forward_hook(
+                lambda m, a, out, name=name, seen=seen: seen.update({name: out})
+            )
+        with torch.no_grad():
+            net(inputs)
+        outputs.append({name: value.clone() for name, value in seen.items()})
+    assert [layer.path for layer in report.drift.layers] == names
+    for layer in report.drift.layers:
+        before, after = outputs[0][layer.path], outputs[1][layer.path]
+        assert layer.relative_l2 == pytest.approx(((after - before).norm() / before.norm()).item(), rel=1e-5)
+    furthest = max(report.drift.layers, key=lambda layer: layer.relative_l2)
+    assert f"furthest: {furthest.path} {furthest.relative_l2:.2g}" in terminal(report)
+
+
+def test_bars_stand_for_every_changed_layer() -> None:
+    report = normswap.convert(
+        sources.build("torchvision:resnet50"), "gn", example_inputs=torch.randn(1, 3, 32, 32)
+    ).report
+    text = terminal(report)
+    part = text[text.index("drift of each layer") :].split("\n\n")[0].splitlines()[1:]
+    several = [int(match[1]) if (match := re.search(r"furthest of (\d+)", line)) else 1 for line in part]
+    assert sum(several) == len(report.drift.layers) == 53 and len(part) <= 12
+    assert len(terminal(report, full=True).splitlines()) > 53 * 2
+
+
+def test_the_tree_has_every_module() -> None:
+    model = small()
+    report = normswap.convert(model, "gn-ws").report
+    assert [node.path for node in report.modules] == [path for path, _ in model.named_modules()]
+    assert {n.path: n.before for n in report.modules}["1"] == "BatchNorm2d"
+    assert {n.path: n.after for n in report.modules}["1"] == "GroupNorm(2)"
+
+
+def test_files_tell_time_and_memory(tmp_path: Path) -> None:
+    torch.save(small(), tmp_path / "model.pt")
+    report = normswap.convert_file(tmp_path / "model.pt", "gn")
+    assert report.cost is not None and 0 < report.cost.seconds < 600
+    assert report.cost.peak_memory is None or 50 << 20 < report.cost.peak_memory < 100 << 30
+    assert "took " in terminal(report)
+
+
+def test_every_format_is_written_by_its_ending(tmp_path: Path) -> None:
+    torch.save(small(), tmp_path / "model.pt")
+    for ending in views.FORMATS:
+        file = tmp_path / f"report{ending}"
+        result = run("convert", tmp_path / "model.pt", "--to", "gn", "--dry-run", "--report", file)
+        assert result.exit_code == 0 and file.stat().st_size > 500, result.stderr
+    again = run("convert", tmp_path / "model.pt", "--to", "gn", "--dry-run", "--report", tmp_path / "report.md")
+    assert again.exit_code == 1 and "exists already" in again.stderr
+    wrong = run("convert", tmp_path / "model.pt", "--to", "gn", "--report", tmp_path / "report.pdf")
+    assert wrong.exit_code == 1 and ".html" in wrong.stderr and not (tmp_path / "model.gn.pt").exists()
+
+
+def test_fold_and_diff_have_them_too(tmp_path: Path) -> None:
+    torch.save(small(), tmp_path / "a.pt")
+    assert run("convert", tmp_path / "a.pt", "--to", "gn-ws", "--quiet").exit_code == 0
+    folded = run("fold", tmp_path / "a.gn-ws.pt", "--report", tmp_path / "fold.html")
+    compared = run("diff", tmp_path / "a.pt", tmp_path / "a.gn-ws.pt", "--report", tmp_path / "diff.md")
+    assert folded.exit_code == 0 and compared.exit_code == 0, folded.stderr + compared.stderr
+    assert "plain torch" in (tmp_path / "fold.html").read_text()
+    assert "modules changed" in (tmp_path / "diff.md").read_text()
+
+
+def test_names_with_markup_stay_text() -> None:
+    model = nn.Module()
+    model.add_module("<script>alert(1)</script>|*_", nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    report = normswap.convert(model, "gn-ws").report
+    page = views.page(report, "<b>model</b>.pt")
+    assert page.count("<script>") == 1 and "<b>model" not in page
+    cells = [line for line in views.markdown(report, "model.pt").splitlines() if line.startswith("| `")]
+    assert cells and all(len(re.split(r"(?<!\\)\|", line)) == 6 for line in cells)
+
+
+@pytest.mark.parametrize("ending", [".html", ".svg"])
+def test_nothing_is_fetched(ending: str) -> None:
+    text = views.FORMATS[ending](converted(), "model.pt")
+    addresses = set(re.findall(r"https?://[^\s\"')]+", text)) - {"http://www.w3.org/2000/svg"}
+    assert all("textualize" in address for address in addresses)  # a comment of rich's
+    if ending == ".html":
+        assert set(Page(text).links) == {"data:,"}
+    else:
+        assert ElementTree.fromstring(text).tag.endswith("svg")
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_ascii_terminals(width: int) -> None:
+    """Where the encoding has no arrows, there are none, and no line is longer than the terminal."""
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    Console(file=stream, width=width).print(ReportView(converted(), "model.pt"))
+    stream.flush()
+    text = raw.getvalue().decode("ascii")
+    assert "->" in text and "#" in text and "?" not in text
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_the_largest_model_of_torchvision_is_a_page_at_most() -> None:
+    report = normswap.convert(
+        sources.build("torchvision:efficientnet_v2_l"), "gn", example_inputs=torch.randn(1, 3, 32, 32)
+    ).report
+    assert len(terminal(report, 80).splitlines()) < 60
+
+
+# ---- the page in a browser ----
+
+
+@pytest.fixture
+def browser() -> Any:
+    """Headless Chromium; `.ci/run` installs it."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        assert not os.environ.get("CI"), "the page must be tested in a browser: install chromium and chromium-driver"
+        pytest.skip("no chromium and chromedriver here")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    quiet = ["disable-background-networking", "disable-component-update", "disable-sync", "no-first-run"]
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "disable-dev-shm-usage", *quiet):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driven = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    yield driven
+    driven.quit()
+
+
+def test_the_page_in_a_browser(browser: Any, tmp_path: Path) -> None:
+    """Searched, clicked, shown narrow and wide; no error on its console, and nothing wider than the screen."""
+    file = tmp_path / "report.html"
+    report = converted()
+    file.write_text(views.page(report, "model.pt"), encoding="utf-8")
+    browser.get(file.as_uri())
+
+    def visible(selector: str) -> int:
+        return sum(element.is_displayed() for element in browser.find_elements("css selector", selector))
+
+    lines = len(report.changes) + len(report.left)
+    assert visible("#all tbody tr") == lines
+    search = browser.find_element("id", "search")
+    search.send_keys("batchnorm2d")
+    norms = sum(change.kind == "norm" for change in report.changes)
+    assert visible("#all tbody tr") == norms == visible(".tree .leaf")
+    assert browser.find_element("id", "found").text == f"{norms} of {lines} lines"
+    search.send_keys(" no such thing")
+    assert visible("#all tbody tr") == 0 == visible(".tree .leaf")
+    search.clear()
+    search.send_keys(" ")
+    assert visible("#all tbody tr") == lines
+    folded = visible(".tree .leaf")
+    browser.find_element("css selector", ".tree details details summary").click()
+    assert visible(".tree .leaf") != folded
+    browser.find_element("id", "fold").click()
+    assert visible(".tree .leaf") == sum(1 for m in small().modules() if not list(m.children()))
+    browser.find_element("id", "fold").click()
+    assert visible(".tree .leaf") == 0
+    for width in (390, 1400):
+        browser.set_window_size(width, 900)
+        wide = browser.execute_script(
+            "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+        assert wide <= 0
+        assert (
+            browser.save_screenshot(str(tmp_path / f"{width}.png"))
+            and (tmp_path / f"{width}.png").stat().st_size > 5000
+        )
+    assert browser.get_log("browser") == []
