@@ -7,6 +7,8 @@ from normswap.convert import Conversion, convert, fold
 from normswap.diff import diff
 from normswap.errors import FileError, ModelError, NormswapError, OptionError, UnsafeFileError
 from normswap.files import convert_file, load, save
+from normswap.inspect import inspect
+from normswap.inspection import Inspection
 from normswap.report import Report
 from normswap.targets import TARGETS
 
@@ -14,6 +16,7 @@ __all__ = [
     "TARGETS",
     "Conversion",
     "FileError",
+    "Inspection",
     "ModelError",
     "NormswapError",
     "OptionError",
@@ -23,6 +26,7 @@ __all__ = [
     "convert_file",
     "diff",
     "fold",
+    "inspect",
     "load",
     "save",
 ]

@@ -124,11 +124,6 @@ def is_reported(site: Site, layers: Sequence[str]) -> bool:
     return site.kind == "norm" or site.layer_kind in ("conv", *layers) or site.base in LAYER_NORMALIZED.values()
 
 
-def is_untrained(norm: nn.Module) -> bool:
-    seen, mean = (norm._buffers.get(name) for name in ("num_batches_tracked", "running_mean"))
-    return seen is not None and mean is not None and not seen.is_meta and not seen.any() and not mean.any()
-
-
 def nothing_to_convert(target: Target, left: Sequence[Left]) -> str:
     if not left:
         return "the model has no normalization and no convolution: there is nothing to convert"

@@ -71,6 +71,8 @@ ModelArg = Annotated[
     list[str] | None, typer.Option(metavar="K=V", help="An argument of the model, such as num_classes=10. Repeatable.")
 ]
 Key = Annotated[str | None, typer.Option(metavar="NAME", help="Which entry of a training checkpoint is the model.")]
+Weights = Annotated[str | None, typer.Option(metavar="NAME", help="Published weights of a library's model, by name.")]
+InputShape = Annotated[str | None, typer.Option(metavar="1,3,224,224", help="Shape of an input batch.")]
 Allow = Annotated[
     list[str] | None,
     typer.Option(help="A class that the file may hold, by full name. Repeatable.", metavar="PKG.CLASS"),
@@ -112,9 +114,7 @@ def convert(
     out: Out = None,
     model: Model = None,
     model_arg: ModelArg = None,
-    weights: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Published weights of a library's model, by name.")
-    ] = None,
+    weights: Weights = None,
     key: Key = None,
     groups: Annotated[
         str, typer.Option(metavar="auto|N|Nc", help="Groups of gn: auto, their number, or channels in each.")
@@ -141,7 +141,7 @@ def convert(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Leave layers on these paths. Repeatable.")
     ] = None,
-    input_shape: Annotated[str | None, typer.Option(metavar="1,3,224,224", help="Shape of an input batch.")] = None,
+    input_shape: InputShape = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(
@@ -191,6 +191,39 @@ def convert(
         )  # fmt: skip
         _write_report(report, input, report_file, overwrite)
     _print(report, input, "" if dry_run else str(out or files.default_out(input, to, form)), as_json, full, quiet)
+
+
+@app.command()
+def inspect(
+    input: Input,
+    model: Model = None,
+    model_arg: ModelArg = None,
+    weights: Weights = None,
+    key: Key = None,
+    input_shape: InputShape = None,
+    allow: Allow = None,
+    trust: Trust = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON, and nothing else.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Print the whole tree, and every path.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what is in a model, what it would become, what is wrong with it, and what to pick.
+
+    Example: normswap inspect torchvision:mobilenet_v2
+    """
+    from normswap import files, sources
+
+    with _speaking(5, quiet or as_json) as progress:
+        found = files.inspect_file(
+            input, model=model, model_args=sources.parse_arguments(model_arg or []), weights=weights, key=key,
+            input_shape=_parse_shape(input_shape), allow=_importable(allow), trust=trust, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
+    elif not quiet:
+        from normswap.render_inspection import InspectionView
+
+        Console().print(InspectionView(found, input, full))
 
 
 @app.command()

@@ -16,7 +16,6 @@ from normswap.account import (
     changes_of,
     count_elements,
     drift_of,
-    is_untrained,
     left_unasked,
     modules_of,
     names_of,
@@ -29,6 +28,7 @@ from normswap.calibrate import Measured, measure, measure_vectors
 from normswap.decide import check_groups, decide
 from normswap.distill import distill
 from normswap.errors import ModelError, OptionError
+from normswap.findings import is_untrained
 from normswap.graph import find_flow
 from normswap.plan import Context, parse_groups
 from normswap.probe import Seen

@@ -20,6 +20,8 @@ from normswap.convert import Options, Progress, run
 from normswap.entries import Binding, Entry
 from normswap.errors import FileError, ModelError, NormswapError, OptionError, first_line
 from normswap.fitting import fill, parameters_of, source_of, with_others
+from normswap.inspect import examine
+from normswap.inspection import Inspection, Layer
 from normswap.optimizer import Parameter
 from normswap.report import Change, Cost, Left, Node, Report
 from normswap.sources import Source
@@ -124,6 +126,49 @@ def convert_file(
 
 def _with_cost(report: Report, started: float) -> Report:
     return replace(report, cost=Cost(time.monotonic() - started, disk.peak_memory()))
+
+
+def inspect_file(
+    path: str | os.PathLike[str],
+    *,
+    model: Source | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+    key: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    allow: Iterable[str] = (),
+    trust: bool = False,
+    progress: Progress = lambda phase: None,
+) -> Inspection:
+    """`normswap.inspect` on the model in a file or a folder, or on a model of a library; the arguments are those of `convert_file`.
+
+    A file of tensors without their model is inspected as far as its keys tell: the batch norms, and what has the shape of a convolution.
+    """
+    progress(f"reading {path}")
+    path = Path(path)
+    if sources.is_spec(str(path)):
+        made = sources.build(str(path), weights, model_args or {})
+        return _examined(made, input_shape, progress)
+    found = checkpoint.read(path, trust=trust, allow=allow)
+    entry = entries.find_entries(found.content, key, path)[0]
+    with _naming(path):
+        if isinstance(entry.value, nn.Module):
+            return _examined(entry.value, input_shape, progress)
+        if model is None and checkpoint.recipe_of(entry.value) is None:
+            seen = examine(bare.norms_of(entry.value, EPS), progress=progress)
+            extra = [
+                Layer((p,), "weight", "convolution", "", None, None, None, None, "", "")
+                for p in bare.convolution_keys(entry.value)
+            ]
+            return replace(seen, model="tensors without their model", layers=(*seen.layers, *extra))
+        source, arguments = source_of(entry.value, model, model_args or {}, path)
+        return _examined(fill(entry.value, source, arguments, path)[0][1], input_shape, progress)
+
+
+def _examined(model: nn.Module, shape: Sequence[int] | None, progress: Progress) -> Inspection:
+    large = sum(p.numel() for p in model.parameters()) > _LARGE and shape is None
+    inputs, name = (None, "") if large else probe.guess_inputs(model, tuple(shape) if shape else None) or (None, "")
+    return examine(model, inputs, name, probe_only=shape is None, progress=progress)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -33,7 +33,8 @@ class Flow:
     `readers[w]` lists the norm behind each use of a weight layer's output, None for any other
     use; `writers[n]` likewise the weight layer before each call of a norm. `single` and `spatial` are
     norms whose input has one element a channel, or more; `flat` those whose input is (N, C); `first` weight layers
-    that read the model's input. `complete` are sites all of whose
+    that read the model's input. `between` has, for each site, the site before it (None: none, or several) and the names of the
+    non-linearities and dropouts between the two, from the last to the first; `calls` how often one forward calls it. `complete` are sites all of whose
     uses are known, `touched` those whose tensors some forward reads directly, `functional` norms that
     no module holds, `problems` what stood in the way, by module path.
     """
@@ -45,6 +46,8 @@ class Flow:
     spatial: set[str] = field(default_factory=set)
     flat: set[str] = field(default_factory=set)
     first: set[str] = field(default_factory=set)
+    between: dict[str, set[tuple[str | None, tuple[str, ...]]]] = field(default_factory=lambda: defaultdict(set))
+    calls: dict[str, int] = field(default_factory=dict)
     touched: set[str] = field(default_factory=set)
     complete: set[str] = field(default_factory=set)
     functional: dict[str, str] = field(default_factory=dict)
@@ -207,12 +210,16 @@ class _Reader:
         for node in self.nodes:
             sources = node.all_input_nodes
             behind_map[node] = any(behind_map[source] or self._is_map(source) for source in sources)
+        called = Counter(path for node in self.nodes if (path := self._site(node)) is not None)
+        for path, times in called.items():
+            self.flow.calls[path] = max(times, self.flow.calls.get(path, 0))
         for node in self.nodes:
             path = self._site(node)
             if path is None:
                 continue
             if complete:
                 self.flow.complete.add(path)
+            self.flow.between[path].add(self._between(node))
             if not self.prefix and self._is_map(node) and not behind_map[node]:
                 self.flow.first.add(path)
             if self._is_norm(node):
@@ -244,6 +251,27 @@ class _Reader:
         while source is not None and self._is_identity(source):
             source = _input(source)
         return self._site(source) if source is not None and not self._is_norm(source) else None
+
+    def _between(self, node: fx.Node) -> tuple[str | None, tuple[str, ...]]:
+        """The site before a node, and what non-linearities and dropouts stand between them."""
+        names, source = [], _input(node)
+        while source is not None and (self._is_identity(source) or self._shaping(source)):
+            names += [] if self._is_identity(source) else [self._shaping(source)]
+            source = _input(source)
+        return (None if source is None else self._site(source)), tuple(names)
+
+    def _shaping(self, node: fx.Node) -> str:
+        """The name of a non-linearity or of a dropout that drops something; "" for any other node."""
+        module = self._module(node)
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            return type(module).__name__ if module.p > 0 else ""
+        if module is not None:
+            inside = type(module).__module__ == "torch.nn.modules.activation"
+            return type(module).__name__ if inside and not isinstance(module, nn.MultiheadAttention) else ""
+        if node.target in _DROPOUTS:
+            chance = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+            return "" if chance == 0 else str(getattr(node.target, "__name__", node.target))
+        return str(getattr(node.target, "__name__", node.target)) if node.target in _NON_LINEAR else ""
 
     def _readers(self, node: fx.Node) -> list[str | None]:
         """The norm behind each use of a weight layer's output; None for every other use."""
@@ -298,10 +326,13 @@ class _Reader:
         return known and not isinstance(module, nn.MultiheadAttention)
 
 
+_NON_LINEAR: set[Any] = {
+    torch.relu, torch.relu_, torch.tanh, torch.sigmoid, F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.silu, F.gelu, F.mish, F.softplus,
+    F.hardswish, F.tanh, F.sigmoid, "relu", "relu_", "tanh", "sigmoid",
+}  # fmt: skip
+_DROPOUTS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout}
 _POINTWISE: set[Any] = {
-    operator.add, operator.iadd, operator.sub, operator.mul, torch.add, torch.mul, torch.relu, torch.tanh, torch.sigmoid,
-    F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.silu, F.gelu, F.mish, F.softplus, F.hardswish, F.tanh, F.sigmoid, F.dropout,
-    "relu", "relu_", "tanh", "sigmoid", "add", "mul",
+    *_NON_LINEAR, *_DROPOUTS, operator.add, operator.iadd, operator.sub, operator.mul, torch.add, torch.mul, "add", "mul",
 }  # fmt: skip
 _ADAPTIVE_POOLS = {
     F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,

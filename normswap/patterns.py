@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 ROOT = "(root)"
 Key = TypeVar("Key", bound=Hashable)
@@ -61,3 +62,72 @@ def grouped(pairs: Iterable[tuple[Key, str]]) -> Iterator[tuple[Key, str, int]]:
     for key, members in paths.items():
         for pattern, count in fold_paths(members):
             yield key, pattern, count
+
+
+@dataclass
+class Branch:
+    """A place in a module tree, or `count` places that are alike: what stands at it, and what below."""
+
+    name: str
+    items: list[tuple[str, Any]]
+    below: list[Branch]
+    count: int = 1
+
+    @property
+    def shape(self) -> Hashable:
+        """What two branches that are alike have in common: kinds and names, not numbers."""
+        stem = re.sub(r"[\d\[\],-]+$", "#", self.name)
+        return stem, tuple(dict.fromkeys(kind for kind, _ in self.items)), tuple(branch.shape for branch in self.below)
+
+    @property
+    def lines(self) -> int:
+        """How many lines it takes to show it."""
+        return 1 + sum(branch.lines for branch in self.below)
+
+
+def fold_tree(items: Iterable[tuple[str, str, Any]]) -> list[Branch]:
+    """A tree of (path, kind, item) in which neighbours that are alike stand as one: `layer[2-4]`, `bn[1-2]`."""
+    root = Branch("", [], [])
+    for path, kind, item in items:
+        branch = root
+        for part in path.split(".") if path else [ROOT]:
+            found = next((b for b in branch.below if b.name == part), None)
+            if found is None:
+                found = Branch(part, [], [])
+                branch.below.append(found)
+            branch = found
+        branch.items.append((kind, item))
+    return _folded(root.below)
+
+
+def _folded(branches: Iterable[Branch]) -> list[Branch]:
+    """Neighbours that are alike as one, from the leaves up."""
+    found: list[Branch] = []
+    for branch in branches:
+        branch.below = _folded(branch.below)
+        alike = next((b for b in found if b.shape == branch.shape), None)
+        if alike is not None and "#" in str(branch.shape[0]):  # type: ignore[index]
+            _merge(alike, branch)
+        else:
+            found.append(branch)
+    return found
+
+
+def _merge(into: Branch, other: Branch) -> None:
+    into.count += other.count
+    into.items += other.items
+    into.name = _joined(into.name, other.name)
+    for mine, others in zip(into.below, other.below, strict=True):
+        _merge(mine, others)
+
+
+def _joined(a: str, b: str) -> str:
+    """Two names that differ in their last number as one: `bn1` and `bn2` are `bn[1-2]`."""
+    stem = re.sub(r"[\d\[\],-]+$", "", a)
+    return f"{stem}[{ranges(n for name in (a, b) for n in _numbers(name[len(stem) :]))}]" if a != b else a
+
+
+def _numbers(text: str) -> Iterator[int]:
+    for part in text.strip("[]").split(","):
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)

@@ -6,11 +6,11 @@ from pathlib import Path
 import normswap
 
 FLOORS = [
-    {"errors", "report", "transfer", "layers", "weights", "optimizer", "patterns"},
-    {"trace", "disk", "entries", "pickles", "sources", "pictures", "wording", "bare", "recurrent"},
+    {"errors", "report", "transfer", "layers", "weights", "optimizer", "patterns", "inspection"},
+    {"trace", "disk", "entries", "pickles", "sources", "pictures", "wording", "advice", "bare", "recurrent"},
     {"sites", "recurrent_transfer", "tensorfiles", "distributed", "render", "page", "markdown"},
-    {"graph", "views"},
-    {"probe", "checkpoint", "samples"},
+    {"graph", "views", "render_inspection"},
+    {"probe", "checkpoint", "samples", "findings"},
     {"calibrate", "distill"},
     {"plan"},
     {"norm_forms", "weight_forms", "swap", "diff"},
@@ -18,7 +18,7 @@ FLOORS = [
     {"targets"},
     {"selection", "account"},
     {"decide"},
-    {"convert"},
+    {"convert", "inspect"},
     {"recipe"},
     {"fitting"},
     {"files"},

@@ -1,0 +1,125 @@
+"""What to pick, and why. A new piece of advice is one function in the list `RULES`.
+
+What it says follows the tables of the README, which benchmarks write (`fine_tune`, `retention`, `calibrated`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from normswap.inspection import Advice, Layer, Outcome
+
+_MANY = 0.25  # the share of norms from which 1×1 maps shape a choice
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the advice goes by; `repeated` are norms that one forward calls more than once."""
+
+    layers: Sequence[Layer]
+    outcomes: Mapping[str, Outcome]
+    batch_norms: Sequence[Layer]
+    recurrent: Sequence[Layer]
+    repeated: Sequence[str]
+
+
+def large_batches(facts: Facts) -> Advice | None:
+    if not facts.batch_norms:
+        return None
+    why = "at 16 and more samples a device, batch norm is as good as any and the fastest; no conversion pays"
+    return Advice("large batches", "keep BatchNorm", why)
+
+
+def small_batches(facts: Facts) -> Advice | None:
+    if not facts.batch_norms or not facts.outcomes["gn"].norms:
+        return None
+    if not facts.outcomes["ws"].weights:
+        why = "statistics within a sample do not care for the batch; there are no convolutions to standardize"
+        return Advice("small batches (1 to 8)", "gn", why)
+    why = (
+        "ahead of all else in fine-tuning at batch 1 to 4, where batch norm's statistics are noise; bcn is its equal"
+    )
+    if _depthwise(facts):
+        why += "; keep --ws preserve: depthwise filters have too few elements for the strict form"
+    return Advice("small batches (1 to 8)", "gn-ws", why)
+
+
+def short_tuning(facts: Facts) -> Advice | None:
+    if not facts.batch_norms:
+        return None
+    why = "exact, and nothing moves but gain and bias; behind the others where the data have shifted far"
+    return Advice("a short fine-tuning near the original data", "frozen", why)
+
+
+def private(facts: Facts) -> Advice | None:
+    if not facts.batch_norms:
+        return None
+    why = "samples of a batch do not mix, as differential privacy asks; no statistics of the data are kept"
+    return Advice("private training", "gn", why)
+
+
+def federated(facts: Facts) -> Advice | None:
+    if not facts.batch_norms:
+        return None
+    why = "no running statistics that differ between clients and must be averaged"
+    return Advice("federated training", "gn", why)
+
+
+def deployment(facts: Facts) -> Advice | None:
+    outcome = facts.outcomes["fold"]
+    if not outcome.norms:
+        return None
+    norms = sum(layer.kind == "norm" for layer in facts.layers)
+    some = "all norms go" if outcome.norms == norms else f"{outcome.norms} of {norms} norms go"
+    return Advice("deployment", "fold", f"exact and faster: {some} into the layers before them")
+
+
+def recurrence(facts: Facts) -> Advice | None:
+    if facts.repeated and facts.batch_norms:
+        why = f"{facts.repeated[0]} is called several times in a forward, and batch norm has one statistic for all of them"
+        return Advice("norms used again and again", "gn", why)
+    if facts.recurrent:
+        what = ", ".join(sorted({layer.module for layer in facts.recurrent}))
+        why = f"layer norm inside {what} steadies long sequences; approximate, so give data with --calibrate"
+        return Advice("recurrent layers", "--recurrent ln", why)
+    return None
+
+
+def mobile(facts: Facts) -> Advice | None:
+    depthwise = _depthwise(facts)
+    if not depthwise or not facts.batch_norms:
+        return None
+    why = f"with {len(depthwise)} depthwise convolutions, several groups keep less before training; data bring most of it back"
+    return Advice("a mobile net that is used without training", "--groups 1, or --calibrate", why)
+
+
+def pointlike(facts: Facts) -> Advice | None:
+    small = [layer for layer in facts.layers if layer.kind == "norm" and layer.spatial and max(layer.spatial) == 1]
+    norms = [layer for layer in facts.layers if layer.kind == "norm"]
+    if len(small) < max(1, _MANY * len(norms)):
+        return None
+    why = f"{len(small)} of {len(norms)} norms read 1×1 maps, where few elements share a group: take few groups, and not in"
+    return Advice("many 1×1 maps", "ln, or gn --groups 1", why)
+
+
+def data_at_hand(facts: Facts) -> Advice | None:
+    if not facts.batch_norms:
+        return None
+    why = "a few hundred samples without labels bring back most of what gn, ln or bcn lose before training"
+    return Advice("some data at hand", "--calibrate PATH", why)
+
+
+RULES: tuple[Callable[[Facts], Advice | None], ...] = (
+    small_batches, large_batches, short_tuning, private, federated, recurrence, mobile, pointlike, data_at_hand, deployment,
+)  # fmt: skip
+
+
+def advise(facts: Facts) -> tuple[Advice, ...]:
+    return tuple(advice for rule in RULES if (advice := rule(facts)) is not None)
+
+
+def _depthwise(facts: Facts) -> list[Layer]:
+    return [
+        c for c in facts.layers if c.kind == "weight" and c.groups is not None and c.groups == (c.channels or 0) > 1
+    ]

@@ -1,0 +1,161 @@
+"""What is wrong with a model's norms, or suspicious. A new finding is one function and one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor, nn
+
+from normswap.graph import Flow
+from normswap.inspection import Finding
+from normswap.sites import Site, hidden_modules
+from normswap.transfer import widen
+
+_DEAD = 1e-3  # of eps: a variance below is as good as none
+_MOSTLY = 3  # times as many norms before the non-linearity as after it make the latter look like slips
+
+
+def statistics_of(norm: nn.Module) -> str:
+    """The state of a norm's running statistics: "healthy", what is wrong, or "" where it keeps none."""
+    mean, var = (getattr(norm, name, None) for name in ("running_mean", "running_var"))
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        return ""
+    if mean.is_meta or var.is_meta:
+        return "without values"
+    mean, var = widen(mean), widen(var)
+    if not (mean.isfinite().all() and var.isfinite().all()):
+        return "not finite"
+    if (var < 0).any():
+        return "negative variance"
+    if is_untrained(norm):
+        return "never trained"
+    dead = int((var < _DEAD * _eps(norm)).sum())
+    return f"{dead} dead channel{'s' * (dead != 1)}" if dead else "healthy"
+
+
+def is_untrained(norm: nn.Module) -> bool:
+    """Whether a norm's running statistics are those it was made with."""
+    seen, mean = (norm._buffers.get(name) for name in ("num_batches_tracked", "running_mean"))
+    return seen is not None and mean is not None and not seen.is_meta and not seen.any() and not mean.any()
+
+
+def _eps(norm: nn.Module) -> float:
+    return float(norm.eps) if isinstance(norm.eps, int | float) else 0.0  # type: ignore[arg-type]
+
+
+def _broken_statistics(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
+    for site in sites:
+        if site.kind == "norm" and statistics_of(site.module) in ("not finite", "negative variance"):
+            yield site
+
+
+def _untrained(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
+    for site in sites:
+        if site.kind == "norm" and statistics_of(site.module) == "never trained":
+            yield site
+
+
+def _dead(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
+    for site in sites:
+        if site.kind == "norm" and "dead" in statistics_of(site.module):
+            yield site
+
+
+def _resting(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
+    for site in sites:
+        if site.is_batch_norm and statistics_of(site.module) and getattr(site.module, "momentum", 0.1) == 0:
+            yield site
+
+
+def _useless_bias(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
+    norms = {site.path: site for site in sites if site.kind == "norm"}
+    for site in sites:
+        if (
+            site.kind == "norm"
+            or site.layer_kind == "rnn"
+            or not isinstance(getattr(site.module, "bias", None), Tensor)
+        ):
+            continue
+        readers = set(flow.readers.get(site.path, [])) if site.path in flow.complete else set()
+        if readers and all(reader in norms and _takes_the_mean_away(norms[reader]) for reader in readers):
+            yield site
+
+
+def _takes_the_mean_away(norm: Site) -> bool:
+    """Whether a norm, as it trains, takes away each channel's own mean."""
+    if norm.is_batch_norm:
+        return isinstance(norm.module, nn.modules.batchnorm._BatchNorm)
+    return norm.form == "group" and norm.groups == norm.channels
+
+
+def _after_activation(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
+    places: dict[str, list[Site]] = {"before": [], "after": []}
+    weights = {site.path for site in sites if site.kind == "weight"}
+    for site in sites:
+        ways = flow.between.get(site.path, set()) if site.kind == "norm" else set()
+        if ways and all(source in weights for source, _ in ways):
+            shaped = [any("ropout" not in name for name in names) for _, names in ways]
+            if all(shaped) or not any(shaped):
+                places["after" if shaped[0] else "before"].append(site)
+    if len(places["before"]) >= _MOSTLY * len(places["after"]):
+        yield from places["after"]
+
+
+def _dropout(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
+    kinds = {site.path: site.kind for site in sites}
+    for site in sites:
+        for source, names in flow.between.get(site.path, set()):
+            pair = {site.kind, kinds.get(source or "", "")} == {"norm", "weight"}
+            if pair and site.layer_kind != "linear" and any("ropout" in name for name in names):
+                yield site
+                break
+
+
+Rule = Callable[[Sequence[Site], Flow], Iterator[Site]]
+RULES: dict[str, tuple[Rule, str]] = {
+    "running statistics that are not finite or negative": (
+        _broken_statistics,
+        "no target takes these layers; re-estimate them on data in train mode, or look for the step that diverged",
+    ),
+    "running statistics that were never trained": (
+        _untrained,
+        "there is no function to keep: load the trained weights first, or check that they were loaded",
+    ),
+    "dead channels: no variance": (
+        _dead,
+        "the filters before them give a constant; group norms keep them out of their groups' scale",
+    ),
+    "momentum 0": (
+        _resting,
+        "the statistics never follow the data, though batches are normalized by their own in training: frozen says so openly",
+    ),
+    "a bias that the norm behind takes away": (
+        _useless_bias,
+        "it has no effect and takes memory; group norms of several channels give it one again",
+    ),
+    "a norm after the non-linearity, where the others stand before it": (
+        _after_activation,
+        "often a slip; matching moves the statistics of what they see all the same",
+    ),
+    "dropout between norm and convolution": (
+        _dropout,
+        "it changes the variance between training and evaluation, which running statistics cannot follow (Li et al. 2019)",
+    ),
+}  # fmt: skip
+"""By what is wrong: where to find it, and what follows."""
+
+
+def find(model: nn.Module, sites: Sequence[Site], flow: Flow) -> list[Finding]:
+    """All that is wrong, in the order of `RULES`, then norms and layers that no module of the model holds."""
+    found = []
+    for problem, (rule, note) in RULES.items():
+        places = [site.path for site in rule(sites, flow)]
+        found += [Finding(problem, tuple(places), note)] if places else []
+    for where, name in flow.functional.items():
+        note = "no module holds it, so no target can change it: make it a module, such as nn.BatchNorm2d"
+        found.append(Finding(f"a functional {name}", (where,), note))
+    hidden = tuple(where for where, module in hidden_modules(model) if any(True for _ in module.parameters()))
+    if hidden:
+        note = "parameters in a plain list, dict or attribute are neither saved nor trained: use nn.ModuleList or nn.ModuleDict"
+        found.append(Finding("modules that are not registered", hidden, note))
+    return found

@@ -1,0 +1,138 @@
+"""The story of an inspection: what is there, what would become of it, what is wrong, what to pick."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normswap import probe
+from normswap.account import changes_of, count_elements
+from normswap.advice import Facts, advise
+from normswap.decide import decide
+from normswap.errors import ModelError, NormswapError
+from normswap.findings import find, statistics_of
+from normswap.graph import Flow, find_flow
+from normswap.inspection import Inspection, Layer, Outcome
+from normswap.norm_forms import NORMS
+from normswap.plan import Context
+from normswap.probe import Seen
+from normswap.recurrent import LAYER_NORMALIZED
+from normswap.selection import check_model, shared_tensors
+from normswap.sites import Site, find_sites
+from normswap.targets import TARGETS, Target
+from normswap.weight_forms import WEIGHTS
+from normswap.weights import TRANSPOSED
+
+_PATIENCE = 10.0  # seconds that a run on noise may take which nobody asked for
+
+
+def inspect(model: nn.Module, *, example_inputs: Any = None) -> Inspection:
+    """What norms and weight layers `model` has, what each target would do to them, what is wrong, and what to pick.
+
+    `example_inputs` (a tensor, a tuple of positional or a dict of keyword arguments) tell the sizes of feature maps, which group counts
+    regard. The model is run on them in eval mode, and not changed. Raises `ModelError` for what is no model, a lazy one, or
+    inputs that it does not run on.
+    """
+    return examine(model, example_inputs)
+
+
+def examine(
+    model: nn.Module,
+    inputs: Any = None,
+    name: str = "example inputs",
+    *,
+    probe_only: bool = False,
+    progress: Callable[[str], None] = lambda phase: None,
+) -> Inspection:
+    """`inspect`, with word of each phase; with `probe_only`, a model that does not run on the inputs is no error."""
+    check_model(model)
+    progress("finding norms and convolutions")
+    sites = find_sites(model)
+    progress("tracing what feeds what")
+    flow = find_flow(model, sites)
+    seen: Mapping[str, Seen] = {}
+    if inputs is not None:
+        progress("running the model")
+        try:
+            seen = probe.run(model, inputs, sites, _PATIENCE if probe_only else None, name)[1]
+        except ModelError:
+            if not probe_only:
+                raise
+            name = ""
+    layers = tuple(_layer(site, seen) for site in sites)
+    progress("trying the targets")
+    outcomes = tuple(_outcome(TARGETS[form], model, sites, flow, seen) for form in (*NORMS, *WEIGHTS))
+    facts = Facts(
+        layers,
+        {outcome.target: outcome for outcome in outcomes},
+        [layer for layer, site in zip(layers, sites, strict=True) if isinstance(site.module, _BatchNorm)],
+        [layer for layer, site in zip(layers, sites, strict=True) if site.base in LAYER_NORMALIZED],
+        [site.path for site in sites if site.kind == "norm" and flow.calls.get(site.path, 0) > 1],
+    )
+    findings = tuple(find(model, sites, flow))
+    sizes = count_elements(model)
+    probed = name if inputs is not None else ""
+    return Inspection(type(model).__name__, *sizes, layers, outcomes, findings, advise(facts), probed)
+
+
+def _layer(site: Site, seen: Mapping[str, Seen]) -> Layer:
+    module = site.module
+    gradients = {p.requires_grad for p in module.parameters()}
+    known = site.base is not None
+    groups = site.groups if site.kind == "norm" else getattr(module, "groups", None)
+    return Layer(
+        site.paths,
+        site.kind,
+        site.name,
+        _size(site) if site.kind == "weight" and known else "",
+        site.channels if known else None,
+        groups if isinstance(groups, int) else None,
+        seen[site.path].spatial if site.path in seen and site.layer_kind == "conv" else None,
+        any(gradients) if gradients else None,
+        statistics_of(module) if site.kind == "norm" else "",
+        site.obstacle,
+    )
+
+
+def _size(site: Site) -> str:
+    """What a weight layer takes and gives: `3 → 64, 7×7, stride 2`, `512 → 1000`, `28 → 64, 2 layers`."""
+    module: Any = site.module
+    if site.layer_kind == "conv" and hasattr(module, "kernel_size"):
+        parts = [f"{module.in_channels} → {module.out_channels}", "×".join(map(str, module.kernel_size))]
+        parts += [f"stride {_one(module.stride)}"] if set(module.stride) != {1} else []
+        parts += ["transposed"] if isinstance(module, TRANSPOSED) else []
+        depthwise = module.groups == module.out_channels > 1
+        return ", ".join(
+            parts + (["depthwise"] if depthwise else [f"{module.groups} groups"] if module.groups > 1 else [])
+        )
+    if site.layer_kind == "linear":
+        return f"{module.in_features} → {module.out_features}"
+    if hasattr(module, "input_size"):
+        layers = getattr(module, "num_layers", 1)
+        return f"{module.input_size} → {module.hidden_size}{f', {layers} layers' if layers > 1 else ''}"
+    return ""
+
+
+def _one(values: Sequence[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else "×".join(map(str, values))
+
+
+def _outcome(target: Target, model: nn.Module, sites: Sequence[Site], flow: Flow, seen: Mapping[str, Seen]) -> Outcome:
+    """What a target would do with every option at its default: all replacements are built, none is put in."""
+    context = Context(
+        groups="auto", transfer="match", ws="preserve", ws_scope="normed", layers=("conv",), recurrent=None, flow=flow,
+        sites={site.path: site for site in sites}, seen=seen, shared=shared_tensors(model),
+    )  # fmt: skip
+    try:
+        swaps, left = decide(sites, set(sites), target, context)
+    except NormswapError as error:
+        return Outcome(target.name, 0, 0, None, 0, (), str(error))
+    mine = "norm" if target.norm else "weight"
+    reasons = Counter(entry.reason for entry in left if entry.kind == mine)
+    kinds = Counter(change.kind for change in changes_of(swaps))
+    exact = all(swap.exact for swap in swaps) if swaps else None
+    return Outcome(target.name, kinds["norm"], kinds["weight"], exact, reasons.total(), tuple(reasons.most_common()))

@@ -1,0 +1,348 @@
+"""`normswap inspect`: what is there, what would become of it, what is wrong, what to pick."""
+
+import copy
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from test_cli import run
+from test_quirks import quiet
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import QUIRKS
+
+import normswap
+from normswap import Inspection, NormswapError, sources
+from normswap.findings import RULES
+from normswap.patterns import fold_tree
+from normswap.render_inspection import InspectionView
+
+GOLDEN = Path(__file__).parent / "golden"
+TARGETS = ("gn", "ln", "in", "est", "bcn", "bn", "frozen", "fold", "ws", "wn")
+
+
+def printed(found: Inspection, width: int = 200, full: bool = False) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(InspectionView(found, "model.pt", full))
+    return re.sub(r" +$", "", stream.getvalue(), flags=re.MULTILINE)
+
+
+def model_of(name: str) -> nn.Module:
+    return QUIRKS[name].make() if name in QUIRKS else sources.build(f"torchvision:{name}")
+
+
+@pytest.mark.parametrize("name", [*QUIRKS, "resnet18", "mobilenet_v3_small", "densenet121", "vit_b_16"])
+def test_outcomes_are_what_conversions_do(name: str) -> None:
+    """Each line of the table against a conversion to that target, of the same model."""
+    with quiet():
+        model = model_of(name)
+        outcomes = {outcome.target: outcome for outcome in normswap.inspect(model).outcomes}
+        assert tuple(outcomes) == TARGETS
+        for target, outcome in outcomes.items():
+            try:
+                report = normswap.convert(model, target).report
+            except NormswapError as error:
+                assert not (outcome.norms or outcome.weights), target
+                assert outcome.exact is None
+                assert outcome.problem in ("", str(error))
+                continue
+            done = report.totals.norms_changed, report.totals.weights_changed
+            assert (outcome.norms, outcome.weights, outcome.exact) == (*done, report.exact), target
+            kind = "weight" if target in ("ws", "wn") else "norm"
+            hidden = "is not registered"  # what an inspection names among its findings
+            left = [entry for entry in report.left if entry.kind == kind and hidden not in entry.reason]
+            assert outcome.left == len(left) == sum(count for _, count in outcome.reasons)
+
+
+def test_nothing_is_changed() -> None:
+    model = sources.build("torchvision:resnet18").train()
+    model.layer1.eval()
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+    normswap.inspect(model, example_inputs=torch.zeros(2, 3, 64, 64))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert [m.training for m in model.modules()] == modes and torch.equal(state, torch.get_rng_state())
+
+
+def test_layers_are_described() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 5, stride=2, groups=3), nn.BatchNorm2d(12), nn.GroupNorm(4, 12), nn.Flatten(), nn.Linear(12, 7)
+    ).requires_grad_(False)
+    model[4].requires_grad_(True)
+    conv, batch, group, linear = normswap.inspect(model, example_inputs=torch.randn(2, 3, 5, 5)).layers
+    assert (conv.size, conv.channels, conv.groups, conv.spatial) == ("3 → 12, 5×5, stride 2, 3 groups", 12, 3, (5, 5))
+    assert (batch.kind, batch.module, batch.spatial, batch.statistics) == (
+        "norm",
+        "BatchNorm2d",
+        (1, 1),
+        "never trained",
+    )
+    assert (group.groups, group.statistics, linear.size) == (4, "", "12 → 7")
+    assert [layer.trained for layer in (conv, batch, group, linear)] == [False, False, False, True]
+
+
+# ---- what is wrong ----
+
+
+class Net(nn.Module):
+    """A healthy net of four convolutions with norms; each subclass spoils one thing."""
+
+    problem = ""
+    where: tuple[str, ...] = ()
+    bias, momentum, chance = False, 0.1, 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, width in zip("abcd", (3, 8, 8, 8), strict=True):
+            self.add_module(name, nn.Conv2d(width, 8, 3, padding=1, bias=self.bias and name == "b"))
+            self.add_module(f"{name}n", nn.BatchNorm2d(8, momentum=self.momentum if name == "c" else 0.1))
+        self.drop = nn.Dropout2d(self.chance)
+        self.train()
+        with torch.no_grad():
+            self(torch.randn(4, 3, 8, 8))
+        self.eval()
+        self.spoil()
+
+    def spoil(self) -> None:
+        """What is done to the trained net."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.an(self.a(x)))
+        x = F.relu(self.bn(self.b(x)))
+        x = F.relu(self.cn(self.c(x)))
+        return self.dn(self.d(x))
+
+
+class NotFinite(Net):
+    problem, where = "running statistics that are not finite or negative", ("cn",)
+
+    def spoil(self) -> None:
+        self.cn.running_mean[1] = torch.nan
+
+
+class Negative(NotFinite):
+    def spoil(self) -> None:
+        self.cn.running_var[1] = -1.0
+
+
+class Untrained(Net):
+    problem, where = "running statistics that were never trained", ("bn", "dn")
+
+    def spoil(self) -> None:
+        self.bn.reset_running_stats()
+        self.dn.reset_running_stats()
+
+
+class Dead(Net):
+    problem, where = "dead channels: no variance", ("an",)
+
+    def spoil(self) -> None:
+        self.an.running_var[3:5] = 0
+
+
+class Resting(Net):
+    problem, where, momentum = "momentum 0", ("cn",), 0.0
+
+
+class Bias(Net):
+    problem, where, bias = "a bias that the norm behind takes away", ("b",), True
+
+
+class After(Net):
+    problem, where = "a norm after the non-linearity, where the others stand before it", ("bn",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.an(self.a(x)))
+        x = self.bn(F.relu(self.b(x)))
+        x = F.relu(self.cn(self.c(x)))
+        return self.dn(self.d(x))
+
+
+class DropBefore(Net):
+    problem, where, chance = "dropout between norm and convolution", ("bn",), 0.2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.an(self.a(x)))
+        x = F.relu(self.bn(self.drop(self.b(x))))
+        x = F.relu(self.cn(self.c(x)))
+        return self.dn(self.d(x))
+
+
+class DropAfter(Net):
+    problem, where = "dropout between norm and convolution", ("c",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.an(self.a(x)))
+        x = F.dropout(F.relu(self.bn(self.b(x))), 0.1, self.training)
+        x = F.relu(self.cn(self.c(x)))
+        return self.dn(self.d(x))
+
+
+class Functional(Net):
+    problem, where = "a functional batch_norm", ("",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.batch_norm(x, None, None, training=True))
+
+
+class Hidden(Net):
+    problem, where = "modules that are not registered", ("extra[0]",)
+
+    def spoil(self) -> None:
+        self.extra = [nn.Conv2d(3, 3, 1)]
+
+
+SPOILT = (NotFinite, Negative, Untrained, Dead, Resting, Bias, After, DropBefore, DropAfter, Functional, Hidden)
+
+
+def test_a_healthy_net_has_no_findings() -> None:
+    assert normswap.inspect(Net()).findings == ()
+
+
+@pytest.mark.parametrize("make", SPOILT)
+def test_what_is_wrong_is_found_where_it_is(make: type[Net]) -> None:
+    found = normswap.inspect(make(), example_inputs=torch.randn(2, 3, 8, 8))
+    assert [(finding.problem, finding.paths) for finding in found.findings] == [(make.problem, make.where)]
+    text = re.sub(r"\s+", " ", printed(found, 80))
+    assert make.problem in text and found.findings[0].note in text
+
+
+def test_every_rule_is_tested() -> None:
+    assert set(RULES) <= {make.problem for make in SPOILT}
+
+
+def test_dropout_that_drops_nothing_is_none() -> None:
+    class Idle(DropBefore):
+        chance = 0.0
+
+    assert normswap.inspect(Idle()).findings == ()
+
+
+# ---- what to pick ----
+
+
+def choices(found: Inspection) -> dict[str, str]:
+    return {advice.situation: advice.choose for advice in found.advice}
+
+
+def test_advice() -> None:
+    chosen = choices(normswap.inspect(Net()))
+    assert chosen["small batches (1 to 8)"] == "gn-ws" and chosen["private training"] == "gn"
+    assert chosen["large batches"] == "keep BatchNorm" and chosen["deployment"] == "fold"
+    assert not {"recurrent layers", "many 1×1 maps", "a mobile net that is used without training"} & set(chosen)
+    assert choices(normswap.inspect(nn.Sequential(nn.LSTM(4, 8))))["recurrent layers"] == "--recurrent ln"
+    mobile = choices(normswap.inspect(sources.build("torchvision:mobilenet_v2")))
+    assert mobile["a mobile net that is used without training"] == "--groups 1, or --calibrate"
+    flat = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    assert choices(normswap.inspect(flat))["small batches (1 to 8)"] == "gn"
+    single = choices(normswap.inspect(Net(), example_inputs=torch.randn(2, 3, 1, 1)))
+    assert single["many 1×1 maps"] == "ln, or gn --groups 1"
+    assert choices(normswap.inspect(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)))) == {}
+
+
+def test_a_norm_that_is_used_again_and_again() -> None:
+    class Recurrent(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.an(self.a(x))
+            for _ in range(3):
+                x = F.relu(self.bn(self.b(x)))
+            return self.dn(self.d(self.cn(self.c(x))))
+
+    assert choices(normswap.inspect(Recurrent()))["norms used again and again"] == "gn"
+
+
+# ---- what is printed ----
+
+
+@pytest.mark.parametrize(("name", "width"), [("resnet18", 80), ("efficientnet_v2_l", 80), ("mobilenet_v2", 140)])
+def test_golden(name: str, width: int) -> None:
+    text = printed(normswap.inspect(sources.build(f"torchvision:{name}")), width)
+    file = GOLDEN / f"inspect.{name}.{width}.txt"
+    assert file.exists(), f"{file.name} is missing; it would be:\n{text}"
+    assert text == file.read_text()
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", ["resnet18", "vgg19_bn", "densenet121", "googlenet", "efficientnet_v2_l"])
+def test_counts_of_the_printed_tree(name: str, full: bool) -> None:
+    """Lines that name layers add up to all of them."""
+    with quiet():
+        found = normswap.inspect(model_of(name))
+    tree = printed(found, full=full).split("what is in it\n")[1].split("\n\n")[0].splitlines()
+    classes = {layer.module for layer in found.layers}
+    named = [line for line in tree if set(re.findall(r"\w+", line)) & classes]
+    counts = [int(line.rpartition("×")[2]) for line in named]
+    assert sum(counts) == len(found.layers)
+    assert full or len(tree) <= 32
+
+
+def test_trees_fold_what_is_alike() -> None:
+    paths = [f"layer{s}.{b}.{name}" for s in (1, 2) for b in (0, 1, 2) for name in ("conv1", "bn1", "conv2", "bn2")]
+    (layer,) = fold_tree((path, path.split(".")[-1][:2], path) for path in paths)
+    assert (layer.name, layer.count, [b.name for b in layer.below]) == ("layer[1-2]", 2, ["[0-2]"])
+    assert [(b.name, len(b.items)) for b in layer.below[0].below] == [("conv[1-2]", 12), ("bn[1-2]", 12)]
+    assert [b.name for b in fold_tree((n, "norm", n) for n in ("a", "b", "norm1", "norm3"))] == ["a", "b", "norm[1,3]"]
+
+
+# ---- files ----
+
+
+def whole(folder: Path) -> Path:
+    torch.save(Net(), folder / "model.pt")
+    return folder / "model.pt"
+
+
+def test_inputs_of_every_kind(tmp_path: Path) -> None:
+    model = sources.build("torchvision:resnet18")
+    torch.save(model, tmp_path / "whole.pt")
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "training.pt")
+    save_file(model.state_dict(), tmp_path / "state.safetensors")
+    assert run("convert", tmp_path / "whole.pt", "--to", "gn", "--quiet").exit_code == 0
+    spec = ["--model", "torchvision:resnet18"]
+    cases: list[tuple[object, list[str]]] = [
+        ("torchvision:resnet18", []), (tmp_path / "whole.pt", []), (tmp_path / "state.pt", spec),
+        (tmp_path / "training.pt", spec), (tmp_path / "state.safetensors", spec), (tmp_path / "whole.gn.pt", []),
+    ]  # fmt: skip
+    for source, options in cases:
+        result = run("inspect", source, "--json", *options)
+        assert result.exit_code == 0 and result.stderr == "", (source, result.stderr)
+        found = json.loads(result.stdout)
+        norms = [layer for layer in found["layers"] if layer["kind"] == "norm"]
+        assert (found["schema"], len(norms), len(found["layers"])) == (1, 20, 41), source
+        assert all(layer["spatial"] for layer in norms), source
+
+
+def test_tensors_without_their_model(tmp_path: Path) -> None:
+    torch.save(Net().state_dict(), tmp_path / "state.pt")
+    result = run("inspect", tmp_path / "state.pt", "--json")
+    found = json.loads(result.stdout)
+    assert [layer["module"] for layer in found["layers"]].count("convolution") == 4
+    outcomes = {outcome["target"]: outcome for outcome in found["outcomes"]}
+    assert outcomes["gn"]["norms"] == 4 and outcomes["frozen"]["exact"]
+    assert "tensors without their model" in run("inspect", tmp_path / "state.pt").stdout
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "told"),
+    [
+        (lambda folder: folder / "none.pt", [], "none.pt"),
+        (lambda folder: "torchvision:resnet17", [], "did you mean"),
+        (lambda folder: folder / "text.pt", [], "text.pt"),
+    ],
+)
+def test_errors_are_one_line(tmp_path: Path, make: Callable[[Path], object], options: list[str], told: str) -> None:
+    (tmp_path / "text.pt").write_text("no model")
+    result = run("inspect", make(tmp_path), *options)
+    assert result.exit_code == 1 and told in result.stderr and "Traceback" not in result.stderr
+
+
+def test_inputs_that_do_not_fit(tmp_path: Path) -> None:
+    result = run("inspect", "torchvision:resnet18", "--input-shape", "1,5,32,32")
+    assert result.exit_code == 1 and "does not run on" in result.stderr
