@@ -37,9 +37,7 @@ def small_batches(facts: Facts) -> Advice | None:
     if not facts.outcomes["ws"].weights:
         why = "statistics within a sample do not care for the batch; there are no convolutions to standardize"
         return Advice("small batches (1 to 8)", "gn", why)
-    why = (
-        "ahead of all else in fine-tuning at batch 1 to 4, where batch norm's statistics are noise; bcn is its equal"
-    )
+    why = "ahead of all else in fine-tuning at batch 1 to 4, where batch norm's statistics are noise; bcn is its equal"
     if _depthwise(facts):
         why += "; keep --ws preserve: depthwise filters have too few elements for the strict form"
     return Advice("small batches (1 to 8)", "gn-ws", why)

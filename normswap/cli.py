@@ -9,7 +9,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from normswap import options as opt
 from normswap.errors import NormswapError, OptionError
 from normswap.norm_forms import NORMS
 from normswap.weight_forms import RECURRENT, WEIGHTS
@@ -27,67 +27,9 @@ _PHASES = 9  # words of progress that a conversion gives: the length of the bar
 _PATIENCE = 1.0  # seconds before the bar shows
 
 app = typer.Typer(
-    name="normswap", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    name="normswap", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Swap the normalization of a trained PyTorch model, and keep the trained function.",
 )  # fmt: skip
-
-
-class Format(str, Enum):
-    pt = "pt"
-    safetensors = "safetensors"
-    dcp = "dcp"
-
-
-class Transfer(str, Enum):
-    match = "match"
-    copy = "copy"
-    reset = "reset"
-
-
-class Ws(str, Enum):
-    preserve = "preserve"
-    strict = "strict"
-
-
-class WsScope(str, Enum):
-    normed = "normed"
-    all = "all"
-
-
-Input = Annotated[
-    str, typer.Argument(metavar="INPUT", help="A checkpoint (file or folder), torchvision:NAME or timm:NAME.")
-]
-Out = Annotated[
-    Path | None, typer.Option("-o", "--out", help="Where to write; model.TARGET.pt beside the input by default.")
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SPEC",
-        help="What the tensors of a file belong to: torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.",
-    ),
-]
-ModelArg = Annotated[
-    list[str] | None, typer.Option(metavar="K=V", help="An argument of the model, such as num_classes=10. Repeatable.")
-]
-Key = Annotated[str | None, typer.Option(metavar="NAME", help="Which entry of a training checkpoint is the model.")]
-Weights = Annotated[str | None, typer.Option(metavar="NAME", help="Published weights of a library's model, by name.")]
-InputShape = Annotated[str | None, typer.Option(metavar="1,3,224,224", help="Shape of an input batch.")]
-Allow = Annotated[
-    list[str] | None,
-    typer.Option(help="A class that the file may hold, by full name. Repeatable.", metavar="PKG.CLASS"),
-]
-Trust = Annotated[bool, typer.Option("--trust", help="Run whatever code the file holds.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")]
-Full = Annotated[bool, typer.Option("--full", help="Print a line for every layer.")]
-ReportFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--report", metavar="FILE", help="Write the report too: a page (.html), .md, .json or a picture (.svg)."
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 
 
 def _version(asked: bool) -> None:
@@ -107,81 +49,53 @@ def _app(
 
 @app.command()
 def convert(
-    input: Input,
-    to: Annotated[
-        str, typer.Option("--to", metavar="TARGET", help="What to convert to: a norm, a weight form, or both (gn-ws).")
-    ],
-    out: Out = None,
-    model: Model = None,
-    model_arg: ModelArg = None,
-    weights: Weights = None,
-    key: Key = None,
-    groups: Annotated[
-        str, typer.Option(metavar="auto|N|Nc", help="Groups of gn: auto, their number, or channels in each.")
-    ] = "auto",
-    eps: Annotated[
-        float | None, typer.Option(metavar="E", help="Of the norms in a file without its model; 1e-5 is assumed.")
-    ] = None,
-    transfer: Annotated[
-        Transfer, typer.Option(help="What becomes of the learnt gain, bias and statistics.")
-    ] = Transfer.match,
-    ws: Annotated[Ws, typer.Option(help="Keep each filter's std and mean, or take the paper's form.")] = Ws.preserve,
-    ws_scope: Annotated[
-        WsScope, typer.Option(help="Standardize convolutions that a norm follows, or all.")
-    ] = WsScope.normed,
-    layers: Annotated[
-        str, typer.Option(metavar="conv,linear,rnn", help="Whose weights ws and wn change, with commas.")
-    ] = "conv",
-    recurrent: Annotated[
-        str | None, typer.Option(metavar="ln", help="Layer normalization inside LSTMs, GRUs and their cells.")
-    ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Convert only layers on these paths. Repeatable.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Leave layers on these paths. Repeatable.")
-    ] = None,
-    input_shape: InputShape = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH", help="Unlabelled data: a folder of pictures, or tensors in .pt, .npy, .npz, .safetensors."
-        ),
-    ] = None,
-    calibrate_seconds: Annotated[
-        float, typer.Option(metavar="S", help="The most time that the new norms are fitted to the data; 0: not at all.")
-    ] = 60.0,
-    input_size: Annotated[
-        str | None, typer.Option(metavar="N|H,W", help="Size of the pictures, where the model's own is not known.")
-    ] = None,
-    mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Their mean, for values from 0 to 1.")] = None,
-    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Their standard deviation.")] = None,
-    fold: Annotated[bool, typer.Option("--fold", help="Bake the result into plain torch layers.")] = False,
-    format: Annotated[
-        Format | None,
-        typer.Option(help="Write another kind of file than the input's: of a training checkpoint, the model."),
-    ] = None,
-    allow: Allow = None,
-    trust: Trust = False,
-    overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report, and write nothing.")] = False,
-    as_json: Json = False,
-    report_file: ReportFile = None,
-    full: Full = False,
-    quiet: Quiet = False,
+    input: opt.Input,
+    to: opt.To,
+    groups: opt.Groups = "auto",
+    transfer: opt.TransferChoice = opt.Transfer.match,
+    ws: opt.WsChoice = opt.Ws.preserve,
+    ws_scope: opt.WsScopeChoice = opt.WsScope.normed,
+    layers: opt.Layers = "conv",
+    recurrent: opt.Recurrent = None,
+    include: opt.Include = None,
+    exclude: opt.Exclude = None,
+    fold: opt.Fold = False,
+    model: opt.Model = None,
+    model_arg: opt.ModelArg = None,
+    weights: opt.Weights = None,
+    key: opt.Key = None,
+    eps: opt.Eps = None,
+    allow: opt.Allow = None,
+    trust: opt.Trust = False,
+    input_shape: opt.InputShape = None,
+    calibrate: opt.Calibrate = None,
+    calibrate_seconds: opt.CalibrateSeconds = 60.0,
+    input_size: opt.InputSize = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    out: opt.Out = None,
+    format: opt.FormatChoice = None,
+    overwrite: opt.Overwrite = False,
+    dry_run: opt.DryRun = False,
+    report: opt.ReportFile = None,
+    as_json: opt.Json = False,
+    full: opt.Full = False,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Convert a model: swap its norms, standardize its convolutions.
+    """Convert a model: swap its norms, standardize its convolutions, keep what it has learnt.
 
-    Example: normswap convert torchvision:resnet50 --to gn-ws
+    [bold]normswap convert model.pt --to gn-ws[/]
+
+    [bold]normswap convert torchvision:resnet50 --to gn --calibrate pictures/ --report report.html[/]
     """
     from normswap import files, sources
 
     form = format.value if format else None
     with _speaking(_PHASES, quiet or as_json) as progress:
-        _check_report(report_file, overwrite)
+        _check_report(report, overwrite)
         shape, arguments = _parse_shape(input_shape), sources.parse_arguments(model_arg or [])
         size = _numbers("--input-size", input_size, int)
-        report = files.convert_file(
+        done = files.convert_file(
             input, to, out, model=model, model_args=arguments, weights=weights, key=key, eps=eps, input_shape=shape,
             fold=fold, format=form, allow=_importable(allow), trust=trust, overwrite=overwrite, dry_run=dry_run,
             progress=progress, groups=groups, transfer=transfer.value, ws=ws.value, ws_scope=ws_scope.value,
@@ -189,27 +103,27 @@ def convert(
             mean=_numbers("--mean", mean, float), std=_numbers("--std", std, float),
             layers=tuple(layers.split(",")), recurrent=recurrent, include=include or None, exclude=exclude or None,
         )  # fmt: skip
-        _write_report(report, input, report_file, overwrite)
-    _print(report, input, "" if dry_run else str(out or files.default_out(input, to, form)), as_json, full, quiet)
+        _write_report(done, input, report, overwrite)
+    _print(done, input, "" if dry_run else str(out or files.default_out(input, to, form)), as_json, full, quiet)
 
 
 @app.command()
 def inspect(
-    input: Input,
-    model: Model = None,
-    model_arg: ModelArg = None,
-    weights: Weights = None,
-    key: Key = None,
-    input_shape: InputShape = None,
-    allow: Allow = None,
-    trust: Trust = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON, and nothing else.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Print the whole tree, and every path.")] = False,
-    quiet: Quiet = False,
+    input: opt.Input,
+    model: opt.Model = None,
+    model_arg: opt.ModelArg = None,
+    weights: opt.Weights = None,
+    key: opt.Key = None,
+    allow: opt.Allow = None,
+    trust: opt.Trust = False,
+    input_shape: opt.InputShape = None,
+    as_json: opt.Json = False,
+    full: opt.Full = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Show what is in a model, what it would become, what is wrong with it, and what to pick.
 
-    Example: normswap inspect torchvision:mobilenet_v2
+    [bold]normswap inspect torchvision:mobilenet_v2[/]
     """
     from normswap import files, sources
 
@@ -228,66 +142,69 @@ def inspect(
 
 @app.command()
 def fold(
-    input: Input,
-    out: Out = None,
-    model: Model = None,
-    model_arg: ModelArg = None,
-    key: Key = None,
-    allow: Allow = None,
-    trust: Trust = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    report_file: ReportFile = None,
-    full: Full = False,
-    quiet: Quiet = False,
+    input: opt.Input,
+    model: opt.Model = None,
+    model_arg: opt.ModelArg = None,
+    key: opt.Key = None,
+    allow: opt.Allow = None,
+    trust: opt.Trust = False,
+    out: opt.Out = None,
+    overwrite: opt.Overwrite = False,
+    report: opt.ReportFile = None,
+    as_json: opt.Json = False,
+    full: opt.Full = False,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Bake a converted model into plain torch layers, for deployment.
+    """Bake a converted model into plain torch layers, for deployment: it then does without normswap.
 
-    Example: normswap fold resnet50.gn-ws.pt
+    [bold]normswap fold resnet50.gn-ws.pt[/]
     """
     from normswap import files, sources
 
     with _speaking(2, quiet or as_json) as progress:
-        _check_report(report_file, overwrite)
+        _check_report(report, overwrite)
         progress(f"folding {input}")
-        report = files.fold_file(
+        done = files.fold_file(
             input, out, model=model, model_args=sources.parse_arguments(model_arg or []), key=key,
             allow=_importable(allow), trust=trust, overwrite=overwrite,
         )  # fmt: skip
-        _write_report(report, input, report_file, overwrite)
-    _print(report, input, str(out or files.default_out(input, "fold")), as_json, full, quiet)
+        _write_report(done, input, report, overwrite)
+    _print(done, input, str(out or files.default_out(input, "fold")), as_json, full, quiet)
 
 
 @app.command()
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, file or folder.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
-    key: Key = None,
-    allow: Allow = None,
-    trust: Trust = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report file.")] = False,
-    as_json: Json = False,
-    report_file: ReportFile = None,
-    full: Full = False,
-    quiet: Quiet = False,
+    key: opt.Key = None,
+    allow: opt.Allow = None,
+    trust: opt.Trust = False,
+    overwrite: opt.Overwrite = False,
+    report: opt.ReportFile = None,
+    as_json: opt.Json = False,
+    full: opt.Full = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Say what differs between two checkpoints: keys, modules, shapes, values.
 
-    Example: normswap diff model.pt model.gn-ws.pt
+    [bold]normswap diff model.pt model.gn-ws.pt[/]
     """
     from normswap.diff import diff as compare
 
     with _speaking(2, quiet or as_json) as progress:
-        _check_report(report_file, overwrite)
+        _check_report(report, overwrite)
         progress(f"comparing {a} with {b}")
-        report = compare(a, b, key=key, allow=_importable(allow), trust=trust)
-        _write_report(report, f"{a} and {b}", report_file, overwrite)
-    _print(report, f"{a} and {b}", "", as_json, full, quiet)
+        done = compare(a, b, key=key, allow=_importable(allow), trust=trust)
+        _write_report(done, f"{a} and {b}", report, overwrite)
+    _print(done, f"{a} and {b}", "", as_json, full, quiet)
 
 
 @app.command()
 def targets() -> None:
-    """List the targets, and when to choose which."""
+    """List the targets, and when to choose which.
+
+    [bold]normswap targets[/]
+    """
     console = Console()
     tables = (("a normalization becomes", NORMS), ("a weight becomes", WEIGHTS), ("with --recurrent", RECURRENT))
     for title, forms in tables:

@@ -21,7 +21,7 @@ FLOORS = [
     {"convert", "inspect"},
     {"recipe"},
     {"fitting"},
-    {"files"},
+    {"files", "options"},
     {"cli"},
     {"__init__", "__main__"},
 ]
