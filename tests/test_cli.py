@@ -1,6 +1,8 @@
 """The command line: what is printed where, exit codes, what is written."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +150,70 @@ def test_a_class_beside_the_command_can_be_allowed(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--allow", "mynet.Net"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     assert (tmp_path / "net.gn-ws.pt").exists()
+
+
+def on_a_terminal(folder: Path, *arguments: str, **environment: str) -> str:
+    """What the command writes where a person watches: its stdout and stderr are one terminal of 80 columns."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", **environment}
+    environment.pop("CI", None)
+    command = [sys.executable, "-m", "normswap", *arguments]
+    with subprocess.Popen(command, cwd=folder, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while block := os.read(ours, 4096):
+                shown += block
+        except OSError:  # how Linux says that the other end is closed
+            pass
+    os.close(ours)
+    assert process.returncode == 0, shown.decode()
+    return shown.decode()
+
+
+SLOW = ("convert", "torchvision:resnet152", "--to", "gn-ws", "--dry-run")
+
+
+def test_progress_shows_on_a_terminal_alone(tmp_path: Path) -> None:
+    shown = on_a_terminal(tmp_path, *SLOW)
+    assert "tracing what feeds what" in shown and "━" in shown and "\x1b[1m" in shown
+    piped = subprocess.run([sys.executable, "-m", "normswap", *SLOW], cwd=tmp_path, capture_output=True, text=True)
+    assert piped.stderr == "" and "\x1b" not in piped.stdout and "155 norms" in piped.stdout
+
+
+def test_quiet_is_silent_on_a_terminal_too(tmp_path: Path) -> None:
+    assert on_a_terminal(tmp_path, *SLOW, "--quiet") == ""
+
+
+def test_no_color(tmp_path: Path) -> None:
+    shown = on_a_terminal(tmp_path, *SLOW, NO_COLOR="1")
+    colours = [code for code in re.findall(r"\x1b\[([\d;]*)m", shown) if re.search(r"\b(3\d|4\d|9\d)\b", code)]
+    assert "155 norms" in shown and colours == []
+
+
+@pytest.mark.parametrize("width", ["60", "80"])
+def test_a_terminal_of_ascii(tmp_path: Path, width: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": width}
+    for command in (SLOW, ("inspect", "torchvision:mobilenet_v2"), ("targets",)):
+        done = subprocess.run(
+            [sys.executable, "-m", "normswap", *command], cwd=tmp_path, capture_output=True, env=environment
+        )
+        text = done.stdout.decode("ascii")
+        assert done.returncode == 0 and done.stderr == b"" and "?" not in text, command
+        assert max(map(len, text.splitlines())) <= int(width)
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    for command in ("convert", "inspect", "fold", "diff", "targets"):
+        shown = run(command, "--help").stdout
+        assert f"normswap {command} " in shown.split("Usage:")[1].split("\n", 1)[1] or command == "targets"
+    panels = run("convert", "--help").stdout
+    assert all(f"─ {panel} ─" in panels for panel in ("Conversion", "Reading", "Data", "Writing", "Report"))
+
+
+def test_completion_knows_the_targets() -> None:
+    """As bash asks for it."""
+    asked = {"_NORMSWAP_COMPLETE": "complete_bash", "COMP_WORDS": "normswap convert --to gn", "COMP_CWORD": "3"}
+    done = CliRunner().invoke(cli.app, [], env=asked, prog_name="normswap")
+    assert done.stdout.split() == ["gn", "gn-ws", "gn-wn"]
