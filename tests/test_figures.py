@@ -1,6 +1,7 @@
-"""The README's figures are those that the benchmarks wrote."""
+"""The figures of the READMEs are those that the benchmarks wrote."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,10 +14,11 @@ sys.path.insert(0, str(BENCH))
 import tables  # noqa: E402
 from picture import Chart, draw  # noqa: E402
 
-PLACES = {found[2]: found[3] for found in tables.PLACE.finditer(tables.README.read_text())}
+TEXTS = {path: path.read_text() for path in tables.DOCUMENTS}
+PLACES = {found[2]: found[3] for text in TEXTS.values() for found in tables.PLACE.finditer(text)}
 
 
-def test_readme_has_a_place_for_every_table() -> None:
+def test_there_is_a_place_for_every_table() -> None:
     assert set(PLACES) == set(tables.TABLES)
 
 
@@ -29,15 +31,16 @@ def test_table_is_what_the_benchmark_wrote(name: str) -> None:
 def test_results_tell_where_they_come_from(path: Path) -> None:
     made = json.loads(path.read_text())["environment"]
     assert {"date", "machine", "python", "packages", "arguments", "minutes"} <= set(made)
-    assert (BENCH / f"{path.stem}.py").exists()
+    assert (BENCH / f"{path.stem.removesuffix('_calibrated')}.py").exists()
     assert path.stem in tables.TABLES
 
 
 @pytest.mark.parametrize("path", sorted(tables.RESULTS.glob("*.svg")), ids=lambda path: path.stem)
 def test_picture_is_drawn_beside_the_results_and_shown(path: Path) -> None:
     assert ElementTree.parse(path).getroot().tag.endswith("svg")
-    assert path.with_suffix(".json").exists()
-    assert f"(tests/bench/results/{path.name})" in tables.README.read_text()
+    assert path.with_suffix(".json").exists() or (BENCH / f"{path.stem}.py").exists()
+    shown = [text for document, text in TEXTS.items() if f"({os.path.relpath(path, document.parent)})" in text]
+    assert shown
 
 
 def test_matched_keeps_more_than_reset_and_copied_in_every_net() -> None:

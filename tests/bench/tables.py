@@ -1,4 +1,4 @@
-"""The tables of the README, made from the files in `results`, which the benchmarks write.
+"""The tables of the two READMEs, at the top and here, made from the files in `results`, which the benchmarks write.
 
 Run: python tests/bench/tables.py, to put them in their places: from `<!-- results: NAME -->` to `<!-- end -->`.
 """
@@ -13,16 +13,34 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENTS = (Path(__file__).parents[2] / "README.md", Path(__file__).parent / "README.md")
 PLACE = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
 
 
+STARTS = ("reset", "copied", "matched", "calibrated")
+
+
+def kept(rows: list[Row]) -> list[list[str]]:
+    """A line a target: the mean over all nets, before and after it from each start, groups automatic."""
+    chosen = [row for row in rows if row["groups"] in ("auto", "") and row["copied"]]
+    table = [["target", "before", *STARTS]]
+    for target in dict.fromkeys(row["target"] for row in chosen):
+        mine = [row for row in chosen if row["target"] == target]
+        table.append([_target(target), *(_mean(mine, column) for column in ("before", *STARTS))])
+    return table
+
+
+def _target(name: str) -> str:
+    return f"`{name.replace(' preserve', '').replace('strict', '--ws strict')}`"
+
+
 def retention(rows: list[Row]) -> list[list[str]]:
     """A line a net: accuracy before, and after each target with automatic groups."""
-    starts = [start for start in ("reset", "copied", "matched", "calibrated") if start in rows[0]]
+    starts = STARTS
     targets = list(dict.fromkeys(row["target"] for row in rows))
     columns = [(target, start) for target in targets for start in (starts if target == "gn" else starts[2:])]
+    columns = [(target, start) for target, start in columns if (target, start) != ("gn-ws preserve", "calibrated")]
     found = {(row["task"], row["net"], row["target"]): row for row in rows if row["groups"] in ("auto", "")}
     table = [["net", "before", *(_column(target, start) for target, start in columns)]]
     for task, net in dict.fromkeys((row["task"], row["net"]) for row in rows):
@@ -38,7 +56,7 @@ def retention(rows: list[Row]) -> list[list[str]]:
 
 
 def _column(target: str, start: str) -> str:
-    name = f"`{target.replace(' preserve', '').replace('strict', '--ws strict')}`"
+    name = _target(target)
     if start != "matched" or target == "gn":
         name += f" {start}"
     return f"**{name}**" if (target, start) == ("gn", "matched") else name
@@ -110,12 +128,21 @@ def recurrent_speed(rows: list[Row]) -> list[list[str]]:
     return table
 
 
+def checkpoint_io(rows: list[Row]) -> list[list[str]]:
+    """A line a kind of file and target: time and peak memory as multiples of the bare script's."""
+    table = [["file", "target", "× time", "× peak memory"]]
+    kinds = {"pt": "`.pt`", "safetensors": "`.safetensors`", "dcp": "distributed"}
+    return table + [[kinds[r["kind"]], f"`{r['target']}`", f"{r['times']:.2f}", f"{r['of bare']:.2f}"] for r in rows]
+
+
 TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
+    "kept": kept,
     "retention": retention,
     "calibrated": calibrated,
     "groups": groups,
     "recurrent": recurrent,
     "recurrent_speed": recurrent_speed,
+    "checkpoint_io": checkpoint_io,
     "fine_tune": fine_tune,
     "fine_tune_calibrated": fine_tune_calibrated,
     "small_batch": small_batch,
@@ -124,7 +151,7 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
 
 def render(name: str) -> str:
     """The table of that name as Markdown, and under it with what and when it was measured."""
-    source = name.removesuffix("_speed")
+    source = {"kept": "retention", "recurrent_speed": "recurrent"}.get(name, name)
     script = source.removesuffix("_calibrated")
     data = json.loads((RESULTS / f"{source}.json").read_text())
     head, *lines = TABLES[name](data["rows"])
@@ -140,7 +167,7 @@ def render(name: str) -> str:
 
 
 def fill(text: str) -> str:
-    """The README's text with every table as the results have it."""
+    """A document's text with every table as the results have it."""
     return PLACE.sub(lambda found: found[1] + render(found[2]) + found[4], text)
 
 
@@ -157,4 +184,5 @@ def _with_spread(cell: Row) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(fill(document.read_text()))

@@ -1,0 +1,80 @@
+"""Every command and every code block of the README runs, in its order, in one folder."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from test_cli import run
+from torch import nn
+
+import normswap
+from normswap import sources
+
+TEXT = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = [(found[1], found[2]) for found in re.finditer(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)]
+NET = """
+from torchvision.models import resnet18
+
+
+def make_model():
+    return resnet18(num_classes=10)
+"""
+
+
+def prepare(folder: Path) -> dict[str, Any]:
+    """The files that the README speaks of, and the names that its Python has."""
+    (folder / "net.py").write_text(NET)
+    (folder / "pictures").mkdir()
+    for index in range(4):
+        Image.effect_noise((50, 40), 90).convert("RGB").save(folder / "pictures" / f"{index}.png")
+    model = sources.build("torchvision:resnet18", arguments={"num_classes": 10})
+    torch.save(model, folder / "model.pt")
+    torch.save(model.state_dict(), folder / "weights.pt")
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, folder / "last.ckpt")
+    save_file(
+        sources.build("torchvision:resnet50", arguments={"num_classes": 10}).state_dict(),
+        folder / "weights.safetensors",
+    )
+    torch.save(nn.Sequential(nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.LSTM(8, 16)), folder / "reader.pt")
+    names: dict[str, Any] = {"model": model, "torch": torch, "normswap": normswap}
+    exec(NET, names)
+    return names
+
+
+def commands(block: str) -> list[list[str]]:
+    return [shlex.split(line, comments=True) for line in block.splitlines() if line.strip()]
+
+
+def test_the_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = prepare(tmp_path)
+    assert len(BLOCKS) > 6
+    for language, block in BLOCKS[1:]:  # the first is the two commands that install: `.ci/run` runs them
+        if language == "python":
+            exec(compile(block, "README.md", "exec"), names)
+            continue
+        assert language == "sh"
+        for words in commands(block):
+            assert words[0] == "normswap", words
+            done = run(*words[1:])
+            if "--weights" in words and done.exit_code == 1:  # as far as the download, where there is no network
+                assert "cannot be fetched" in done.stderr
+                continue
+            assert done.exit_code == 0 and done.stderr == "", (words, done.stderr)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"model.gn-ws.pt", "out.pt", "model.gn.bn.pt", "converted.pt", "report.html", "report.json"} <= written
+
+
+def test_the_tables_name_every_target() -> None:
+    named = set(re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE))
+    assert named == {part for target in normswap.TARGETS for part in target.split("-")}
+
+
+def test_links_lead_to_files() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert (Path(__file__).parents[1] / link).exists(), link
