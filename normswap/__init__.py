@@ -3,14 +3,26 @@
 model, report = normswap.convert(model, "gn-ws")
 """
 
-from normswap.convert import Conversion, convert, fold
-from normswap.diff import diff
-from normswap.errors import FileError, ModelError, NormswapError, OptionError, UnsafeFileError
-from normswap.files import convert_file, load, save
-from normswap.inspect import inspect
-from normswap.inspection import Inspection
-from normswap.report import Report
-from normswap.targets import TARGETS
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normswap.convert import Conversion, convert, fold
+    from normswap.diff import diff
+    from normswap.errors import FileError, ModelError, NormswapError, OptionError, UnsafeFileError
+    from normswap.files import convert_file, load, save
+    from normswap.inspect import inspect
+    from normswap.inspection import Inspection
+    from normswap.report import Report
+    from normswap.targets import TARGETS
+
+_HOMES = {
+    "Conversion": "convert", "convert": "convert", "fold": "convert", "diff": "diff", "FileError": "errors", "ModelError": "errors",
+    "NormswapError": "errors", "OptionError": "errors", "UnsafeFileError": "errors", "convert_file": "files", "load": "files",
+    "save": "files", "inspect": "inspect", "Inspection": "inspection", "Report": "report", "TARGETS": "targets",
+}  # fmt: skip
 
 __all__ = [
     "TARGETS",
@@ -30,3 +42,26 @@ __all__ = [
     "load",
     "save",
 ]
+
+
+class _Package(types.ModuleType):
+    """Public names are imported when they are asked for: `normswap --help` does without torch, which takes seconds."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{self.__name__}.{_HOMES[name]}"), name)
+        super().__setattr__(name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (
+            name in _HOMES and isinstance(value, types.ModuleType)
+        ):  # the file `convert` is not to hide the function
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

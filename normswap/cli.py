@@ -20,8 +20,7 @@ from rich.table import Table
 
 from normswap import options as opt
 from normswap.errors import NormswapError, OptionError
-from normswap.norm_forms import NORMS
-from normswap.weight_forms import RECURRENT, WEIGHTS
+from normswap.forms import NORMS, RECURRENT, WEIGHTS, target_names
 
 _PHASES = 9  # words of progress that a conversion gives: the length of the bar
 _PATIENCE = 1.0  # seconds before the bar shows
@@ -214,7 +213,9 @@ def targets() -> None:
         for form in forms.values():
             table.add_row(form.name, form.becomes, form.exactness, form.paper, form.choose_when)
         console.print(table, "")
-    console.print("Any of the first with any of the second: " + ", ".join(f"{n}-{w}" for n in NORMS for w in WEIGHTS))
+    console.print(
+        "Any of the first with any of the second: " + ", ".join(name for name in target_names() if "-" in name)
+    )
 
 
 @contextmanager

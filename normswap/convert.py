@@ -29,6 +29,7 @@ from normswap.decide import check_groups, decide
 from normswap.distill import distill
 from normswap.errors import ModelError, OptionError
 from normswap.findings import is_untrained
+from normswap.forms import RECURRENT
 from normswap.graph import find_flow
 from normswap.plan import Context, parse_groups
 from normswap.probe import Seen
@@ -39,7 +40,6 @@ from normswap.sites import find_sites
 from normswap.swap import apply
 from normswap.targets import PLAIN_TARGET, Target, parse_target
 from normswap.trace import clone
-from normswap.weight_forms import RECURRENT
 from normswap.weights import LAYERS
 
 Progress = Callable[[str], None]

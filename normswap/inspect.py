@@ -15,16 +15,15 @@ from normswap.advice import Facts, advise
 from normswap.decide import decide
 from normswap.errors import ModelError, NormswapError
 from normswap.findings import find, statistics_of
+from normswap.forms import NORMS, WEIGHTS
 from normswap.graph import Flow, find_flow
 from normswap.inspection import Inspection, Layer, Outcome
-from normswap.norm_forms import NORMS
 from normswap.plan import Context
 from normswap.probe import Seen
 from normswap.recurrent import LAYER_NORMALIZED
 from normswap.selection import check_model, shared_tensors
 from normswap.sites import Site, find_sites
 from normswap.targets import TARGETS, Target
-from normswap.weight_forms import WEIGHTS
 from normswap.weights import TRANSPOSED
 
 _PATIENCE = 10.0  # seconds that a run on noise may take which nobody asked for

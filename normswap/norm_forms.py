@@ -1,4 +1,4 @@
-"""What a normalization can become. A new form is one function and one row.
+"""What a normalization can become: the functions of the rows in `forms`.
 
 A function gets a site and the context and returns a `Swap`, or the reason why the site is left. It builds; it changes
 nothing in the model.
@@ -17,7 +17,6 @@ from normswap.plan import (
     LEAST_ELEMENTS,
     Absorb,
     Context,
-    Form,
     Swap,
     carry,
     choose_groups,
@@ -242,74 +241,3 @@ def rescale_statistics(site: Site, context: Context) -> Swap | str:
         return "is not what the target changes"
     how = "statistics rescaled for standardized weights"
     return Swap(site, site.module, site.name, how, False, writes=tuple(_statistics_writes(site, stats)))
-
-
-NORMS: dict[str, Form] = {
-    form.name: form
-    for form in (
-        Form(
-            "gn",
-            "GroupNorm",
-            "approximate, moment-matched",
-            "Wu & He 2018",
-            "small batches, private or federated training",
-            to_group_norm,
-        ),
-        Form(
-            "ln",
-            "GroupNorm with one group",
-            "approximate, moment-matched",
-            "Ba et al. 2016",
-            "the most of the function before training",
-            to_layer_norm,
-        ),
-        Form(
-            "in",
-            "InstanceNorm",
-            "approximate, moment-matched",
-            "Ulyanov et al. 2016",
-            "style transfer, contrast that should not matter",
-            to_instance_norm,
-        ),
-        Form(
-            "est",
-            "EstimatedBatchNorm",
-            "exact",
-            "Qiao et al. 2019",
-            "batch 1 without another norm",
-            to_estimated,
-        ),
-        Form(
-            "bcn",
-            "BatchChannelNorm",
-            "approximate, moment-matched",
-            "Qiao et al. 2019",
-            "batch 1 and 2, best with ws",
-            to_batch_channel,
-        ),
-        Form(
-            "bn",
-            "BatchNorm",
-            "approximate, needs data; exact from frozen, est",
-            "Ioffe & Szegedy 2015",
-            "large batches, speed; the way back",
-            to_batch_norm,
-        ),
-        Form(
-            "frozen",
-            "FrozenBatchNorm",
-            "exact",
-            "He et al. 2017",
-            "short fine-tuning near the original data",
-            to_frozen,
-        ),
-        Form(
-            "fold",
-            "nothing: into the layer before it",
-            "exact",
-            "Ioffe & Szegedy 2015",
-            "deployment, or training without norms",
-            to_folded,
-        ),
-    )
-}

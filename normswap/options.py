@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from normswap.forms import target_names
+
 CONVERSION, READING, DATA, WRITING, SHOWING = "Conversion", "Reading", "Data", "Writing", "Report"
 """The panels of `--help`."""
 
@@ -40,9 +42,7 @@ def _option(panel: str, help: str, *names: str, **more: Any) -> Any:
 
 
 def _targets(incomplete: str) -> Iterator[str]:
-    from normswap.targets import TARGETS  # here: only completion needs them
-
-    return (name for name in TARGETS if name.startswith(incomplete))
+    return (name for name in target_names() if name.startswith(incomplete))
 
 
 Input = Annotated[

@@ -13,7 +13,6 @@ from normswap.layers import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, Fro
 from normswap.norm_forms import to_folded
 from normswap.plan import (
     Context,
-    Form,
     Swap,
     eps_of,
 )
@@ -98,7 +97,3 @@ def to_plain_weight(site: Site, context: Context) -> Swap | str:
             new._buffers.pop(buffer, None)
     form = "normalized" if normalized else "standardized"
     return Swap(site, new, PLAIN[site.base].__name__, f"{form} weight baked in", True, note, writes=tuple(writes))
-
-
-PLAIN_NORM = Form("plain", "torch's own layer", "exact", "", "deployment", to_plain_norm)
-PLAIN_WEIGHT = Form("plain", "torch's own layer", "exact", "", "deployment", to_plain_weight)

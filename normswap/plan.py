@@ -92,21 +92,6 @@ class Context:
     lengths: dict[int, nn.Parameter] = field(default_factory=dict)
 
 
-Plan = Callable[[Site, Context], "Swap | str"]
-
-
-@dataclass(frozen=True)
-class Form:
-    """A row of a table: what a norm or a weight becomes, and how a user knows whether to want it."""
-
-    name: str
-    becomes: str
-    exactness: str
-    paper: str
-    choose_when: str
-    plan: Plan
-
-
 # ---- statistics and parameters ----
 
 

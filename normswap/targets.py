@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from normswap import norm_forms, plain_forms, weight_forms
 from normswap.errors import OptionError
+from normswap.forms import NORMS, PLAIN_NORM, PLAIN_WEIGHT, RECURRENT, WEIGHTS, Form
 from normswap.layers import ACTIVATED
-from normswap.norm_forms import NORMS, rescale_statistics
-from normswap.plain_forms import PLAIN_NORM, PLAIN_WEIGHT
-from normswap.plan import (
-    Context,
-    Form,
-    Swap,
-)
+from normswap.plan import Context, Swap
 from normswap.sites import Site
 from normswap.transfer import widen
-from normswap.weight_forms import RECURRENT, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,12 @@ TARGETS: dict[str, Target] = {
 
 PLAIN_TARGET = Target("plain torch", PLAIN_NORM, PLAIN_WEIGHT)
 """What `normswap.fold` converts to; it is no target that a user names."""
+
+_FUNCTIONS: dict[str, Callable[[Site, Context], Swap | str]] = {
+    **vars(norm_forms),
+    **vars(weight_forms),
+    **vars(plain_forms),
+}
 
 
 def parse_target(name: str) -> Target:
@@ -67,9 +69,13 @@ def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:
     if problem := _unsound(site) or ("" if target is PLAIN_TARGET else _misplaced(site, context)):
         return problem
     if target.norm is not None:
-        plan = target.norm.plan(site, context)
+        plan = _FUNCTIONS[target.norm.function](site, context)
         return _activated(site, plan, target) if isinstance(plan, Swap) and site.is_activated else plan
-    return rescale_statistics(site, context) if site.path in context.rescaled else f"{target.name} changes no norms"
+    return (
+        norm_forms.rescale_statistics(site, context)
+        if site.path in context.rescaled
+        else f"{target.name} changes no norms"
+    )
 
 
 def _activated(site: Site, swap: Swap, target: Target) -> Swap:
@@ -119,7 +125,7 @@ def _misplaced(site: Site, context: Context) -> str:
 def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:
     """The swap of a weight layer, or why it is left."""
     if context.recurrent and site.layer_kind == "rnn" and site.base is not None and target is not PLAIN_TARGET:
-        plan = site.obstacle or RECURRENT[context.recurrent].plan(site, context)
+        plan = site.obstacle or _FUNCTIONS[RECURRENT[context.recurrent].function](site, context)
         if isinstance(plan, Swap) or target.weight is None or "rnn" not in context.layers:
             return plan
     if target.weight is None or site.base is None:
@@ -128,4 +134,4 @@ def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:
         return f"is not among the layers to change: {', '.join(context.layers)}"
     if site.obstacle:
         return site.obstacle
-    return target.weight.plan(site, context)
+    return _FUNCTIONS[target.weight.function](site, context)

@@ -1,6 +1,4 @@
-"""What the weights of a convolution, a linear or a recurrent layer can become. A new form is one function and one row, as in
-`norm_forms`.
-"""
+"""What the weights of a convolution, a linear or a recurrent layer can become: the functions of the rows in `forms`."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.plan import Context, Form, Swap, join_notes
+from normswap.plan import Context, Swap, join_notes
 from normswap.recurrent import LAYER_NORMALIZED
 from normswap.recurrent_transfer import layer_normalized
 from normswap.sites import Site
@@ -139,40 +137,3 @@ def strict_rescaling(site: Site) -> Tensor:
     weight = site.module.weight
     assert isinstance(weight, Tensor)  # for the type checker: the site was planned
     return 1 / (filter_moments(as_filters(weight, filter_groups(site.module)))[1] + STANDARDIZE_EPS).sqrt()
-
-
-WEIGHTS: dict[str, Form] = {
-    form.name: form
-    for form in (
-        Form(
-            "ws",
-            "Standardized Conv, Linear, RNN",
-            "exact; approximate with ws=strict",
-            "Qiao et al. 2019",
-            "GroupNorm at batch 1 and 2",
-            to_standardized,
-        ),
-        Form(
-            "wn",
-            "Normalized Conv, Linear, RNN",
-            "exact",
-            "Salimans & Kingma 2016",
-            "recurrent nets, training without norms (fold-wn)",
-            to_normalized,
-        ),
-    )
-}
-RECURRENT: dict[str, Form] = {
-    form.name: form
-    for form in (
-        Form(
-            "ln",
-            "LSTM, GRU with layer norm inside",
-            "approximate",
-            "Ba et al. 2016",
-            "long sequences, small batches",
-            to_layer_normalized,
-        ),
-    )
-}
-"""What a recurrent layer can become, beside whatever the target is."""

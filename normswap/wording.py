@@ -82,14 +82,14 @@ def lines(changes: Sequence[Change]) -> list[Line]:
     pairs = []
     for change in changes:
         key = (change.before, change.after.partition("(")[0])
-        if "(" in change.after and change.groups:
-            numbers[key].add(change.groups)
+        if found := re.search(r"\((\d+)\)", change.after):
+            numbers[key].add(int(found[1]))
         pairs.append((key, change.paths[0]))
-    found = []
+    told = []
     for key, pattern, count in grouped(pairs):
         written = f"({span(numbers[key])})" if numbers[key] else ""
-        found.append(Line(pattern, f"{key[0]} → {key[1]}{written}", count))
-    return found
+        told.append(Line(pattern, f"{key[0]} → {key[1]}{written}", count))
+    return told
 
 
 def _tensor_lines(changes: Sequence[Change]) -> Iterable[Line]:

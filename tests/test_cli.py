@@ -217,3 +217,31 @@ def test_completion_knows_the_targets() -> None:
     asked = {"_NORMSWAP_COMPLETE": "complete_bash", "COMP_WORDS": "normswap convert --to gn", "COMP_CWORD": "3"}
     done = CliRunner().invoke(cli.app, [], env=asked, prog_name="normswap")
     assert done.stdout.split() == ["gn", "gn-ws", "gn-wn"]
+
+
+LIGHT = """
+import sys
+from typer.testing import CliRunner
+from normswap import cli
+done = CliRunner().invoke(cli.app, {arguments!r})
+assert done.exit_code == 0, done.output
+heavy = {{"torch", "torchvision", "timm", "numpy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["convert", "--help"], ["targets"]], ids=" ".join)
+def test_what_needs_no_torch_does_not_import_it(arguments: list[str]) -> None:
+    subprocess.run([sys.executable, "-c", LIGHT.format(arguments=arguments)], check=True)
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["import normswap.convert", "from normswap.convert import run", "from normswap import files", "import normswap"],
+)
+def test_functions_are_not_hidden_by_files_of_their_name(first: str) -> None:
+    code = f"{first}\nimport normswap\nfrom normswap import convert, diff, inspect\n"
+    code += "for f in (convert, diff, inspect, normswap.convert, normswap.diff, normswap.inspect): assert type(f).__name__ == 'function', f\n"
+    code += "assert set(normswap.__all__) <= set(dir(normswap))\nassert not hasattr(normswap, 'nothing')\n"
+    code += "for name in normswap.__all__: getattr(normswap, name)"
+    subprocess.run([sys.executable, "-c", code], check=True)

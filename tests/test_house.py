@@ -4,9 +4,10 @@ import ast
 from pathlib import Path
 
 import normswap
+from normswap import forms, targets
 
 FLOORS = [
-    {"errors", "report", "transfer", "layers", "weights", "optimizer", "patterns", "inspection"},
+    {"errors", "report", "transfer", "layers", "weights", "optimizer", "patterns", "inspection", "forms"},
     {"trace", "disk", "entries", "pickles", "sources", "pictures", "wording", "advice", "bare", "recurrent"},
     {"sites", "recurrent_transfer", "tensorfiles", "distributed", "render", "page", "markdown"},
     {"graph", "views", "render_inspection"},
@@ -51,3 +52,16 @@ def test_imports_point_downwards() -> None:
         for name in floor:
             assert imported(SOURCES[name]) <= below, f"{name} imports from its own floor or from above"
         below |= floor
+
+
+def test_every_row_has_its_function_and_every_target_its_name() -> None:
+    rows = [
+        *forms.NORMS.values(),
+        *forms.WEIGHTS.values(),
+        *forms.RECURRENT.values(),
+        forms.PLAIN_NORM,
+        forms.PLAIN_WEIGHT,
+    ]
+    for row in rows:
+        assert callable(targets._FUNCTIONS[row.function])
+    assert forms.target_names() == list(normswap.TARGETS)
