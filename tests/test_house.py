@@ -22,6 +22,7 @@ FLOORS = [
     {"convert", "inspect"},
     {"recipe"},
     {"fitting"},
+    {"entry_conversion"},
     {"files", "options"},
     {"cli"},
     {"__init__", "__main__"},

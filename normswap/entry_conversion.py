@@ -1,0 +1,211 @@
+"""One model within a file: converted as a module, as tensors whose model is known, or as tensors alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from normswap import bare, checkpoint, disk, entries, probe, recipe, sources
+from normswap.checkpoint import RECIPE
+from normswap.convert import Options, Progress, run
+from normswap.entries import Binding, Entry
+from normswap.errors import FileError, NormswapError, OptionError, first_line
+from normswap.fitting import fill, parameters_of, source_of, with_others
+from normswap.optimizer import Parameter
+from normswap.report import Left, Node, Report
+from normswap.sources import Source
+from normswap.targets import PLAIN_TARGET, Target
+
+EPS = 1e-5
+"""Assumed of a norm in a file without its model: torch's default."""
+BARE_NORMS = ("gn", "ln", "in", "est", "bcn", "frozen")
+LARGE = 200_000_000  # parameters: a larger model is not run on noise without being asked to
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do to each model in a file."""
+
+    target: Target
+    options: Options
+    model: Source | None
+    arguments: Mapping[str, Any]
+    eps: float | None = None
+    input_shape: Sequence[int] | None = None
+    example_inputs: Any = None
+    fold: bool = False
+    progress: Progress = lambda phase: None
+
+
+@dataclass(frozen=True)
+class Done:
+    """A converted entry: its new value, the report, and what an optimizer may have had as parameters, and will have."""
+
+    value: Any
+    report: Report
+    ways: tuple[tuple[tuple[Parameter, ...], tuple[Parameter, ...]], ...]
+
+
+def convert_entry(entry: Entry, where: Path, job: Job) -> Done:
+    if isinstance(entry.value, nn.Module):
+        return _convert_whole(entry.value, where, job)
+    if job.target is PLAIN_TARGET:
+        return _convert_tensors(entry, *source_of(entry.value, job.model, job.arguments, where), where, job)
+    if job.model is None:
+        return _convert_bare(entry, where, job)
+    if job.eps is not None:
+        raise OptionError("--eps is for files without their model; the one that --model makes has its own")
+    return _convert_tensors(entry, job.model, job.arguments, where, job)
+
+
+def _convert_whole(model: nn.Module, where: Path, job: Job) -> Done:
+    """A module."""
+    if job.model is not None or (job.arguments and not sources.is_spec(str(where))):
+        raise OptionError(f"--model is for files without their model; {where} holds a {type(model).__name__}")
+    if job.eps is not None:
+        raise OptionError(f"--eps is for files without their model; {where} has the eps of each norm")
+    before, folded = parameters_of(model), _folded(model)
+    try:
+        converted, report = _convert_module(model, job)
+    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, NormswapError) or sources.is_spec(str(where)):
+            raise
+        raise FileError(f"{where}: its module is damaged, or of another version ({first_line(error)})") from error
+    checkpoint.set_recipe(converted, folded if job.target is PLAIN_TARGET else report.recipe)
+    return Done(converted, report, ((before, parameters_of(converted)),))
+
+
+def _convert_tensors(entry: Entry, model: Source, arguments: Mapping[str, Any], where: Path, job: Job) -> Done:
+    """A state dict whose model is known."""
+    named = f"{where}: {entry.name}" if entry.keys else where
+    filled = fill(entry.value, model, arguments, named)
+    before = parameters_of(filled[0][1])
+    converted = [(binding, *_convert_module(made, job)) for binding, made in filled]
+    binding, made, report = converted[0]
+    states = [made.state_dict() for _, made, _ in converted]
+    value = entries.rebuild(entry.value, [binding for binding, _, _ in converted], states)
+    previous = checkpoint.recipe_of(entry.value)
+    told = (
+        _folded(entry.value) if job.target is PLAIN_TARGET else _with_source(report.recipe, model, arguments, previous)
+    )
+    checkpoint.set_recipe(value, told)
+    bound = {name for binding, _, _ in converted for name in binding.names.values()}
+    beside = [name for name in entry.value if name not in bound]
+    listed = ", ".join(beside[:3]) + ("" if len(beside) <= 3 else f" and {len(beside) - 3} more")
+    notices = (f"beside the model, kept as it was: {listed}",) if beside else ()
+    report = replace(report, recipe=told or report.recipe, warnings=(*report.warnings, *notices))
+    after = parameters_of(made)
+    with_beside = with_others(entry.value, binding, made, before), with_others(value, binding, made, after)
+    return Done(value, report, ((before, after), with_beside))
+
+
+def _convert_module(model: nn.Module, job: Job) -> tuple[nn.Module, Report]:
+    """`run` in place, on noise if there are no inputs, and folded if asked."""
+    if job.target is PLAIN_TARGET:
+        return run(model, PLAIN_TARGET, Options(), may_be_idle=True, inplace=True, release=disk.release)
+    inputs, name = job.example_inputs, "example inputs"
+    probe_only = inputs is None and job.input_shape is None and job.options.calibrate is None
+    large = sum(p.numel() for p in model.parameters()) > LARGE
+    if inputs is None and job.options.calibrate is None and not (large and probe_only):
+        shape = None if job.input_shape is None else tuple(job.input_shape)
+        inputs, name = probe.guess_inputs(model, shape) or (None, "")
+    previous = vars(model).get(RECIPE)
+    model, report = run(
+        model, job.target, job.options, inputs, name, probe_only=probe_only, inplace=True, progress=job.progress,
+        release=disk.release,
+    )  # fmt: skip
+    if large and probe_only and report.drift is None:
+        report = replace(
+            report, warnings=(*report.warnings, "drift was not measured on so large a model: give --input-shape")
+        )
+    made = report.recipe | ({"folded": True} if job.fold else {}) | ({"previous": previous} if previous else {})
+    if job.fold:
+        job.progress("folding")
+        model, baked = run(model, PLAIN_TARGET, Options(), may_be_idle=True, inplace=True)
+        report = _with_baked(report, baked)
+    return model, replace(report, recipe=made)
+
+
+def _with_baked(report: Report, baked: Report) -> Report:
+    """The report of a conversion whose result was folded at once: layers are what the second step made of them."""
+    became = {change.paths: change for change in baked.changes}
+    changes = tuple(
+        replace(c, after=became[c.paths].after, how=f"{c.how}; {became[c.paths].how}") if c.paths in became else c
+        for c in report.changes
+    )
+    sizes = {name: getattr(baked.totals, name) for name in ("parameters_after", "buffers_after")}
+    then = {node.path: node.after for node in baked.modules}
+    before = {node.path: node.before for node in report.modules}
+    modules = tuple(Node(path, before.get(path, ""), then.get(path, "")) for path in {**before, **then})
+    return replace(report, changes=changes, totals=replace(report.totals, **sizes), modules=modules)
+
+
+def _convert_bare(entry: Entry, where: Path, job: Job) -> Done:
+    """A state dict on its tensors alone."""
+    norm, weight = job.target.norm, job.target.weight or job.options.recurrent
+    if weight is not None or norm is None or norm.name not in BARE_NORMS:
+        needs = "--recurrent" if job.options.recurrent else job.target.name
+        raise OptionError(
+            f"{where}: holds tensors without their model, which {needs} needs: give it with --model "
+            f"(torchvision:NAME, timm:NAME or file.py:factory). {', '.join(BARE_NORMS)} work without"
+        )
+    eps = EPS if job.eps is None else job.eps
+    if not (math.isfinite(eps) and eps >= 0):
+        raise OptionError(f"--eps {eps}: must be 0 or more, and finite")
+    previous = checkpoint.recipe_of(entry.value)
+    if previous is not None:
+        recipe.check(previous, where)
+    norms = bare.norms_of(entry.value, eps)
+    converted, report = run(norms, job.target, job.options, inplace=True, progress=job.progress)
+    names = {
+        p + n
+        for p in bare.norm_prefixes(entry.value)
+        for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        if p + n in entry.value
+    }
+    value = entries.rebuild(
+        entry.value,
+        [Binding({name: name for name in [n for n in entry.value if n in names]})],
+        [converted.state_dict()],
+    )
+    reason = f"{job.target.name} changes no weights of this kind"
+    left = [Left(path, "weight", "convolution", reason) for path in bare.convolution_keys(entry.value)]
+    notices = (f"eps is not in the file: {eps:g} is assumed (--eps); nor are the sizes of maps, and what follows what",)
+    made = _with_source(report.recipe, None, {}, previous)
+    checkpoint.set_recipe(value, made)
+    totals = replace(report.totals, left=report.totals.left + len(left), **_counts(entry.value, value))
+    report = replace(
+        report, left=(*report.left, *left), warnings=(*report.warnings, *notices), totals=totals, recipe=made
+    )
+    every = bare.parameters(entry.value), bare.parameters(value)
+    inner = bare.within_norms_prefix(entry.value, every[0]), bare.within_norms_prefix(entry.value, every[1])
+    return Done(value, report, (every, inner))
+
+
+def _counts(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, int]:
+    counts = {}
+    for when, state in (("before", before), ("after", after)):
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        buffers = sum(value.numel() for name, value in tensors.items() if bare.is_statistic(name))
+        counts[f"parameters_{when}"] = sum(value.numel() for value in tensors.values()) - buffers
+        counts[f"buffers_{when}"] = buffers
+    return counts
+
+
+def _with_source(
+    made: Mapping[str, Any], model: Source | None, arguments: Mapping[str, Any], previous: Any
+) -> dict[str, Any]:
+    """A recipe with the spec of its model, where that is a library's, and the conversion before it."""
+    spec = model if isinstance(model, str) and sources.is_spec(model) else None
+    source = {"model": spec, "model_args": dict(arguments)} if spec else {}
+    return {**made, **source} | ({"previous": previous} if previous else {})
+
+
+def _folded(value: Any) -> Any:
+    made = checkpoint.recipe_of(value)
+    return {**made, "folded": True} if isinstance(made, Mapping) else None
