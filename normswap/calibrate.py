@@ -58,10 +58,12 @@ class _Gatherer:
         return self.squares / self.count
 
 
-def measure(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> dict[str, Measured]:
+def measure(
+    model: nn.Module, batches: Sequence[Any], sites: Sequence[Site], compare_groups: bool = True
+) -> dict[str, Measured]:
     """Run `model` in eval mode on `batches` and gather, by path, what passes through each norm of `sites`.
 
-    Raises `ModelError` where the model does not run on a batch, or a value is not finite.
+    Numbers of groups are tried on the data only with `compare_groups`. Raises `ModelError` where the model does not run on a batch, or a value is not finite.
     """
     gatherers: dict[str, tuple[_Gatherer, _Gatherer]] = {}
     seen: dict[str, Seen] = {}
@@ -82,7 +84,7 @@ def measure(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> 
             behind.add(_normalized(site, values))
             like[site.path] = args[0].new_empty(0)
             known = errors.setdefault(site.path, {})
-            for groups, error in _group_errors(site, values):
+            for groups, error in _group_errors(site, values) if compare_groups else ():
                 known[groups] = known.get(groups, 0.0) + error
 
         return site.module.register_forward_pre_hook(note)

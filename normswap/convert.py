@@ -31,6 +31,7 @@ from normswap.errors import ModelError, OptionError
 from normswap.findings import is_untrained
 from normswap.forms import RECURRENT
 from normswap.graph import find_flow
+from normswap.model_inputs import first_inputs
 from normswap.plan import Context, parse_groups
 from normswap.probe import Seen
 from normswap.recurrent import LAYER_NORMALIZED
@@ -197,7 +198,7 @@ def run(
     sketches: probe.Sketches = {}
     sizes, measured = dict(seen or {}), dict(measured or {})
     problem = ""
-    batches = [probe.fitted(work, samples.first_inputs(work, batch)) for batch in options.calibrate or ()]
+    batches = [probe.fitted(work, first_inputs(work, batch)) for batch in options.calibrate or ()]
     if batches and example_inputs is None:
         example_inputs, probe_name = batches[0], f"the calibration data's first batch of {probe.count(batches[0])}"
     if example_inputs is not None:
@@ -217,7 +218,8 @@ def run(
     if options.calibrate is not None:
         progress("measuring on the calibration data")
         norms = [site for site in sites if site.kind == "norm" and site.form and not site.obstacle]
-        measured |= measure(work, batches, norms)
+        grouped = options.groups == "auto" and target.norm is not None and target.norm.name in ("gn", "in", "bcn")
+        measured |= measure(work, batches, norms, grouped)
         if options.recurrent:
             inner = [site for site in chosen if site.base in LAYER_NORMALIZED and not site.obstacle]
             vectors = measure_vectors(work, batches, inner)

@@ -20,19 +20,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from normswap.errors import first_line
-from normswap.probe import arguments, count, evaluating
+from normswap.forwards import (
+    Change,
+    Error,
+    Outputs,
+    Tap,
+    add,
+    both_evaluating,
+    forward,
+    matching,
+    relative_square,
+    same_randomness,
+    tensors_of,
+)
+from normswap.probe import count
 from normswap.report import Calibration
 
 TRAINED = ("weight", "bias", "group_weight", "group_bias")
@@ -49,39 +60,6 @@ _PATIENCE = 20  # passes without a better loss before the rate falls at once
 _CACHE = 1 << 30  # bytes of the original's outputs that are kept; the others are computed again each time
 _EXACT = 1e-6  # an error that needs no repair
 _SEED = 0
-
-Change = Callable[[str, Tensor], Tensor]
-Tap = tuple[str, int]  # the path of a norm, and how many times it had been called before
-
-
-@dataclass
-class _Outputs:
-    """What one forward gave: the output of each norm that it reached, and the floating-point tensors of the output."""
-
-    taps: dict[Tap, Tensor]
-    tensors: list[Tensor]
-
-
-@dataclass
-class _Error:
-    """How far outputs are from the original's: sums over batches."""
-
-    moved: float = 0.0
-    size: float = 0.0
-    agreed: float = 0.0
-    asked: int = 0
-
-    @property
-    def relative(self) -> float:
-        return math.sqrt(self.moved / self.size) if self.size > 0 else math.nan
-
-    def is_better(self, other: _Error) -> bool:
-        """Nearer, and no fewer of the first choices lost."""
-        return self.relative < other.relative and (self.top1 or 0.0) >= (other.top1 or 0.0)
-
-    @property
-    def top1(self) -> float | None:
-        return self.agreed / self.asked if self.asked else None
 
 
 def distill(
@@ -110,7 +88,7 @@ def distill(
     try:
         if not held:
             return replace(outcome, note=f"too few samples to fit anything: at least {_LEAST}")
-        with torch.inference_mode(False), torch.enable_grad(), _same_randomness(), _eval(teacher, student):
+        with torch.inference_mode(False), torch.enable_grad(), same_randomness(), both_evaluating(teacher, student):
             fit = _Fit(teacher, student, paths, train)
             outcome = fit.run(fitted, held, outcome, started, seconds, steps, progress)
     except Exception as error:  # the forward is anybody's code
@@ -124,7 +102,7 @@ class _Fit:
 
     def __init__(self, teacher: nn.Module, student: nn.Module, paths: Sequence[str], train: str):
         self.teacher, self.student, self.paths = teacher, student, tuple(paths)
-        self.given, self.fixed = _tensors_of(teacher), _tensors_of(student)
+        self.given, self.fixed = tensors_of(teacher), tensors_of(student)
         self.own: dict[str, nn.Parameter] = {}
         for name, parameter in student.named_parameters():
             path, _, last = name.rpartition(".")
@@ -136,7 +114,7 @@ class _Fit:
             for name, p in self.own.items()
         }
         self.scale = 1024.0 if any(p.dtype == torch.float16 for p in student.parameters()) else 1.0  # small gradients
-        self.cache: dict[int, _Outputs] = {}
+        self.cache: dict[int, Outputs] = {}
         self.left = _CACHE
 
     def run(
@@ -214,7 +192,7 @@ class _Fit:
         """`output` with the moments that the first call of its norm should have; what that takes goes into `found`."""
         target = wanted.get((path, 0))
         if path not in found and target is not None and target.shape == output.shape and self.is_plain(path, output):
-            found[path] = _matching(output, target)
+            found[path] = matching(output, target)
         if path not in found:
             return output
         ratio, shift = (v.view(-1, *[1] * (output.dim() - 2)).to(output.dtype) for v in found[path])
@@ -268,11 +246,11 @@ class _Fit:
             summed += loss.item()
             step += 1
 
-    def loss(self, batch: Any, wanted: _Outputs) -> Tensor:
+    def loss(self, batch: Any, wanted: Outputs) -> Tensor:
         """Mean square error over variance: the mean of it over the norms, and of the outputs."""
         given = self.converted(batch)
-        norms = [_relative_square(given.taps[tap], wanted.taps[tap]) for tap in wanted.taps if tap in given.taps]
-        outputs = [_relative_square(a, b) for a, b in zip(given.tensors, wanted.tensors, strict=False)]
+        norms = [relative_square(given.taps[tap], wanted.taps[tap]) for tap in wanted.taps if tap in given.taps]
+        outputs = [relative_square(a, b) for a, b in zip(given.tensors, wanted.tensors, strict=False)]
         loss = torch.zeros((), dtype=torch.float32)
         for weight, parts in ((1.0, norms), (_OUTPUT, outputs)):
             found = [part for part in parts if part is not None]
@@ -280,128 +258,40 @@ class _Fit:
                 loss = loss.to(found[0].device) + weight * torch.stack([p.to(found[0].device) for p in found]).mean()
         return loss
 
-    def error(self, held: Sequence[Any], measure: str = "") -> tuple[_Error, str]:
+    def error(self, held: Sequence[Any], measure: str = "") -> tuple[Error, str]:
         """How far the student now is from the teacher on `held`: at the output, else at the norms; and which."""
-        at_output, at_norms = _Error(), _Error()
+        at_output, at_norms = Error(), Error()
         for batch in held:
             with torch.no_grad():
                 wanted, given = self.original(None, batch), self.converted(batch)
             for number, (a, b) in enumerate(zip(given.tensors, wanted.tensors, strict=False)):
-                _add(at_output, a, b, ranked=number == 0)
+                add(at_output, a, b, ranked=number == 0)
             for tap in wanted.taps.keys() & given.taps.keys():
-                _add(at_norms, given.taps[tap], wanted.taps[tap], ranked=False)
+                add(at_norms, given.taps[tap], wanted.taps[tap], ranked=False)
         measure = measure or ("output" if at_output.size > 0 else "norms")
         return (at_output if measure == "output" else at_norms), measure
 
-    def original(self, index: int | None, batch: Any) -> _Outputs:
+    def original(self, index: int | None, batch: Any) -> Outputs:
         """The teacher's outputs on a batch; those of an `index` are kept where they fit."""
         if index is not None and index in self.cache:
             return self.cache[index]
         with torch.no_grad():
-            outputs = _forward(self.teacher, self.given, batch, self.paths)
+            outputs = forward(self.teacher, self.given, batch, self.paths)
         size = sum(t.numel() * t.itemsize for t in (*outputs.taps.values(), *outputs.tensors))
         if index is not None and size <= self.left:
             self.left -= size
             self.cache[index] = outputs
         return outputs
 
-    def converted(self, batch: Any, change: Change | None = None) -> _Outputs:
+    def converted(self, batch: Any, change: Change | None = None) -> Outputs:
         """The student's outputs on a batch, with the values as they now are, norms' outputs as `change` makes them."""
         values = {name: value.to(self.own[name].dtype) for name, value in self.values.items()}
-        return _forward(self.student, {**self.fixed, **values}, batch, self.paths, change)
+        return forward(self.student, {**self.fixed, **values}, batch, self.paths, change)
 
     def write(self) -> None:
         for name, parameter in self.own.items():
             with torch.inference_mode(parameter.is_inference()), torch.no_grad():
                 parameter.copy_(self.values[name])
-
-
-# ---- a forward that leaves no trace ----
-
-
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters without gradient, and copies of the buffers, which a forward may write to."""
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    return {name: t.clone() if t.is_inference() else t for name, t in (parameters | buffers).items()}
-
-
-def _forward(
-    model: nn.Module, tensors: dict[str, Tensor], batch: Any, paths: Sequence[str], change: Change | None = None
-) -> _Outputs:
-    taps: dict[Tap, Tensor] = {}
-    calls = dict.fromkeys(paths, 0)
-
-    def watch(path: str) -> Any:
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if isinstance(output, Tensor) and output.is_floating_point():
-                output = output if change is None else change(path, output)
-                taps[path, calls[path]] = output.clone()  # what follows may write to it
-            calls[path] += 1
-            return output
-
-        return model.get_submodule(path).register_forward_hook(note)
-
-    handles = [watch(path) for path in paths]
-    try:
-        torch.manual_seed(_SEED)  # a forward that draws numbers draws the same in both
-        batch = pytree.tree_map_only(Tensor, Tensor.clone, batch)
-        args, kwargs = arguments(batch)
-        output = functional_call(model, tensors, args, kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return _Outputs(taps, leaves)
-
-
-@contextmanager
-def _eval(*models: nn.Module) -> Iterator[None]:
-    """Eval mode in all of `models`, with gradients."""
-    with evaluating(models[0]), evaluating(models[-1]), torch.enable_grad():
-        yield
-
-
-@contextmanager
-def _same_randomness() -> Iterator[None]:
-    """torch's random state, on every device in use, as it was."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=devices):
-        yield
-
-
-# ---- comparing ----
-
-
-def _matching(given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Ratio and shift with which `given` has the mean and variance of `wanted` a channel; a constant channel is only shifted."""
-    dims = [0, *range(2, given.dim())]
-    (var, mean), (to_var, to_mean) = (torch.var_mean(t.float(), dims, correction=0) for t in (given, wanted))
-    alive = var > var.max() * 1e-6
-    ratio = torch.where(alive, to_var / torch.where(alive, var, 1), 1).sqrt()
-    return ratio, to_mean - ratio * mean
-
-
-def _relative_square(given: Tensor, wanted: Tensor) -> Tensor | None:
-    """Mean square error over the variance of `wanted`; None where the two cannot be compared."""
-    if given.shape != wanted.shape or not wanted.numel() or not wanted.isfinite().all():
-        return None
-    given, wanted = given.float(), wanted.float()
-    spread = wanted.var(correction=0) if wanted.numel() > 1 else wanted.square().mean()
-    return (given - wanted).square().mean() / spread if spread > 0 else None
-
-
-def _add(error: _Error, given: Tensor, wanted: Tensor, ranked: bool) -> None:
-    """Count one tensor in; where it is `ranked`, over dimension 1, the share of argmaxes that agree too."""
-    if given.shape != wanted.shape or not wanted.isfinite().all():
-        return
-    a, b = given.detach().double(), wanted.double()
-    error.moved += (a - b).square().sum().item()
-    error.size += b.square().sum().item()
-    if ranked and b.dim() in (2, 4) and b.shape[1] > 1:
-        same = a.argmax(1) == b.argmax(1)
-        error.agreed += same.double().sum().item()
-        error.asked += same.numel()
 
 
 # ---- samples ----

@@ -7,11 +7,8 @@ Samples are spread evenly over what is there and dealt out like cards, so that d
 from __future__ import annotations
 
 import os
-import re
 import stat
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +18,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from normswap import pickles, pictures, tensorfiles
-from normswap.errors import FileError, OptionError, UnsafeFileError, first_line
+from normswap import pictures
+from normswap.errors import FileError, OptionError, first_line
 from normswap.pictures import Unfit
-
-_MOST_SHARED = 64  # times its size that a file's tensors may claim: some repeat their elements
-_MOST_PACKED = 100  # times its size that an archive may claim
-_NUMBERS = "biufc"  # kinds of numpy dtypes
-_SPLITS = ("train", "training", "", "val", "valid", "validation", "test")  # the best to calibrate with first
-_SPLIT = re.compile(
-    r"(?:(?P<before>{0})_)?(?P<name>.+?)(?:_(?P<after>{0}))?".format("|".join(filter(None, _SPLITS))), re.IGNORECASE
-)
-_INPUTS = {"x", "image", "images", "img", "imgs", "input", "inputs", "data", "features", "samples"}
-_LABELS = {"y", "label", "labels", "target", "targets", "class", "classes"}
-_Array = Tensor | numpy.ndarray[Any, Any]
-
-
-class _Arguments(tuple[Any, ...]):
-    """Positional arguments, each an array with all samples; a plain tuple may be one of batches."""
+from normswap.sample_files import NUMBERS, READERS, Arguments, arrays_in, is_integer
 
 
 def read_samples(
@@ -93,13 +76,13 @@ def read_samples(
         preparation, found = pictures.preparation(spec, weights, look), pictures.below(path)
         dealt = _deal(len(found), limit, batch)
         return [inputs for indices in dealt for inputs in pictures.read([found[i] for i in indices], preparation)]
-    if path.suffix.lower() not in _READERS:
-        kinds = ", ".join(_READERS)
+    if path.suffix.lower() not in READERS:
+        kinds = ", ".join(READERS)
         raise OptionError(f"{path}: calibration data are a folder of pictures, or tensors in one of {kinds}")
     if not stat.S_ISREG(mode):
         raise FileError(f"{path}: is not a regular file")
     try:
-        content = _READERS[path.suffix.lower()](path)
+        content = READERS[path.suffix.lower()](path)
         uint8 = pictures.Uint8(spec, weights, look)
         read = _batches_in(content, limit, batch, uint8)
         if look and not uint8.met:
@@ -136,26 +119,6 @@ def batches(data: Any, *, limit: int = 512, batch: int = 32) -> list[Any]:
         raise OptionError(f"calibrate: {error}") from None
 
 
-def first_inputs(model: nn.Module, item: Any) -> Any:
-    """What to pass to `model` of an item that may hold labels too, in the form that `probe.call` takes.
-
-    A tuple or list keeps all its parts where the forward requires two arguments or more. Else its first alone counts where
-    the forward takes no second, or where the second looks like labels: one number a sample, or integers beside
-    floats. A dict loses what the forward does not accept, if what is left suffices.
-    """
-    parameters = _parameters(model)
-    positional = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in positional if p.default is Parameter.empty]
-    if isinstance(item, Mapping):
-        return _accepted(item, parameters, required)
-    if not isinstance(item, tuple | list) or isinstance(item, PackedSequence) or len(item) < 2 or len(required) > 1:
-        return item
-    only_one = len(positional) == 1 and not any(p.kind is Parameter.VAR_POSITIONAL for p in parameters)
-    if only_one or (len(item) == 2 and _are_labels(item[1], item[0])):
-        return _alone(item[0], parameters)
-    return item
-
-
 # ---- options ----
 
 
@@ -163,116 +126,6 @@ def _check_counts(limit: int, batch: int) -> None:
     for name, value in (("limit", limit), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise OptionError(f"{name}: {value!r} is no number of samples; give a whole number from 1")
-
-
-# ---- files of tensors ----
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        found = pickles.read(path)
-    except UnsafeFileError:
-        raise Unfit("holds more than plain data; save tensors, or lists, tuples or dicts of them") from None
-    left = _MOST_SHARED * path.stat().st_size
-    for tensor in _arrays_in(found):
-        if isinstance(tensor, Tensor):
-            if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
-                raise Unfit("holds a sparse, quantized or empty tensor; save dense ones")
-            left -= tensor.numel() * tensor.itemsize
-            if left < 0:
-                raise Unfit(f"a tensor of shape {tuple(tensor.shape)} claims more than the file holds")
-    return _picked(found) if isinstance(found, Mapping) else found
-
-
-def _read_numpy(path: Path) -> Any:
-    """An array, mapped from its file, or the arrays of an archive."""
-    try:
-        if zipfile.is_zipfile(path):
-            return _picked(_unpacked(path))
-        return numpy.load(path, mmap_mode="r", allow_pickle=False)
-    except (Unfit, OSError):
-        raise
-    except Exception as error:  # whatever a broken header or archive raises
-        raise Unfit(f"is damaged, or holds other than plain numbers ({first_line(error)})") from None
-
-
-def _unpacked(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:
-        claimed, size = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
-    if claimed > max(_MOST_PACKED * size, 1 << 28):
-        raise Unfit(f"unpacks to {claimed:,} bytes from {size:,}; save it unpacked, with numpy.savez")
-    found: dict[str, Any] = {}
-    with numpy.load(path, allow_pickle=False) as arrays:
-        for name in arrays.files:
-            try:
-                found[name] = arrays[name]
-            except ValueError as error:
-                if "allow_pickle" not in str(error):
-                    raise
-                found[name] = None  # Python objects, perhaps beside numbers: not even looked at
-    return found
-
-
-def _read_safetensors(path: Path) -> Any:
-    return _picked(tensorfiles.read(path)[0])
-
-
-_READERS: dict[str, Callable[[Path], Any]] = {
-    ".pt": _read_torch,
-    ".pth": _read_torch,
-    ".npy": _read_numpy,
-    ".npz": _read_numpy,
-    ".safetensors": _read_safetensors,
-}
-
-
-def _arrays_in(found: Any, depth: int = 0) -> Iterator[_Array]:
-    if isinstance(found, Tensor | numpy.ndarray):
-        yield found
-    elif isinstance(found, Mapping | list | tuple) and depth < 4:
-        for part in found.values() if isinstance(found, Mapping) else found:
-            yield from _arrays_in(part, depth + 1)
-
-
-def _picked(named: Mapping[Any, Any]) -> Any:
-    """The inputs among the named arrays of a file: one, a tuple of positional ones, or a dict of keyword ones."""
-    arrays = {str(k): v for k, v in named.items() if _is_numbers(v)}
-    if not arrays:
-        listed = ", ".join(map(str, named)) or "nothing"
-        raise Unfit(f"holds no tensor of numbers at its top level, but {listed[:200]}")
-    if len(arrays) > 1:
-        arrays = _of_one_split(arrays)
-        arrays = {name: value for name, value in arrays.items() if name.lower() not in _LABELS} or arrays
-    if len(arrays) > 1 and len({value.shape[:1] for value in arrays.values()}) > 1:
-        inputs = [name for name in arrays if name.lower() in _INPUTS]
-        if len(inputs) != 1:
-            shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in arrays.items())
-            raise Unfit(
-                f"holds tensors of different first dimensions, where samples would be: {shapes[:300]}; "
-                "save the inputs alone, or name them x"
-            )
-        return arrays[inputs[0]]
-    if len(arrays) == 1:
-        return next(iter(arrays.values()))
-    if all(re.fullmatch(r"arr_\d+", name) for name in arrays):
-        return _Arguments(arrays[name] for name in sorted(arrays, key=lambda name: int(name[4:])))
-    if not all(map(str.isidentifier, arrays)):
-        raise Unfit(f"holds tensors under names that no model takes: {', '.join(arrays)[:200]}; save its inputs")
-    return arrays
-
-
-def _of_one_split(arrays: Mapping[str, _Array]) -> dict[str, _Array]:
-    """`x` and `y` of `x_train, y_train, x_test, y_test`, or of `train_x` and so on."""
-    splits: dict[str, dict[str, _Array]] = {}
-    for name, value in arrays.items():
-        match = _SPLIT.fullmatch(name)
-        split, plain = (match["before"] or match["after"] or "", match["name"]) if match else ("", name)
-        splits.setdefault(split.lower(), {})[plain] = value
-    return splits[min(splits, key=_SPLITS.index)]
-
-
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, numpy.ndarray) and value.dtype.kind in _NUMBERS)
 
 
 # ---- any data, in batches ----
@@ -284,7 +137,7 @@ def _batches_in(data: Any, limit: int, batch: int, uint8: Callable[[Tensor], Ten
         data = data[0]
     if isinstance(data, PackedSequence):
         return [data]
-    if isinstance(data, Tensor | numpy.ndarray | Mapping | _Arguments) or _is_labelled(data):
+    if isinstance(data, Tensor | numpy.ndarray | Mapping | Arguments) or _is_labelled(data):
         size = _size_of(data)
         return [_part(data, indices, uint8) for indices in _deal(size, limit, batch)]
     if isinstance(data, list | tuple) and uint8 is not None:
@@ -300,13 +153,7 @@ def _is_labelled(data: Any) -> bool:
         return False
     x, y = data
     arrays = isinstance(x, Tensor | numpy.ndarray) and isinstance(y, Tensor | numpy.ndarray)
-    return arrays and y.ndim == 1 and x.ndim > 1 and len(x) == len(y) and _is_integer(y)
-
-
-def _is_integer(value: _Array) -> bool:
-    if isinstance(value, Tensor):
-        return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-    return value.dtype.kind in "iu"
+    return arrays and y.ndim == 1 and x.ndim > 1 and len(x) == len(y) and is_integer(y)
 
 
 def _size_of(data: Any) -> int:
@@ -370,7 +217,7 @@ def _converted(item: Any, uint8: Callable[[Tensor], Tensor] | None, depth: int =
 
 def _tensor(array: numpy.ndarray[Any, Any]) -> Tensor:
     """A copy of an array of numbers; float64 becomes float32."""
-    if array.dtype.kind not in _NUMBERS:
+    if array.dtype.kind not in NUMBERS:
         raise Unfit(f"holds {array.dtype}, not numbers; save floats or integers")
     if array.dtype.kind == "f" and array.dtype.itemsize > 4:
         return torch.from_numpy(array.astype(numpy.float32))
@@ -465,44 +312,6 @@ def _length(part: Any) -> int:
 
 
 def _check_finite(read: list[Any]) -> None:
-    for array in _arrays_in(read):
+    for array in arrays_in(read):
         if isinstance(array, Tensor) and not array.isfinite().all():
             raise Unfit("holds values that are not finite (NaN or infinity); calibration would spread them")
-
-
-# ---- what a model takes ----
-
-
-def _parameters(model: nn.Module) -> list[Parameter]:
-    try:
-        return list(signature(model.forward).parameters.values())
-    except (TypeError, ValueError):  # compiled code that shows no signature
-        return [Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs", Parameter.VAR_KEYWORD)]
-
-
-def _are_labels(second: Any, first: Any) -> bool:
-    if isinstance(second, numpy.ndarray | Tensor) and second.ndim > 1:
-        floats = isinstance(first, numpy.ndarray | Tensor) and not _is_integer(first)
-        return floats and _is_integer(second)
-    if isinstance(second, list | tuple):
-        return all(isinstance(label, int | float | str | Mapping) for label in second)
-    return isinstance(second, int | numpy.ndarray | Tensor)
-
-
-def _accepted(item: Mapping[Any, Any], parameters: list[Parameter], required: list[Parameter]) -> Any:
-    """The part of a dict that a forward accepts; its only input where a forward of one argument calls it otherwise."""
-    names = {p.name for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
-    if any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
-        return dict(item)
-    kept = {name: value for name, value in item.items() if name in names}
-    if kept and {p.name for p in required} <= set(kept):
-        return kept
-    inputs = [name for name in item if str(name).lower() in _INPUTS] or list(item)
-    return _alone(item[inputs[0]], parameters) if len(required) == len(inputs) == 1 and not kept else dict(item)
-
-
-def _alone(value: Any, parameters: list[Parameter]) -> Any:
-    """One argument in the form that `probe.call` passes as one; a dict as keywords where these are the forward's."""
-    if isinstance(value, Mapping) and set(value) <= {p.name for p in parameters}:
-        return dict(value)
-    return (value,) if isinstance(value, Mapping | list | tuple) else value

@@ -120,7 +120,7 @@ def test_restated_norms_have_the_original_moments() -> None:
     net = Net()
     student, paths = matched(net, "gn-ws", ws="strict")
     fitting = distilling._Fit(net, student, paths, "norms")
-    with distilling._eval(net, student):
+    with distilling.both_evaluating(net, student):
         fitting.restate([X], math.inf)
         wanted, given = fitting.original(None, X), fitting.converted(X)
     for tap in wanted.taps:
@@ -183,13 +183,13 @@ def test_what_is_worse_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_values_that_are_not_finite_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = distilling._relative_square, []
+    real, calls = distilling.relative_square, []
 
     def broken(given: Tensor, wanted: Tensor) -> Any:
         calls.append(1)
         return real(given, wanted) * (math.nan if len(calls) > 10 else 1)
 
-    monkeypatch.setattr(distilling, "_relative_square", broken)
+    monkeypatch.setattr(distilling, "relative_square", broken)
     monkeypatch.setattr(distilling._Fit, "restate", lambda *_: None)
     start, student, outcome = fit(Net())
     assert outcome.kept == "matched" and "not finite" in outcome.note and same(state(start), state(student))
