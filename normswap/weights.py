@@ -156,7 +156,7 @@ class _Conv:
 
 class _Transposed:
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        dims = self.computed().dim() - 2
+        dims = len(self.kernel_size)
         padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )

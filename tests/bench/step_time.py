@@ -1,0 +1,160 @@
+"""What weight standardization and weight normalization cost in training, beside other ways to write them.
+
+Run: python tests/bench/step_time.py [--json] [--results FILE] [--batches 1,2,8] [--rounds 7] [--threads 2]; some minutes. A step is forward
+and backward of a ResNet-50 with GroupNorm at 224², in train mode; all variants take turns in each round, and a number is the median over the
+rounds of the time as a multiple of the plain net's in the same round. Then its weights alone (forward and backward of all that are
+standardized, no convolution), as a multiple of copying them once. Peak memory is that of a process that does two steps, above
+one that only builds the net, in MiB. "spelled out" is the paper's arithmetic, as in its code; "timm" is `timm.layers.StdConv2d`; "torch" is
+`torch.nn.utils.parametrizations.weight_norm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from common import Row, main, numbers
+from timm.layers import StdConv2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torchvision import models
+
+import normswap
+
+SIZE = 224
+
+
+class SpelledOut(nn.Conv2d):
+    """Weight standardization as the authors' code has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        std = weight.view(weight.size(0), -1).std(dim=1).view(-1, 1, 1, 1) + 1e-5
+        return F.conv2d(x, weight / std, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return normswap.convert(models.resnet50(), "gn").model.train()
+
+
+def _each(make: Callable[[nn.Conv2d], nn.Module]) -> nn.Module:
+    """The plain net with every convolution made anew."""
+    net = plain()
+    for module in [*net.modules()]:
+        for name, child in [*module.named_children()]:
+            if type(child) is nn.Conv2d:
+                setattr(module, name, make(child))
+    return net
+
+
+def _like(cls: type[nn.Conv2d], conv: nn.Conv2d) -> nn.Module:
+    made = cls(
+        conv.in_channels, conv.out_channels, conv.kernel_size, stride=conv.stride, padding=conv.padding,
+        dilation=conv.dilation, groups=conv.groups, bias=conv.bias is not None,
+    )  # fmt: skip
+    made.load_state_dict(conv.state_dict())
+    return made
+
+
+VARIANTS: dict[str, Callable[[], nn.Module]] = {
+    "plain": plain,
+    "ws, ours": lambda: normswap.convert(plain(), "ws").model.train(),
+    "ws strict, ours": lambda: normswap.convert(plain(), "ws", ws="strict").model.train(),
+    "ws, timm": lambda: _each(lambda conv: _like(StdConv2d, conv)),
+    "ws, spelled out": lambda: _each(lambda conv: _like(SpelledOut, conv)),
+    "wn, ours": lambda: normswap.convert(plain(), "wn").model.train(),
+    "wn, torch": lambda: _each(parametrizations.weight_norm),
+}
+
+
+def step(net: nn.Module, x: Tensor) -> None:
+    net.zero_grad(set_to_none=True)
+    net(x).sum().backward()
+
+
+def weight_of(conv: nn.Module) -> Callable[[], Tensor]:
+    """How a variant's convolution makes the weight that it runs with; that of a plain one is copied."""
+    if hasattr(conv, "computed"):
+        return conv.computed
+    if isinstance(conv, StdConv2d):
+        return lambda: F.batch_norm(
+            conv.weight.reshape(1, conv.out_channels, -1), None, None, training=True, momentum=0.0, eps=conv.eps
+        ).reshape_as(conv.weight)
+    if isinstance(conv, SpelledOut):
+        return lambda: _spelled_out(conv.weight)
+    return (lambda: conv.weight) if hasattr(conv, "parametrizations") else lambda: conv.weight.clone()
+
+
+def _spelled_out(weight: Tensor) -> Tensor:
+    centred = weight - weight.mean(dim=(1, 2, 3), keepdim=True)
+    return centred / (centred.view(len(centred), -1).std(dim=1).view(-1, 1, 1, 1) + 1e-5)
+
+
+def weights_step(net: nn.Module) -> Callable[[], None]:
+    made = [weight_of(m) for m in net.modules() if isinstance(m, nn.Conv2d)]
+    gradients = [torch.ones_like(make()) for make in made]
+
+    def run() -> None:
+        net.zero_grad(set_to_none=True)
+        for make, gradient in zip(made, gradients, strict=True):
+            make().backward(gradient)
+
+    return run
+
+
+def peak(name: str, batch: int, steps: int) -> float:
+    """MiB that a process of its own held at most."""
+    code = (
+        f"import step_time as s, torch; torch.set_num_threads(1); net = s.VARIANTS[{name!r}](); x = torch.randn({batch}, 3, {SIZE}, {SIZE})\n"
+        f"for _ in range({steps}): s.step(net, x)\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) / 1024
+
+
+def compared(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Of each run the median seconds, and the median over rounds of its time as a multiple of the first's."""
+    for run in runs.values():
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            taken[name].append(time.perf_counter() - start)
+    first = taken[next(iter(runs))]
+    return {
+        name: (
+            statistics.median(times),
+            statistics.median(mine / base for mine, base in zip(times, first, strict=True)),
+        )
+        for name, times in taken.items()
+    }
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[Row]:
+    torch.set_num_threads(arguments.threads)
+    nets = {name: make() for name, make in VARIANTS.items()}
+    for batch in numbers(arguments.batches):
+        x = torch.randn(batch, 3, SIZE, SIZE)
+        runs = {name: partial(step, net, x) for name, net in nets.items()}
+        for name, (seconds, times) in compared(runs, arguments.rounds).items():
+            held = peak(name, batch, 2) - peak(name, batch, 0) if arguments.memory else None
+            yield {"what": f"step, batch {batch}", "variant": name, "seconds": seconds, "times": times, "MiB": held}
+    alone = {name: weights_step(copy.deepcopy(net)) for name, net in nets.items()}
+    for name, (seconds, times) in compared(alone, 3 * arguments.rounds).items():
+        yield {"what": "weights alone", "variant": name, "seconds": seconds, "times": times, "MiB": None}
+
+
+if __name__ == "__main__":
+    main(__doc__, measure, batches="1,2,8", rounds=7, threads=2, memory=True)
