@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, fx, nn
 
 _MAX_RUNS = 32  # runs of one forward; a forward with more branches than these cover counts as incomplete
-_NODES, _NODES_A_MODULE = 2000, 20  # the most that all runs of a forward may add up to: time stays linear in the model
+_NODES, _NODES_A_MODULE = 2000, 8  # the most that all runs of a forward may add up to: time stays linear in the model
+_MANY = "more branches than can be followed"
 _MAX_FLAGS = 3  # of a forward's boolean arguments, tried both ways
 _MODULE_STATE = frozenset(vars(nn.Module()))
 _MAX_ROUNDS = 100  # answers alike at one place in the code: ends a loop whose condition is data
@@ -179,8 +180,8 @@ def reaches_into(cls: Any) -> frozenset[tuple[str, str]]:
     for owner in cls.__mro__:
         if owner.__module__.startswith("torch."):
             break
-        for function in vars(owner).values():
-            if isinstance(function, types.FunctionType):
+        for name, function in vars(owner).items():
+            if isinstance(function, types.FunctionType) and name != "__init__":  # which no forward runs
                 loads = [
                     i for i in dis.get_instructions(function) if i.opname not in ("CACHE", "RESUME", "EXTENDED_ARG")
                 ]
@@ -282,7 +283,7 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
                 place, way = taken[index]
                 pending.append({**dict(taken[:index]), place: not way})
         if pending and not problem:
-            problem = "more branches than can be followed"
+            problem = _MANY
         if nodes > most:
             break
     return Traced(tuple(graphs), not problem and bool(graphs), problem)
@@ -290,7 +291,17 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
 
 @contextmanager
 def _symbolic() -> Iterator[None]:
-    """No gradients, warnings or random numbers of a symbolic run reach anybody."""
-    with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        yield
+    """No gradients, warnings or random numbers of a symbolic run reach anybody; autocast takes the device of a symbolic value."""
+    real = torch.autocast.__init__
+
+    def on_any_device(self: torch.autocast, device_type: Any, *args: Any, **options: Any) -> None:
+        symbolic = issubclass(type(device_type), fx.Proxy)  # `isinstance` is watched
+        real(self, "cpu" if symbolic else device_type, *args, **options)
+
+    torch.autocast.__init__ = on_any_device  # type: ignore[method-assign]
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.autocast.__init__ = real  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 """What feeds what."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import QUIRKS, Forward, conv_norm
 
@@ -113,3 +113,26 @@ def test_one_element_a_channel_is_seen() -> None:
 def test_functional_norms_are_named() -> None:
     inner = Forward(lambda self, x: F.batch_norm(x, None, None, training=True), conv=nn.Conv2d(3, 3, 1))
     assert flow_of(Forward(lambda self, x: self.inner(x), inner=inner)).functional == {"inner": "batch_norm"}
+
+
+class Regulated(nn.Module):
+    """What timm's EfficientViT does: parts appended in the constructor, and autocast on the device of a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.Sequential()
+        self.parts.append(nn.Conv2d(3, 4, 1))
+        self.parts.append(nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "meta":
+            with torch.autocast(device_type=x.device.type, enabled=False):
+                return self.parts(x)
+        return self.parts(x)
+
+
+def test_autocast_and_constructors_hide_nothing() -> None:
+    model, real = Regulated(), torch.autocast.__init__
+    flow = flow_of(model)
+    assert flow.complete == {"parts.0", "parts.1"} and flow.feeder("parts.1") == ("parts.0", "")
+    assert torch.autocast.__init__ is real
