@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from normswap.sites import WEIGHTS, Site, classify
+from normswap.sites import WEIGHTS, Site
 from normswap.trace import reaches_into, skeleton, trace
 from normswap.weights import LAYERS, TRANSPOSED
 
@@ -84,6 +84,7 @@ def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
     """Trace `model`, or its largest parts that can be traced, and read off what feeds what."""
     flow, sites = Flow(), list(sites)
     first = {path: site.path for site in sites for path in site.paths}
+    norms = {site.path for site in sites if site.kind == "norm"}
     try:
         bones = skeleton(model)
     except Exception as error:  # an attribute of the model that cannot be copied: no dataflow, and the report says so
@@ -111,7 +112,7 @@ def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
                 flow.problems[path] = traced.problem
                 doubted.update(_reached_into(module, path, below[path]))
             for graph in traced.graphs:
-                _Reader(graph, module, path, first, flow, hooked).read(traced.complete)
+                _Reader(graph, module, path, first, norms, flow, hooked).read(traced.complete)
         for name, child in module.named_children():
             inner = f"{path}.{name}".lstrip(".")
             if inner not in first and not below[inner] <= flow.complete:
@@ -162,11 +163,18 @@ class _Reader:
     """Reads one traced graph into a `Flow`."""
 
     def __init__(
-        self, graph: fx.Graph, root: nn.Module, prefix: str, first: dict[str, str], flow: Flow, hooked: set[int]
+        self,
+        graph: fx.Graph,
+        root: nn.Module,
+        prefix: str,
+        first: dict[str, str],
+        norms: set[str],
+        flow: Flow,
+        hooked: set[int],
     ):
         self.nodes = list(graph.nodes)
         self.left_behind: set[fx.Node] = getattr(graph, "_left_behind", set())
-        self.prefix, self.first, self.flow = prefix, first, flow
+        self.prefix, self.first, self.norms, self.flow = prefix, first, norms, flow
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.hooked = {path for path, module in self.modules.items() if id(module) in hooked}
         self.behind: dict[fx.Node, bool] = {}  # whether a norm comes before the next weight layer
@@ -185,11 +193,9 @@ class _Reader:
         return type(self._module(node)) is nn.Identity and str(node.target) not in self.hooked
 
     def _is_norm(self, node: fx.Node) -> bool:
-        module = self._module(node)
-        if module is None:
-            return node.op == "call_function" and node.target in _FUNCTIONAL_NORMS
-        what = classify(module)
-        return what is not None and what[0] == "norm"
+        if node.op == "call_function":
+            return node.target in _FUNCTIONAL_NORMS
+        return self._site(node) in self.norms
 
     def _is_map(self, node: fx.Node) -> bool:
         if node.op == "call_function":

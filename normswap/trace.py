@@ -160,10 +160,10 @@ def _observed(tracer: _Tracer) -> Iterator[None]:
     real = builtins.isinstance
 
     def watched(value: Any, kinds: Any) -> bool:
-        asking = sys._getframe(1).f_code
-        inside = asking.co_filename.startswith(_TORCH) and asking.co_name != "is_tensor"
-        if not inside and real(value, fx.Proxy):
-            tracer.inexact = "its forward asks for the type of a value"
+        if real(value, fx.Proxy):
+            asking = sys._getframe(1).f_code
+            if not asking.co_filename.startswith(_TORCH) or asking.co_name == "is_tensor":
+                tracer.inexact = "its forward asks for the type of a value"
         return real(value, kinds)
 
     builtins.isinstance = watched
@@ -194,7 +194,7 @@ def reaches_into(cls: Any) -> frozenset[tuple[str, str]]:
 def _restored(module: nn.Module) -> Iterator[None]:
     """Attributes of all modules, and containers in their classes, as they were: a run leaves symbolic values behind."""
     modules = list(module.modules())
-    states = [{k: _opened(v) for k, v in vars(m).items()} for m in modules]
+    states = [_state(m) for m in modules]
     classes = {cls for m in modules for cls in type(m).__mro__ if not cls.__module__.startswith("torch.")}
     shared = [(v, copy.copy(v)) for cls in classes for v in vars(cls).values() if type(v) in (dict, list, set)]
     try:
@@ -206,6 +206,13 @@ def _restored(module: nn.Module) -> Iterator[None]:
         for value, before in shared:
             value.clear()
             (value.extend if type(value) is list else value.update)(before)
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, with copies of containers that a run may fill; torch's own layers only have their children changed."""
+    if type(module).__module__.startswith("torch.nn.modules."):
+        return {**vars(module), "_modules": dict(module._modules)}
+    return {name: _opened(value) for name, value in vars(module).items()}
 
 
 def _opened(value: Any) -> Any:
