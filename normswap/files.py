@@ -101,13 +101,10 @@ def convert_file(
     asked = replace(asked, calibrate=calibrate)
     job = Job(target, asked, model, model_args or {}, eps, input_shape, example_inputs, fold, progress)
     progress(f"reading {path}")
+    _check_source(path, model, key, weights)
     if sources.is_spec(str(path)):
-        if model is not None or key is not None:
-            raise OptionError(f"--model and --key are for files; {path} is a model itself")
         found = Checkpoint(Path(str(path)), "pt", sources.build(str(path), weights, job.arguments))
     else:
-        if weights is not None:
-            raise OptionError(f"--weights {weights} is for a model of a library; {path} has its own")
         found = checkpoint.read(path, trust=trust, allow=allow, scratch=None if dry_run else out.resolve().parent)
     with _naming(path):
         found, report = _convert(found, key, job)
@@ -115,6 +112,15 @@ def convert_file(
         progress(f"writing {out}")
         _write(found, out, form, key, overwrite)
     return _with_cost(report, started)
+
+
+def _check_source(path: str | os.PathLike[str], model: Source | None, key: str | None, weights: str | None) -> None:
+    """Options that do not go with what is converted."""
+    if not sources.is_spec(str(path)):
+        if weights is not None:
+            raise OptionError(f"--weights {weights} is for a model of a library; {path} has its own")
+    elif model is not None or key is not None:
+        raise OptionError(f"--model and --key are for files; {path} is a model itself")
 
 
 def _with_cost(report: Report, started: float) -> Report:
@@ -138,6 +144,7 @@ def inspect_file(
     A file of tensors without their model is inspected as far as its keys tell: the batch norms, and what has the shape of a convolution.
     """
     progress(f"reading {path}")
+    _check_source(path, model, key, weights)
     path = Path(path)
     if sources.is_spec(str(path)):
         made = sources.build(str(path), weights, model_args or {})
@@ -146,6 +153,10 @@ def inspect_file(
     entry = entries.find_entries(found.content, key, path)[0]
     with _naming(path):
         if isinstance(entry.value, nn.Module):
+            if model is not None:
+                raise OptionError(
+                    f"--model is for files without their model; {path} holds a {type(entry.value).__name__}"
+                )
             return _examined(entry.value, input_shape, progress)
         if model is None and checkpoint.recipe_of(entry.value) is None:
             seen = examine(bare.norms_of(entry.value, EPS), progress=progress)

@@ -294,7 +294,7 @@ def test_trees_fold_what_is_alike() -> None:
 
 
 def whole(folder: Path) -> Path:
-    torch.save(Net(), folder / "model.pt")
+    torch.save(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), folder / "model.pt")
     return folder / "model.pt"
 
 
@@ -335,6 +335,9 @@ def test_tensors_without_their_model(tmp_path: Path) -> None:
         (lambda folder: folder / "none.pt", [], "none.pt"),
         (lambda folder: "torchvision:resnet17", [], "did you mean"),
         (lambda folder: folder / "text.pt", [], "text.pt"),
+        (whole, ["--model", "torchvision:resnet18"], "holds a Sequential"),
+        (whole, ["--weights", "DEFAULT"], "has its own"),
+        (lambda folder: "torchvision:resnet18", ["--key", "model"], "is a model itself"),
     ],
 )
 def test_errors_are_one_line(tmp_path: Path, make: Callable[[Path], object], options: list[str], told: str) -> None:

@@ -1,0 +1,113 @@
+"""Time and peak memory of a conversion, beside other converters, and of the command beside a bare script.
+
+Run: python tests/bench/convert_time.py [--json] [--results FILE] [--rounds 3] [--models resnet50,...] [--threads 2]; a few minutes.
+In-process: batch norm to group norm of a model that is there already, each converter in turn in each round, a number the least of
+the rounds: ours copying and in place, `opacus.validators.ModuleValidator.fix` (which copies, and resets gain and bias), and torch's
+`SyncBatchNorm.convert_sync_batchnorm` (in place). "10,000 norms" is a made net. Peak memory is what a process of its own held at most, above one that only builds the
+model, as a multiple of the model's size; a copy is 1. The command is `normswap convert FILE --to gn` on a whole module; the bare script imports the same libraries,
+loads and saves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Row, main
+from scale import stack
+from torch import nn
+from torchvision import models
+
+import normswap
+
+MADE = "10,000 norms"
+BARE = (
+    "import torch, torchvision, safetensors, rich.console, typer\n"
+    "torch.save(torch.load('model.pt', weights_only=False), 'bare.pt')"
+)
+
+
+def build(name: str) -> nn.Module:
+    return stack(10_000) if name == MADE else models.get_model(name, weights=None)
+
+
+def opacus(model: nn.Module) -> Any:
+    from opacus.validators import ModuleValidator
+
+    return ModuleValidator.fix(model)
+
+
+CONVERTERS: dict[str, Callable[[nn.Module], Any]] = {
+    "ours, copying": lambda model: normswap.convert(model, "gn"),
+    "ours, in place": lambda model: normswap.convert(model, "gn", inplace=True),
+    "opacus, copying": opacus,
+    "torch's SyncBatchNorm, in place": nn.SyncBatchNorm.convert_sync_batchnorm,
+}
+
+
+def taken(convert: Callable[[nn.Module], Any], model: nn.Module) -> float:
+    start = time.perf_counter()
+    convert(model)
+    return time.perf_counter() - start
+
+
+def peak(name: str, converter: str) -> int:
+    """Bytes that a process of its own held at most; one without a converter only builds the model."""
+    code = (
+        f"import convert_time as c, opacus; model = c.build({name!r})\n"
+        f"c.CONVERTERS.get({converter!r}, id)(model)\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) * 1024
+
+
+def command(rounds: int) -> tuple[float, float]:
+    """Seconds of the command and of a bare script on a ResNet-50, the least of the rounds each."""
+    ours, bare = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(build("resnet50"), Path(folder) / "model.pt")
+        asked = ["convert", "model.pt", "--to", "gn", "--quiet", "--overwrite"]
+        for _ in range(rounds):
+            for words, times in (
+                ([sys.executable, "-c", BARE], bare),
+                ([sys.executable, "-m", "normswap", *asked], ours),
+            ):
+                start = time.perf_counter()
+                subprocess.run(words, cwd=folder, check=True, capture_output=True)
+                times.append(time.perf_counter() - start)
+    return min(ours), min(bare)
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[Row]:
+    torch.set_num_threads(arguments.threads)
+    for name in arguments.models.split(";"):
+        model = build(name)
+        size = sum(t.numel() * t.itemsize for t in model.state_dict().values())
+        times: dict[str, list[float]] = {converter: [] for converter in CONVERTERS}
+        for _ in range(arguments.rounds):
+            for converter, convert in CONVERTERS.items():
+                times[converter].append(taken(convert, copy.deepcopy(model)))
+        del model
+        floor = peak(name, "") if arguments.memory else 0
+        for converter, found in times.items():
+            held = (peak(name, converter) - floor) / size if arguments.memory else None
+            yield {
+                "model": name, "converter": converter, "seconds": min(found), "times": min(found) / min(times["ours, copying"]),
+                "memory": held,
+            }  # fmt: skip
+    ours, bare = command(arguments.rounds)
+    yield {"model": "resnet50", "converter": "the command", "seconds": ours, "times": ours / bare, "memory": None}
+
+
+if __name__ == "__main__":
+    names = f"resnet50;efficientnet_v2_l;{MADE}"
+    main(__doc__, measure, rounds=3, models=names, threads=2, memory=True)
