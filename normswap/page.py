@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from importlib.metadata import version
@@ -92,11 +92,12 @@ def _bar(name: str, share: float, value: str) -> str:
 
 @dataclass
 class _Branch:
-    """A place in the module tree, with what stands below it."""
+    """A place in the module tree, with what stands below it, and how many changes there are."""
 
     name: str
     path: str
     node: Node | None = None
+    changes: int = 0
     below: dict[str, _Branch] = field(default_factory=dict)
 
 
@@ -112,29 +113,32 @@ def _tree(report: Report) -> str:
     for path, node in nodes.items():
         branch = root
         for part in path.split(".") if path else ():
+            branch.changes += path in changed
             where = f"{branch.path}.{part}".lstrip(".")
             branch = branch.below.setdefault(part, _Branch(part, where))
         branch.node = node
-    return _branch(root, changed, left, 0) if nodes else '<p class="dim">tensors alone: no modules</p>'
+    return "".join(_branch(root, changed, left, 0)) if nodes else '<p class="dim">tensors alone: no modules</p>'
 
 
-def _branch(branch: _Branch, changed: Mapping[str, Change], left: Mapping[str, Left], depth: int) -> str:
+def _branch(branch: _Branch, changed: Mapping[str, Change], left: Mapping[str, Left], depth: int) -> Iterator[str]:
     node = branch.node or Node(branch.path, "", "")
     kind, reason = "", ""
     if branch.path in changed and branch.node is not None:
         kind, reason = " changed", changed[branch.path].how
     elif branch.path in left:
         kind, reason = " left", left[branch.path].reason
-    changes = sum(path.startswith(f"{branch.path}.") for path in changed) if branch.path else len(changed)
-    below = f" ({changes} changed)" if branch.below and changes else ""
+    below = f" ({branch.changes} changed)" if branch.changes else ""
     cells = (branch.name, node.before, (node.after or ("gone" if node.before else "")) + below)
     spans = "".join(f"<span>{escape(cell)}</span>" for cell in cells)
     row = f'<div class="row path{kind}" style="--depth:{depth}" title="{escape(reason)}">{spans}</div>'
     text = f'data-text="{_searchable([branch.path, *cells, reason])}"'
     if not branch.below:
-        return f'<div class="leaf" {text}>{row}</div>'
-    inner = "".join(_branch(child, changed, left, depth + 1) for child in branch.below.values())
-    return f"<details {text}{' open' if depth < _OPEN_DEPTH else ''}><summary>{row}</summary>{inner}</details>"
+        yield f'<div class="leaf" {text}>{row}</div>'
+        return
+    yield f"<details {text}{' open' if depth < _OPEN_DEPTH else ''}><summary>{row}</summary>"
+    for child in branch.below.values():
+        yield from _branch(child, changed, left, depth + 1)
+    yield "</details>"
 
 
 # ---- all lines ----

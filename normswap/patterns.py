@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 ROOT = "(root)"
@@ -66,58 +66,53 @@ def grouped(pairs: Iterable[tuple[Key, str]]) -> Iterator[tuple[Key, str, int]]:
 
 @dataclass
 class Branch:
-    """A place in a module tree, or `count` places that are alike: what stands at it, and what below."""
+    """A place in a module tree, or `count` places that are alike: what stands at it, and what below, by name."""
 
     name: str
-    items: list[tuple[str, Any]]
-    below: list[Branch]
+    items: list[tuple[str, Any]] = field(default_factory=list)
+    below: dict[str, Branch] = field(default_factory=dict)
     count: int = 1
-
-    @property
-    def shape(self) -> Hashable:
-        """What two branches that are alike have in common: kinds and names, not numbers."""
-        stem = re.sub(r"[\d\[\],-]+$", "#", self.name)
-        return stem, tuple(dict.fromkeys(kind for kind, _ in self.items)), tuple(branch.shape for branch in self.below)
 
     @property
     def lines(self) -> int:
         """How many lines it takes to show it."""
-        return 1 + sum(branch.lines for branch in self.below)
+        return 1 + sum(branch.lines for branch in self.below.values())
 
 
 def fold_tree(items: Iterable[tuple[str, str, Any]]) -> list[Branch]:
-    """A tree of (path, kind, item) in which neighbours that are alike stand as one: `layer[2-4]`, `bn[1-2]`."""
-    root = Branch("", [], [])
+    """A tree of (path, kind, item) in which places that are alike stand as one: `layer[2-4]`, `bn[1-2]`."""
+    root = Branch("")
     for path, kind, item in items:
         branch = root
         for part in path.split(".") if path else [ROOT]:
-            found = next((b for b in branch.below if b.name == part), None)
-            if found is None:
-                found = Branch(part, [], [])
-                branch.below.append(found)
-            branch = found
+            branch = branch.below.setdefault(part, Branch(part))
         branch.items.append((kind, item))
-    return _folded(root.below)
+    _fold(root)
+    return list(root.below.values())
 
 
-def _folded(branches: Iterable[Branch]) -> list[Branch]:
-    """Neighbours that are alike as one, from the leaves up."""
-    found: list[Branch] = []
-    for branch in branches:
-        branch.below = _folded(branch.below)
-        alike = next((b for b in found if b.shape == branch.shape), None)
-        if alike is not None and "#" in str(branch.shape[0]):  # type: ignore[index]
-            _merge(alike, branch)
+def _fold(branch: Branch) -> Hashable:
+    """Fold what is alike below a branch, from the leaves up; returns what the branch has in common with those alike: kinds and
+    names, not numbers.
+    """
+    alike: dict[Hashable, Branch] = {}
+    for child in branch.below.values():
+        shape = _fold(child)
+        numbered = child.name[-1:].isdigit()
+        if numbered and shape in alike:
+            _merge(alike[shape], child)
         else:
-            found.append(branch)
-    return found
+            alike[shape if numbered else (child.name, shape)] = child
+    branch.below = {child.name: child for child in alike.values()}
+    kinds = tuple(dict.fromkeys(kind for kind, _ in branch.items))
+    return re.sub(r"\d+$", "#", branch.name), kinds, tuple(alike)
 
 
 def _merge(into: Branch, other: Branch) -> None:
     into.count += other.count
     into.items += other.items
     into.name = _joined(into.name, other.name)
-    for mine, others in zip(into.below, other.below, strict=True):
+    for mine, others in zip(into.below.values(), other.below.values(), strict=True):
         _merge(mine, others)
 
 

@@ -103,7 +103,7 @@ def _indented(text: Text, columns: int) -> Padding:
 def _walk(branches: Sequence[Branch], depth: int = 0) -> Iterator[tuple[int, Branch]]:
     for branch in branches:
         yield depth, branch
-        yield from _walk(branch.below, depth + 1)
+        yield from _walk(list(branch.below.values()), depth + 1)
 
 
 def _shortened(branches: list[Branch]) -> list[Branch]:
@@ -117,9 +117,9 @@ def _shortened(branches: list[Branch]) -> list[Branch]:
 
 def _cut(branch: Branch, depth: int) -> Branch:
     if depth > 0:
-        return replace(branch, below=[_cut(child, depth - 1) for child in branch.below])
+        return replace(branch, below={name: _cut(child, depth - 1) for name, child in branch.below.items()})
     items = [item for _, part in _walk([branch]) for item in part.items]
-    return replace(branch, items=items, below=[], name=f"{branch.name}.*" if branch.below else branch.name)
+    return replace(branch, items=items, below={}, name=f"{branch.name}.*" if branch.below else branch.name)
 
 
 def _layers(layers: Sequence[Layer]) -> str:

@@ -3,7 +3,8 @@
 Run: python tests/bench/step_time.py [--json] [--results FILE] [--batches 1,2,8] [--rounds 7] [--threads 2]; some minutes. A step is forward
 and backward of a ResNet-50 with GroupNorm at 224², in train mode; all variants take turns in each round, and a number is the median over the
 rounds of the time as a multiple of the plain net's in the same round. Then its weights alone (forward and backward of all that are
-standardized, no convolution), as a multiple of copying them once. Peak memory is that of a process that does two steps, above
+standardized, no convolution), as a multiple of copying them once; and the forward in eval mode without gradients, of the plain net,
+of the converted one, and of that folded. Peak memory is that of a process that does two steps, above
 one that only builds the net, in MiB. "spelled out" is the paper's arithmetic, as in its code; "timm" is `timm.layers.StdConv2d`; "torch" is
 `torch.nn.utils.parametrizations.weight_norm`.
 """
@@ -81,6 +82,11 @@ def step(net: nn.Module, x: Tensor) -> None:
     net(x).sum().backward()
 
 
+def forward(net: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        net(x)
+
+
 def weight_of(conv: nn.Module) -> Callable[[], Tensor]:
     """How a variant's convolution makes the weight that it runs with; that of a plain one is copied."""
     if hasattr(conv, "computed"):
@@ -151,6 +157,13 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
         for name, (seconds, times) in compared(runs, arguments.rounds).items():
             held = peak(name, batch, 2) - peak(name, batch, 0) if arguments.memory else None
             yield {"what": f"step, batch {batch}", "variant": name, "seconds": seconds, "times": times, "MiB": held}
+    evaluated = {"plain": nets["plain"], "ws, ours": nets["ws, ours"], "wn, ours": nets["wn, ours"]}
+    evaluated |= {f"{name}, folded": normswap.fold(evaluated[name]).model for name in ("ws, ours", "wn, ours")}
+    for batch in numbers(arguments.batches):
+        x = torch.randn(batch, 3, SIZE, SIZE)
+        runs = {name: partial(forward, copy.deepcopy(net).eval(), x) for name, net in evaluated.items()}
+        for name, (seconds, times) in compared(runs, 3 * arguments.rounds).items():
+            yield {"what": f"eval, batch {batch}", "variant": name, "seconds": seconds, "times": times, "MiB": None}
     alone = {name: weights_step(copy.deepcopy(net)) for name, net in nets.items()}
     for name, (seconds, times) in compared(alone, 3 * arguments.rounds).items():
         yield {"what": "weights alone", "variant": name, "seconds": seconds, "times": times, "MiB": None}
