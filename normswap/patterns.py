@@ -66,12 +66,22 @@ def grouped(pairs: Iterable[tuple[Key, str]]) -> Iterator[tuple[Key, str, int]]:
 
 @dataclass
 class Branch:
-    """A place in a module tree, or `count` places that are alike: what stands at it, and what below, by name."""
+    """A place in a module tree, or `count` places that are alike: what stands at it, and what below, by name.
 
-    name: str
+    A name is a stem and the number it ends in, or those of all places that are alike.
+    """
+
+    stem: str
+    numbers: set[int] = field(default_factory=set)
     items: list[tuple[str, Any]] = field(default_factory=list)
     below: dict[str, Branch] = field(default_factory=dict)
     count: int = 1
+
+    @property
+    def name(self) -> str:
+        if len(self.numbers) < 2:
+            return f"{self.stem}{''.join(map(str, self.numbers))}"
+        return f"{self.stem}[{ranges(self.numbers)}]"
 
     @property
     def lines(self) -> int:
@@ -85,10 +95,16 @@ def fold_tree(items: Iterable[tuple[str, str, Any]]) -> list[Branch]:
     for path, kind, item in items:
         branch = root
         for part in path.split(".") if path else [ROOT]:
-            branch = branch.below.setdefault(part, Branch(part))
+            branch = branch.below.setdefault(part, _named(part))
         branch.items.append((kind, item))
     _fold(root)
     return list(root.below.values())
+
+
+def _named(part: str) -> Branch:
+    """A branch of that name; one that ends in a number as people write it (not in 007) may be folded with others."""
+    found = re.fullmatch(r"(.*?)(0|[1-9]\d*)", part)
+    return Branch(part) if found is None else Branch(found[1], {int(found[2])})
 
 
 def _fold(branch: Branch) -> Hashable:
@@ -98,31 +114,18 @@ def _fold(branch: Branch) -> Hashable:
     alike: dict[Hashable, Branch] = {}
     for child in branch.below.values():
         shape = _fold(child)
-        numbered = child.name[-1:].isdigit()
-        if numbered and shape in alike:
+        if child.numbers and shape in alike:
             _merge(alike[shape], child)
         else:
-            alike[shape if numbered else (child.name, shape)] = child
+            alike[shape if child.numbers else (child.name, shape)] = child
     branch.below = {child.name: child for child in alike.values()}
     kinds = tuple(dict.fromkeys(kind for kind, _ in branch.items))
-    return re.sub(r"\d+$", "#", branch.name), kinds, tuple(alike)
+    return branch.stem, bool(branch.numbers), kinds, tuple(alike)
 
 
 def _merge(into: Branch, other: Branch) -> None:
     into.count += other.count
     into.items += other.items
-    into.name = _joined(into.name, other.name)
+    into.numbers |= other.numbers
     for mine, others in zip(into.below.values(), other.below.values(), strict=True):
         _merge(mine, others)
-
-
-def _joined(a: str, b: str) -> str:
-    """Two names that differ in their last number as one: `bn1` and `bn2` are `bn[1-2]`."""
-    stem = re.sub(r"[\d\[\],-]+$", "", a)
-    return f"{stem}[{ranges(n for name in (a, b) for n in _numbers(name[len(stem) :]))}]" if a != b else a
-
-
-def _numbers(text: str) -> Iterator[int]:
-    for part in text.strip("[]").split(","):
-        first, _, last = part.partition("-")
-        yield from range(int(first), int(last or first) + 1)

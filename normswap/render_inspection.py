@@ -119,7 +119,9 @@ def _cut(branch: Branch, depth: int) -> Branch:
     if depth > 0:
         return replace(branch, below={name: _cut(child, depth - 1) for name, child in branch.below.items()})
     items = [item for _, part in _walk([branch]) for item in part.items]
-    return replace(branch, items=items, below={}, name=f"{branch.name}.*" if branch.below else branch.name)
+    return replace(
+        branch, items=items, below={}, stem=f"{branch.name}.*" if branch.below else branch.name, numbers=set()
+    )
 
 
 def _layers(layers: Sequence[Layer]) -> str:
