@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from normswap import wording
+from normswap import charts, wording
 from normswap.report import Report
 
 _BAR = 20  # characters of the longest bar
@@ -29,7 +29,7 @@ def _parts(report: Report, source: str) -> Iterator[str]:
     if notes := wording.notes(report.changes):
         yield "\nDiffers from what was asked:\n"
         yield from (f"- {_cell(note)}" for note in notes)
-    if not report.exact and (bars := wording.bars(report.drift)):
+    if not report.exact and (bars := charts.bars(report.drift)):
         longest = max(bar.value for bar in bars) or 1.0
         drawn = [
             (_code(b.path), f"{b.value:.2g}", "█" * max(1, round(_BAR * b.value / longest)), str(b.count)) for b in bars

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
-from normswap import wording
+from normswap import charts, wording
 from normswap.patterns import ROOT
 from normswap.report import Change, Left, Node, Report
 
@@ -53,24 +53,24 @@ def _summary(report: Report) -> str:
 
 
 def _drift_chart(report: Report) -> str:
-    bars = wording.bars(report.drift)
+    bars = charts.bars(report.drift)
     if not bars:
         return ""
     longest = max(max(bar.value for bar in bars), 1e-12)
     drawn = "".join(_bar(_several(bar), bar.value / longest, f"{bar.value:.2g}") for bar in bars)
     every = "".join(
-        _bar(bar.path, min(1.0, bar.value / longest), f"{bar.value:.2g}") for bar in wording.bars(report.drift, True)
+        _bar(bar.path, min(1.0, bar.value / longest), f"{bar.value:.2g}") for bar in charts.bars(report.drift, True)
     )
     all_of_them = f"<details><summary>every layer</summary>{every}</details>" if len(bars) < every.count("<i") else ""
     return f'<section id="drift"><h2>Drift of each layer\'s output (relative L2)</h2>{drawn}{all_of_them}</section>'
 
 
-def _several(bar: wording.Bar) -> str:
+def _several(bar: charts.Bar) -> str:
     return bar.path if bar.count == 1 else f"{bar.path} (furthest of {bar.count})"
 
 
 def _groups_chart(report: Report) -> str:
-    groups = wording.groups(report.changes)
+    groups = charts.groups(report.changes)
     if not groups:
         return ""
     most = max(count for _, count in groups)

@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from normswap import wording
+from normswap import charts, wording
 from normswap.patterns import ROOT
 from normswap.report import Report
 
@@ -47,7 +47,7 @@ class ReportView:
             parts += [Text("differs from what was asked", style="bold"), *notes, Text()]
         if report.left:
             parts += [Text(wording.left_heading(report), style="bold"), self._left(), Text()]
-        if not report.exact and (bars := wording.bars(report.drift, self.full)):
+        if not report.exact and (bars := charts.bars(report.drift, self.full)):
             parts += [Text("drift of each layer's output", style="bold"), self._bars(bars), Text()]
         parts += [self._verdict(line) for line in wording.summary(report)]
         parts += [self._text(f"warning: {notice}", "yellow") for notice in report.warnings]
@@ -101,7 +101,7 @@ class ReportView:
             table.add_row(self._text(pattern), module, self._text(f"×{count}"), self._text(reason))
         return table
 
-    def _bars(self, bars: list[wording.Bar]) -> Table:
+    def _bars(self, bars: list[charts.Bar]) -> Table:
         table = columns("path", "value", "bar", "count")
         table.columns[2].no_wrap = table.columns[3].no_wrap = True
         longest = min(_FAR, max(bar.value for bar in bars)) or 1.0

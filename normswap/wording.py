@@ -7,12 +7,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from normswap.patterns import ROOT, fold_paths, grouped, ranges, span
+from normswap.patterns import ROOT, fold_paths, grouped, span
 from normswap.report import Calibration, Change, Cost, Drift, Left, Report, Totals
 
 JUDGED = ("norm", "weight", "copy")
 """Kinds of changes that keep a function, or do not."""
-_MOST_BARS = 12
 _WORST = 3
 _MOST_PATTERNS = 3
 
@@ -32,15 +31,6 @@ class Line:
 
     path: str
     became: str
-    count: int
-
-
-@dataclass(frozen=True)
-class Bar:
-    """How far one layer moved, or the furthest of several."""
-
-    path: str
-    value: float
     count: int
 
 
@@ -194,51 +184,6 @@ def worst(found: Drift) -> str:
     furthest = sorted(found.layers, key=lambda layer: -layer.relative_l2)[:_WORST]
     told = ", ".join(f"{layer.path or ROOT} {layer.relative_l2:.2g}" for layer in furthest)
     return f"furthest: {told}" if told else ""
-
-
-def bars(found: Drift | None, full: bool = False) -> list[Bar]:
-    """How far the changed layers moved, in the order in which they ran: parts of the model where there are many layers."""
-    if found is None:
-        return []
-    layers = [(layer.path, layer.relative_l2) for layer in found.layers]
-    if full or len(layers) <= _MOST_BARS:
-        return [Bar(path or ROOT, value, 1) for path, value in layers]
-    parts: list[tuple[list[str], list[tuple[str, float]]]] = [([""], layers)]
-    for depth in range(1, 2 + max(path.count(".") for path, _ in layers)):
-        finer: dict[str, list[tuple[str, float]]] = defaultdict(list)
-        for path, value in layers:
-            finer[".".join(path.split(".")[:depth])].append((path, value))
-        names = list(finer)
-        if len(names) > _MOST_BARS:
-            if len(parts) < _MOST_BARS // 2:  # so few would hide where it bends: neighbours together
-                size = -(-len(names) // _MOST_BARS)
-                near = [names[at : at + size] for at in range(0, len(names), size)]
-                parts = [(some, [layer for name in some for layer in finer[name]]) for some in near]
-            break
-        parts = [([name], held) for name, held in finer.items()]
-    return [
-        Bar(_part(names, [path for path, _ in held]), max(value for _, value in held), len(held))
-        for names, held in parts
-    ]
-
-
-def _part(names: Sequence[str], paths: Sequence[str]) -> str:
-    """A name for the layers at `paths`, which stand in the parts of the model that `names` says."""
-    patterns = fold_paths(paths)
-    if len(patterns) == 1 and len(names) == 1:
-        return patterns[0][0]
-    parents = {name.rpartition(".")[0] for name in names}
-    numbers = [name.rpartition(".")[2] for name in names]
-    if len(names) == 1:
-        return f"{names[0]}.*".lstrip(".")
-    if len(parents) == 1 and all(number.isdigit() for number in numbers):
-        return f"{parents.pop()}.[{ranges(map(int, numbers))}].*".lstrip(".")
-    return f"{names[0]} to {names[-1]}"
-
-
-def groups(changes: Iterable[Change]) -> list[tuple[int, int]]:
-    """(groups, layers that have so many), of the new norms."""
-    return sorted(Counter(change.groups for change in changes if change.groups is not None).items())
 
 
 def cost(found: Cost) -> str:

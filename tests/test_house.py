@@ -8,7 +8,7 @@ from normswap import forms, targets
 
 FLOORS = [
     {"errors", "report", "transfer", "layers", "weights", "optimizer", "patterns", "inspection", "forms"},
-    {"trace", "disk", "entries", "pickles", "sources", "pictures", "wording", "advice", "bare", "recurrent"},
+    {"trace", "disk", "entries", "pickles", "sources", "pictures", "wording", "charts", "advice", "bare", "recurrent"},
     {"sites", "recurrent_transfer", "tensorfiles", "distributed", "render", "page", "markdown"},
     {"graph", "views", "render_inspection", "sample_files"},
     {"probe", "checkpoint", "samples", "model_inputs", "findings"},
