@@ -250,6 +250,33 @@ def _arguments(module: nn.Module) -> list[tuple[dict[str, Any], bool]]:
     return [(call, True) for call in calls] + ([({**fixed, **ways[0]}, False)] if absent else [])
 
 
+class _Mode:
+    """In the place of the attribute `training` of all modules: notes whether a forward asks for it."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        self.asked = True
+        try:
+            return module.__dict__["training"]
+        except KeyError:
+            raise AttributeError("training") from None
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        module.__dict__["training"] = value
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        nn.Module.training = self  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            del nn.Module.training
+
+
 def _modes(module: nn.Module) -> list[list[bool]]:
     """Train mode, eval mode, and the mode that the modules are in where they differ."""
     modules = list(module.modules())
@@ -265,7 +292,10 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
     graphs: list[fx.Graph] = []
     problem, nodes = "", 0
     most = _NODES + _NODES_A_MODULE * sum(1 for _ in module.modules())
-    for modes, (arguments, must_run) in itertools.product(_modes(module), _arguments(module)):
+    calls, watch = _arguments(module), _Mode()
+    for number, (modes, (arguments, must_run)) in enumerate(itertools.product(_modes(module), calls)):
+        if number >= len(calls) and not watch.asked:
+            break  # in any other mode the runs would be the same
         pending: list[dict[Any, bool]] = [{}]
         for _ in range(_MAX_RUNS):
             if not pending or nodes > most or (problem and graphs):  # one graph a mode is enough for what stays unsure
@@ -273,7 +303,7 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
             asked = pending.pop()
             tracer = _Tracer(is_leaf, asked)
             try:
-                with _symbolic(), _restored(module), _observed(tracer):
+                with _symbolic(), _restored(module), _observed(tracer), watch.watching():
                     for m, mode in zip(module.modules(), modes, strict=True):
                         m.__dict__["training"] = mode  # not train(): some exchange weights in it
                     graph = tracer.trace(module, concrete_args=arguments)

@@ -7,6 +7,7 @@ from zoo import QUIRKS, Forward, conv_norm
 
 from normswap.graph import Flow, find_flow
 from normswap.sites import find_sites
+from normswap.trace import trace
 
 
 def flow_of(model: nn.Module) -> Flow:
@@ -136,3 +137,24 @@ def test_autocast_and_constructors_hide_nothing() -> None:
     flow = flow_of(model)
     assert flow.complete == {"parts.0", "parts.1"} and flow.feeder("parts.1") == ("parts.0", "")
     assert torch.autocast.__init__ is real
+
+
+class ByMode(nn.Module):
+    """Another path in training than in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.norm(x) if self.training else self.norm(x * 2)
+
+
+def test_modes_are_traced_where_a_forward_asks_for_them() -> None:
+    kinds: dict[type[nn.Module], int] = {nn.Sequential: 1, ByMode: 2}
+    for kind, graphs in kinds.items():
+        model = ByMode() if kind is ByMode else conv_norm()
+        assert len(trace(model, lambda m: type(m) in (nn.Conv2d, nn.BatchNorm2d)).graphs) == graphs
+    assert flow_of(ByMode()).feeder("norm")[0] is None
+    assert "training" not in vars(nn.Module) and ByMode().training
