@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from normswap.forms import NORMS
 from normswap.inspection import Inspection, Layer
 from normswap.patterns import Branch, fold_paths, fold_tree, span
 from normswap.render import columns, told
@@ -61,7 +62,10 @@ class InspectionView:
             held: list[Layer] = [layer for _, layer in branch.items]
             name = f"{'  ' * (depth + 1)}{branch.name}"
             if held:
-                table.add_row(*map(self._told, (name, _layers(held), _maps(held), _state(held), f"×{len(held)}")))
+                state = _state(held)
+                style = "" if state in ("", "healthy", "frozen", "frozen, healthy") else "yellow"
+                cells = [Text(self._told(cell)) for cell in (name, _layers(held), _maps(held))]
+                table.add_row(*cells, Text(state, style=style), self._told(f"×{len(held)}"))
             else:
                 several = f"×{branch.count}" if branch.count > 1 else ""
                 table.add_row(Text(name, style="dim"), "", "", "", Text(self._told(several), style="dim"))
@@ -71,13 +75,18 @@ class InspectionView:
 
     def _outcomes(self) -> Table:
         table = columns("target", "changes", "exact", "left")
-        for outcome in self.found.outcomes:
+        outcomes = self.found.outcomes
+        norms = [set(outcome.reasons) for outcome in outcomes if outcome.target in NORMS]
+        common = set.intersection(*norms) if norms else set()  # said once
+        for outcome in outcomes:
             changes = [plural(n, w) for n, w in ((outcome.norms, "norm"), (outcome.weights, "weight")) if n]
             judged = "" if outcome.exact is None else verdict(outcome.exact)
-            reasons = "; ".join(f"{count} left: {reason}" for reason, count in outcome.reasons[:_MOST_PATTERNS])
+            own = [reason for reason in outcome.reasons if outcome.target not in NORMS or reason not in common]
+            told = self._told(outcome.problem or _reasons(own))
             kind = "green" if outcome.exact else "yellow"
-            told = self._told(outcome.problem or reasons)
             table.add_row(f"  {outcome.target}", ", ".join(changes) or "nothing", Text(judged, style=kind), told)
+        if common:
+            table.add_row("  all", "of gn to fold", "", self._told(_reasons(sorted(common, key=lambda r: -r[1]))))
         return table
 
     def _findings(self) -> Iterator[Padding]:
@@ -98,6 +107,10 @@ class InspectionView:
 
 def _indented(text: Text, columns: int) -> Padding:
     return Padding(text, (0, 0, 0, columns))
+
+
+def _reasons(reasons: Sequence[tuple[str, int]]) -> str:
+    return "; ".join(f"{count} left: {reason}" for reason, count in reasons[:_MOST_PATTERNS])
 
 
 def _walk(branches: Sequence[Branch], depth: int = 0) -> Iterator[tuple[int, Branch]]:
