@@ -1,12 +1,15 @@
 """Calibration data: folders of pictures, files of tensors and any iterable, as a short list of input batches.
 
 A batch is what `probe.call` takes: a tensor (n, ...), a tuple of positional arguments or a dict of keyword arguments.
-Samples are spread evenly over what is there and dealt out like cards, so that data sorted by class gives mixed batches.
+Samples are spread over what is there and shuffled, the same way each time: data sorted by class, or with the classes in turns, give
+mixed batches.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +25,8 @@ from normswap import pictures
 from normswap.errors import FileError, OptionError, first_line
 from normswap.pictures import Unfit
 from normswap.sample_files import NUMBERS, READERS, Arguments, arrays_in, is_integer
+
+_SEED = 0
 
 
 def read_samples(
@@ -175,11 +180,20 @@ def _size_of(data: Any) -> int:
 
 
 def _deal(size: int, limit: int, batch: int) -> list[list[int]]:
-    """At most `limit` of `size` indices, evenly spread, in batches that each span them all; batch sizes differ by 1 at most."""
+    """At most `limit` of `size` indices, spread over them all, shuffled into batches whose sizes differ by 1 at most."""
     count = min(size, limit)
-    chosen = [i * size // count for i in range(count)]
-    number = -(-count // batch)
+    number = max(1, -(-count // batch))
+    chosen = _chosen(size, count)
+    if number > 1:
+        random.Random(_SEED).shuffle(chosen)
     return [chosen[start::number] for start in range(number)]
+
+
+def _chosen(size: int, count: int) -> list[int]:
+    """`count` of `size` indices in order, one at random from each of so many equal parts: data may be sorted, or come in turns."""
+    drawn = random.Random(_SEED)
+    ends = [i * size // max(count, 1) for i in range(count + 1)]
+    return [drawn.randrange(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def _part(data: Any, indices: list[int], uint8: Callable[[Tensor], Tensor] | None, depth: int = 0) -> Any:
@@ -244,7 +258,7 @@ def _spread(items: Sequence[Any], limit: int) -> list[Any]:
     """Evenly spread items of a list, as many as hold `limit` samples or a little more."""
     total = sum(_count(item, i) for i, item in enumerate(items))
     keep = min(len(items), -(-limit * len(items) // max(total, 1)))
-    return [items[i * len(items) // keep] for i in range(keep)]
+    return [items[i] for i in _chosen(len(items), keep)]
 
 
 def _taken(items: Iterator[Any], limit: int) -> list[Any]:

@@ -51,12 +51,21 @@ def test_matched_keeps_more_than_reset_and_copied_in_every_net() -> None:
         assert row["matched"]["mean"] > max(row["reset"]["mean"], row["copied"]["mean"]), row["net"]
 
 
-def test_calibration_keeps_what_the_readme_says() -> None:
-    """98.5% of the accuracy on the average, and 97% of each net's but one, on pictures that it never saw."""
+def test_calibration_keeps_what_is_claimed() -> None:
+    """98.5% of the accuracy on the average, and 97% of each net's, on pictures that it never saw."""
     rows = json.loads((tables.RESULTS / "calibrated.json").read_text())["rows"]
     kept = {(row["net"], row["task"]): row["kept"] for row in rows if row["target"] == "gn" and row["task"]}
     assert len(kept) >= 8 and sum(kept.values()) / len(kept) >= 0.985
-    assert [where for where, share in kept.items() if share < 0.97] == [("RegNetX", "gratings")]
+    assert min(kept.values()) >= 0.97
+
+
+def test_groups_chosen_on_data_keep_what_the_best_number_keeps() -> None:
+    """Within a hundredth on each net, and on the average."""
+    rows = json.loads((tables.RESULTS / "groups.json").read_text())["rows"]
+    for place in {(row["task"], row["net"]) for row in rows}:
+        found = {row["groups"]: row["accuracy"]["mean"] for row in rows if (row["task"], row["net"]) == place}
+        best = max(score for groups, score in found.items() if isinstance(groups, int))
+        assert found["auto, on data"] >= best - (0.01 if place[0] else 0.002), place
 
 
 @pytest.mark.parametrize("bars", [False, True])

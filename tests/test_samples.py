@@ -60,6 +60,11 @@ def raw(folder: Path, **options: Any) -> list[Any]:
     return [x * 255 for x in read_samples(folder, input_size=4, mean=0.0, std=1.0, **options)]
 
 
+def one_of_each_part(found: list[int], size: int, count: int) -> bool:
+    """Whether `count` of `size` numbers were taken, one of each of so many equal parts."""
+    return sorted(value * count // size for value in found) == list(range(count))
+
+
 # ---- folders of pictures ----
 
 
@@ -73,8 +78,7 @@ def test_all_pictures_in_batches(folder: Path) -> None:
 
 def test_few_of_many_are_spread_over_the_classes(folder: Path) -> None:
     read = raw(folder, limit=6, batch=3)
-    assert sorted(values(read)) == [0, 5, 10, 15, 20, 25]
-    assert [{value // 10 for value in values([x])} for x in read] == [{0, 1, 2}] * 2  # each batch has every class
+    assert one_of_each_part(values(read), 30, 6)
 
 
 def test_flat_nested_hidden_and_linked(tmp_path: Path) -> None:
@@ -140,7 +144,7 @@ def test_timms_own_preparation(tmp_path: Path) -> None:
 def test_options_win(folder: Path) -> None:
     plain = read_samples(folder, spec="torchvision:resnet18", input_size=(8, 12), mean=0.0, std=1.0, limit=3)
     assert plain[0].shape == (3, 3, 8, 12)
-    assert sorted(values([plain[0] * 255])) == [0, 10, 20]
+    assert one_of_each_part(values([plain[0] * 255]), 30, 3)
     [normal] = read_samples(folder, spec="torchvision:resnet18", input_size=8, limit=3)
     expected = (plain[0][:, :, :1, :1] - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     assert torch.allclose(normal[:, :, :1, :1], expected, atol=1e-5)
@@ -272,7 +276,7 @@ NAMED = [".pt", ".npz", ".safetensors"]
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_one_array(tmp_path: Path, ending: str) -> None:
     read = read_samples(write(tmp_path / f"x{ending}", counted(dtype=np.float64)), limit=10, batch=4)
-    assert sorted(values(read)) == list(range(0, 100, 10))
+    assert one_of_each_part(values(read), 100, 10)
     assert [len(x) for x in read] == [4, 3, 3]
     assert all(x.dtype == torch.float32 and x.shape[1:] == (2,) for x in read)
     assert len(read_samples(tmp_path / f"x{ending}")) == 4
@@ -313,7 +317,8 @@ def test_positional_arrays_of_numpy(tmp_path: Path) -> None:
     assert values([pair]) == list(range(8))  # labels, by their kind
     np.savez(tmp_path / "x.npz", counted(8), -counted(8))
     read = read_samples(tmp_path / "x.npz", batch=4)
-    assert [values([x]) for x in read[0]] == [[0, 2, 4, 6], [0, -2, -4, -6]]
+    firsts, seconds = ([value for pair in read for value in values([pair[place]])] for place in (0, 1))
+    assert sorted(firsts) == list(range(8)) and seconds == [-value for value in firsts]
     np.savez(tmp_path / "x.npz", images=counted(8), names=np.array(["a"] * 8), more=np.array([{}] * 8))
     assert values(read_samples(tmp_path / "x.npz")) == list(range(8))
     np.savez_compressed(tmp_path / "x.npz", counted(8))
@@ -328,7 +333,7 @@ def test_lists_in_pt_files_are_batches(tmp_path: Path) -> None:
     parts = list(torch.from_numpy(counted(40)).split(4))
     assert values(read(parts)) == list(range(40))
     assert [x.shape for x in read(parts, limit=10)] == [(4, 2), (4, 2), (2, 2)]
-    assert values(read(parts, limit=10)) == [0, 1, 2, 3, 12, 13, 14, 15, 24, 25]
+    assert one_of_each_part([value // 4 for value in values(read(parts, limit=10))[::4]], 10, 3)
     assert values(read((torch.from_numpy(counted(8)), torch.arange(8)))) == list(range(8))
     assert read([(parts[0], torch.arange(4))])[0][1].tolist() == [0, 1, 2, 3]
     assert read([{"a": parts[0].double()}])[0]["a"].dtype == torch.float32
@@ -497,6 +502,17 @@ def test_hostile_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- any iterable ----
 
 
+@pytest.mark.parametrize("period", [2, 4, 8, 10])
+@pytest.mark.parametrize("size", [256, 800, 1600])
+def test_classes_in_turns_and_in_order_are_mixed(size: int, period: int) -> None:
+    """Every eighth picture of data whose classes come in turns is of one class: no batch may be."""
+    for labels in (torch.arange(size) % period, torch.arange(size) * period // size):
+        found = [batch.long().flatten() for batch in batches(labels[:, None].float(), limit=256)]
+        assert sum(map(len, found)) == 256
+        assert all(len(batch.unique()) >= min(period, 5) for batch in found)
+        assert all((batch == batch.mode().values).float().mean() < 0.5 + 0.5 / period for batch in found)
+
+
 def endless() -> Iterator[Tensor]:
     while True:
         yield torch.ones(4, 2)
@@ -504,7 +520,7 @@ def endless() -> Iterator[Tensor]:
 
 def test_arrays_in_python() -> None:
     read = batches(torch.from_numpy(counted(100)), limit=10, batch=4)
-    assert sorted(values(read)) == list(range(0, 100, 10)) and [len(x) for x in read] == [4, 3, 3]
+    assert one_of_each_part(values(read), 100, 10) and [len(x) for x in read] == [4, 3, 3]
     assert batches(counted(10, np.float64))[0].dtype == torch.float32
     assert batches(torch.ones(3, 2).double())[0].dtype == torch.float64
     assert not batches(torch.ones(3, 2, requires_grad=True))[0].requires_grad
@@ -545,7 +561,7 @@ def test_items_as_given() -> None:
 def test_datasets_and_loaders() -> None:
     data = TensorDataset(torch.from_numpy(counted(30)), torch.arange(30))
     x, y = batches(data, limit=6, batch=6)[0]
-    assert y.tolist() == [0, 5, 10, 15, 20, 25] and values([x]) == y.tolist()
+    assert one_of_each_part(y.tolist(), 30, 6) and values([x]) == y.tolist()
     loaded = batches(DataLoader(data, batch_size=4), limit=10)
     assert [part[1].tolist() for part in loaded] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
