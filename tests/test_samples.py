@@ -9,6 +9,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from bisect import bisect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def raw(folder: Path, **options: Any) -> list[Any]:
 
 def one_of_each_part(found: list[int], size: int, count: int) -> bool:
     """Whether `count` of `size` numbers were taken, one of each of so many equal parts."""
-    return sorted(value * count // size for value in found) == list(range(count))
+    ends = [part * size // count for part in range(1, count + 1)]
+    return sorted(bisect(ends, value) for value in found) == list(range(count))
 
 
 # ---- folders of pictures ----
