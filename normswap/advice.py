@@ -27,7 +27,7 @@ class Facts:
 def large_batches(facts: Facts) -> Advice | None:
     if not facts.batch_norms:
         return None
-    why = "at 16 and more samples a device, batch norm is as good as any and the fastest; no conversion pays"
+    why = "from 16 samples a device on, nothing is better and nothing is faster"
     return Advice("large batches", "keep BatchNorm", why)
 
 
@@ -35,33 +35,24 @@ def small_batches(facts: Facts) -> Advice | None:
     if not facts.batch_norms or not facts.outcomes["gn"].norms:
         return None
     if not facts.outcomes["ws"].weights:
-        why = "statistics within a sample do not care for the batch; there are no convolutions to standardize"
+        why = "statistics within a sample do not care for the batch; no convolutions here"
         return Advice("small batches (1 to 8)", "gn", why)
-    why = "ahead of all else in fine-tuning at batch 1 to 4, where batch norm's statistics are noise; bcn is its equal"
-    if _depthwise(facts):
-        why += "; keep --ws preserve: depthwise filters have too few elements for the strict form"
+    why = "ahead of all else when fine-tuned at batch 1 to 4; bcn is its equal"
     return Advice("small batches (1 to 8)", "gn-ws", why)
 
 
 def short_tuning(facts: Facts) -> Advice | None:
     if not facts.batch_norms:
         return None
-    why = "exact, and nothing moves but gain and bias; behind the others where the data have shifted far"
+    why = "exact; behind the others where the data have shifted far"
     return Advice("a short fine-tuning near the original data", "frozen", why)
 
 
 def private(facts: Facts) -> Advice | None:
     if not facts.batch_norms:
         return None
-    why = "samples of a batch do not mix, as differential privacy asks; no statistics of the data are kept"
-    return Advice("private training", "gn", why)
-
-
-def federated(facts: Facts) -> Advice | None:
-    if not facts.batch_norms:
-        return None
-    why = "no running statistics that differ between clients and must be averaged"
-    return Advice("federated training", "gn", why)
+    why = "no sample and no client depends on another; no statistics are shared"
+    return Advice("private or federated training", "gn", why)
 
 
 def deployment(facts: Facts) -> Advice | None:
@@ -88,7 +79,7 @@ def mobile(facts: Facts) -> Advice | None:
     depthwise = _depthwise(facts)
     if not depthwise or not facts.batch_norms:
         return None
-    why = f"with {len(depthwise)} depthwise convolutions, several groups keep less before training; data bring most of it back"
+    why = f"{len(depthwise)} depthwise layers: several groups keep less, and --ws strict little"
     return Advice("a mobile net that is used without training", "--groups 1, or --calibrate", why)
 
 
@@ -104,12 +95,12 @@ def pointlike(facts: Facts) -> Advice | None:
 def data_at_hand(facts: Facts) -> Advice | None:
     if not facts.batch_norms:
         return None
-    why = "a few hundred samples without labels bring back most of what gn, ln or bcn lose before training"
+    why = "a few hundred samples without labels keep most of what gn, ln, bcn lose"
     return Advice("some data at hand", "--calibrate PATH", why)
 
 
 RULES: tuple[Callable[[Facts], Advice | None], ...] = (
-    small_batches, large_batches, short_tuning, private, federated, recurrence, mobile, pointlike, data_at_hand, deployment,
+    small_batches, large_batches, short_tuning, private, recurrence, mobile, pointlike, data_at_hand, deployment,
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from normswap.patterns import Branch, fold_paths, fold_tree, span
 from normswap.render import columns, told
 from normswap.wording import plural, verdict
 
-_MOST_LINES = 30  # of the tree, before its deepest branches are summed up
+_MOST_LINES = 24  # of the tree, before its deepest branches are summed up
 _MOST_PATTERNS = 3
 
 
