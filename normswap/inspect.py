@@ -88,7 +88,7 @@ def _layer(site: Site, seen: Mapping[str, Seen]) -> Layer:
         site.kind,
         site.name,
         _size(site) if site.kind == "weight" and known else "",
-        site.channels if known else None,
+        site.channels if known and (site.kind == "weight" or site.form) else None,
         groups if isinstance(groups, int) else None,
         seen[site.path].spatial if site.path in seen and site.layer_kind == "conv" else None,
         any(gradients) if gradients else None,

@@ -84,5 +84,6 @@ class Inspection:
 
     def __str__(self) -> str:
         norms = sum(layer.kind == "norm" for layer in self.layers)
-        found = f"{len(self.findings)} findings" if len(self.findings) != 1 else "1 finding"
-        return f"{self.model}: {norms} norms, {len(self.layers) - norms} weight layers; {found}"
+        counts = {"norm": norms, "weight layer": len(self.layers) - norms, "finding": len(self.findings)}
+        told = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
+        return f"{self.model}: {told}"

@@ -87,6 +87,37 @@ def test_layers_are_described() -> None:
     assert [layer.trained for layer in (conv, batch, group, linear)] == [False, False, False, True]
 
 
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+
+
+ODD: dict[str, Callable[[], nn.Module]] = {
+    "no layer": nn.ReLU,
+    "empty": nn.Sequential,
+    "a norm": lambda: nn.BatchNorm2d(4),
+    "other norms": lambda: nn.Sequential(
+        nn.RMSNorm(4), nn.LocalResponseNorm(2), nn.CrossMapLRN2d(2), nn.LayerNorm((3, 4))
+    ),
+    "recurrent": lambda: nn.Sequential(nn.LSTM(3, 4), nn.GRUCell(4, 4), nn.RNN(4, 4)),
+    "meta": on_meta,
+    "half": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).half(),
+    "without statistics": lambda: nn.Sequential(nn.BatchNorm2d(8, affine=False, track_running_stats=False)),
+    "converted": lambda: normswap.convert(Net(), "bcn-ws").model,
+    "detection": lambda: sources.build("torchvision:ssdlite320_mobilenet_v3_large"),
+    "timm": lambda: sources.build("timm:resnetv2_50"),
+    "timm, layer norms": lambda: sources.build("timm:convnext_atto"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_any_model_can_be_inspected(name: str) -> None:
+    model = ODD[name]()
+    found = normswap.inspect(model)
+    assert json.loads(json.dumps(found.to_dict()))["model"] == type(model).__name__
+    assert max(map(len, printed(found, 60).splitlines())) <= 60 and str(found)
+
+
 # ---- what is wrong ----
 
 
