@@ -128,11 +128,13 @@ def recurrent_speed(rows: list[Row]) -> list[list[str]]:
     return table
 
 
-def checkpoint_io(rows: list[Row]) -> list[list[str]]:
-    """A line a kind of file and target: time and peak memory as multiples of the bare script's."""
-    table = [["file", "target", "× time", "× peak memory"]]
-    kinds = {"pt": "`.pt`", "safetensors": "`.safetensors`", "dcp": "distributed"}
-    return table + [[kinds[r["kind"]], f"`{r['target']}`", f"{r['times']:.2f}", f"{r['of bare']:.2f}"] for r in rows]
+def report_time(rows: list[Row]) -> list[list[str]]:
+    """A line a model and view."""
+    table = [["model", "view", "ms", "× `repr(model)`", "lines"]]
+    return table + [
+        [row["model"], row["view"], f"{1000 * row['seconds']:.0f}", f"{row['times repr']:.1f}", str(row["lines"] or "")]
+        for row in rows
+    ]
 
 
 TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
@@ -142,10 +144,10 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "groups": groups,
     "recurrent": recurrent,
     "recurrent_speed": recurrent_speed,
-    "checkpoint_io": checkpoint_io,
     "fine_tune": fine_tune,
     "fine_tune_calibrated": fine_tune_calibrated,
     "small_batch": small_batch,
+    "report_time": report_time,
 }
 
 
