@@ -1,4 +1,4 @@
-"""What to pick, and why. A new piece of advice is one function in the list `RULES`.
+"""What to pick, and why. A new piece of advice is one function in the list `RULES`, or a row in `FOR_BATCH_NORM`.
 
 What it says follows the tables of the README, which benchmarks write (`fine_tune`, `retention`, `calibrated`).
 """
@@ -24,35 +24,14 @@ class Facts:
     repeated: Sequence[str]
 
 
-def large_batches(facts: Facts) -> Advice | None:
-    if not facts.batch_norms:
-        return None
-    why = "from 16 samples a device on, nothing is better and nothing is faster"
-    return Advice("large batches", "keep BatchNorm", why)
-
-
 def small_batches(facts: Facts) -> Advice | None:
-    if not facts.batch_norms or not facts.outcomes["gn"].norms:
+    if not facts.outcomes["gn"].norms:
         return None
     if not facts.outcomes["ws"].weights:
         why = "statistics within a sample do not care for the batch; no convolutions here"
         return Advice("small batches (1 to 8)", "gn", why)
     why = "ahead of all else when fine-tuned at batch 1 to 4; bcn is its equal"
     return Advice("small batches (1 to 8)", "gn-ws", why)
-
-
-def short_tuning(facts: Facts) -> Advice | None:
-    if not facts.batch_norms:
-        return None
-    why = "exact; behind the others where the data have shifted far"
-    return Advice("a short fine-tuning near the original data", "frozen", why)
-
-
-def private(facts: Facts) -> Advice | None:
-    if not facts.batch_norms:
-        return None
-    why = "no sample and no client depends on another; no statistics are shared"
-    return Advice("private or federated training", "gn", why)
 
 
 def deployment(facts: Facts) -> Advice | None:
@@ -92,20 +71,30 @@ def pointlike(facts: Facts) -> Advice | None:
     return Advice("many 1×1 maps", "ln, or gn --groups 1", why)
 
 
-def data_at_hand(facts: Facts) -> Advice | None:
-    if not facts.batch_norms:
-        return None
-    why = "a few hundred samples without labels keep most of what gn, ln, bcn lose"
-    return Advice("some data at hand", "--calibrate PATH", why)
-
-
-RULES: tuple[Callable[[Facts], Advice | None], ...] = (
-    small_batches, large_batches, short_tuning, private, recurrence, mobile, pointlike, data_at_hand, deployment,
-)  # fmt: skip
+FOR_BATCH_NORM = (
+    Advice("large batches", "keep BatchNorm", "from 16 samples a device on, nothing is better and nothing is faster"),
+    Advice(
+        "a short fine-tuning near the original data",
+        "frozen",
+        "exact; behind the others where the data have shifted far",
+    ),
+    Advice(
+        "private or federated training", "gn", "no sample and no client depends on another; no statistics are shared"
+    ),
+    Advice(
+        "some data at hand",
+        "--calibrate PATH",
+        "a few hundred samples without labels keep most of what gn, ln, bcn lose",
+    ),
+)
+"""For every model with batch norms."""
+RULES: tuple[Callable[[Facts], Advice | None], ...] = (recurrence, mobile, pointlike, deployment)
 
 
 def advise(facts: Facts) -> tuple[Advice, ...]:
-    return tuple(advice for rule in RULES if (advice := rule(facts)) is not None)
+    """What to pick in which situation: what goes for every model with batch norms, and what this one's layers say."""
+    general = (small_batches(facts), *FOR_BATCH_NORM) if facts.batch_norms else ()
+    return tuple(advice for advice in (*general, *(rule(facts) for rule in RULES)) if advice is not None)
 
 
 def _depthwise(facts: Facts) -> list[Layer]:
