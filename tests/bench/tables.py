@@ -137,6 +137,39 @@ def report_time(rows: list[Row]) -> list[list[str]]:
     ]
 
 
+def norm_time(rows: list[Row]) -> list[list[str]]:
+    """A line a norm: the time as a multiple of batch norm's in each layout, mode and batch size."""
+    places = list(dict.fromkeys((row["layout"], row["mode"], row["batch"]) for row in rows))
+    found = {(row["norm"], row["layout"], row["mode"], row["batch"]): row["times"] for row in rows}
+    table = [["norm", *(f"{layout}, {mode}, batch {batch}" for layout, mode, batch in places)]]
+    for norm in dict.fromkeys(row["norm"] for row in rows):
+        table.append([f"`{norm}`", *(f"{found[(norm, *place)]:.2f}" for place in places)])
+    return table
+
+
+def step_time(rows: list[Row]) -> list[list[str]]:
+    """A line a variant: the time as a multiple of the plain net's at each batch size, of a copy for the weights alone."""
+    places = list(dict.fromkeys(row["what"] for row in rows))
+    found = {(row["variant"], row["what"]): row for row in rows}
+    table = [["variant", *places]]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        table.append(
+            [variant, *(f"{found[variant, what]['times']:.2f}" if (variant, what) in found else "" for what in places)]
+        )
+    return table
+
+
+def convert_time(rows: list[Row]) -> list[list[str]]:
+    """A line a model and converter; the command against its bare script."""
+    table = [["model", "converter", "ms", "× ours, copying", "memory, × the model"]]
+    for row in rows:
+        alone = row["converter"] == "the command"
+        times = f"{row['times']:.2f}{' × a bare script' if alone else ''}"
+        memory = f"{row['memory']:.2f}" if row["memory"] is not None else ""
+        table.append([row["model"], row["converter"], f"{1000 * row['seconds']:.0f}", times, memory])
+    return table
+
+
 TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "kept": kept,
     "retention": retention,
@@ -147,6 +180,9 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "fine_tune": fine_tune,
     "fine_tune_calibrated": fine_tune_calibrated,
     "small_batch": small_batch,
+    "norm_time": norm_time,
+    "step_time": step_time,
+    "convert_time": convert_time,
     "report_time": report_time,
 }
 
