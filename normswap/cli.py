@@ -20,7 +20,7 @@ from rich.table import Table
 
 from normswap import options as opt
 from normswap.errors import NormswapError, OptionError
-from normswap.forms import NORMS, RECURRENT, WEIGHTS, target_names
+from normswap.forms import NORMS, RECURRENT, TARGET_FORMS, WEIGHTS
 
 _PHASES = 9  # words of progress that a conversion gives: the length of the bar
 _PATIENCE = 1.0  # seconds before the bar shows
@@ -131,12 +131,9 @@ def inspect(
             input, model=model, model_args=sources.parse_arguments(model_arg or []), weights=weights, key=key,
             input_shape=_parse_shape(input_shape), allow=_importable(allow), trust=trust, progress=progress,
         )  # fmt: skip
-    if as_json:
-        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
-    elif not quiet:
-        from normswap.render_inspection import InspectionView
+    from normswap.render_inspection import InspectionView
 
-        Console().print(InspectionView(found, input, full))
+    _show(found, InspectionView(found, input, full), as_json, quiet)
 
 
 @app.command()
@@ -213,9 +210,7 @@ def targets() -> None:
         for form in forms.values():
             table.add_row(form.name, form.becomes, form.exactness, form.paper, form.choose_when)
         console.print(table, "")
-    console.print(
-        "Any of the first with any of the second: " + ", ".join(name for name in target_names() if "-" in name)
-    )
+    console.print("Any of the first with any of the second: " + ", ".join(name for name in TARGET_FORMS if "-" in name))
 
 
 @contextmanager
@@ -292,12 +287,17 @@ def _write_report(report: Any, source: str, path: Path | None, overwrite: bool) 
 
 
 def _print(report: Any, source: str, out: str, as_json: bool, full: bool, quiet: bool) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(report.to_dict(), indent=2) + "\n")
-    elif not quiet:
-        from normswap.render import ReportView
+    from normswap.render import ReportView
 
-        Console().print(ReportView(report, source, out, full))
+    _show(report, ReportView(report, source, out, full), as_json, quiet)
+
+
+def _show(found: Any, view: Any, as_json: bool, quiet: bool) -> None:
+    """A report or an inspection on stdout, as data or as it is viewed."""
+    if as_json:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
+    elif not quiet:
+        Console().print(view)
 
 
 def main() -> None:

@@ -48,7 +48,6 @@ Progress = Callable[[str], None]
 TRANSFERS = ("match", "copy", "reset")
 WS = ("preserve", "strict")
 WS_SCOPES = ("normed", "all")
-_PATIENCE = 10.0  # seconds that a run on noise may take which nobody asked for
 
 
 class Conversion(NamedTuple):
@@ -207,7 +206,7 @@ def run(
             watched = [site for site in sites if probe_only or site.kind == "norm"]
             tapped = [site.path for site in sites if site.kind == ("norm" if target.norm else "weight")]
             before, found = probe.run(
-                work, example_inputs, watched, _PATIENCE if probe_only else None, sketches=sketches, taps=tapped
+                work, example_inputs, watched, probe.PATIENCE if probe_only else None, sketches=sketches, taps=tapped
             )
             sizes |= {} if probe_only else found
         except ModelError as error:

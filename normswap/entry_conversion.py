@@ -24,7 +24,7 @@ from normswap.targets import PLAIN_TARGET, Target
 EPS = 1e-5
 """Assumed of a norm in a file without its model: torch's default."""
 BARE_NORMS = ("gn", "ln", "in", "est", "bcn", "frozen")
-LARGE = 200_000_000  # parameters: a larger model is not run on noise without being asked to
+_LARGE = 200_000_000  # parameters: a larger model is not run on noise without being asked to
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,14 @@ def _convert_module(model: nn.Module, job: Job) -> tuple[nn.Module, Report]:
         return run(model, PLAIN_TARGET, Options(), may_be_idle=True, inplace=True, release=disk.release)
     inputs, name = job.example_inputs, "example inputs"
     probe_only = inputs is None and job.input_shape is None and job.options.calibrate is None
-    large = sum(p.numel() for p in model.parameters()) > LARGE
-    if inputs is None and job.options.calibrate is None and not (large and probe_only):
-        shape = None if job.input_shape is None else tuple(job.input_shape)
-        inputs, name = probe.guess_inputs(model, shape) or (None, "")
+    if inputs is None and job.options.calibrate is None:
+        inputs, name = noise_for(model, job.input_shape)
     previous = vars(model).get(RECIPE)
     model, report = run(
         model, job.target, job.options, inputs, name, probe_only=probe_only, inplace=True, progress=job.progress,
         release=disk.release,
     )  # fmt: skip
-    if large and probe_only and report.drift is None:
+    if probe_only and is_large(model) and report.drift is None:
         report = replace(
             report, warnings=(*report.warnings, "drift was not measured on so large a model: give --input-shape")
         )
@@ -129,6 +127,17 @@ def _convert_module(model: nn.Module, job: Job) -> tuple[nn.Module, Report]:
         model, baked = run(model, PLAIN_TARGET, Options(), may_be_idle=True, inplace=True)
         report = _with_baked(report, baked)
     return model, replace(report, recipe=made)
+
+
+def is_large(model: nn.Module) -> bool:
+    return sum(p.numel() for p in model.parameters()) > _LARGE
+
+
+def noise_for(model: nn.Module, shape: Sequence[int] | None) -> tuple[Any, str]:
+    """Noise that the model may take, and its name; (None, "") where none can be made up, or a large model is not asked to run."""
+    if shape is None and is_large(model):
+        return None, ""
+    return probe.guess_inputs(model, None if shape is None else tuple(shape)) or (None, "")
 
 
 def _with_baked(report: Report, baked: Report) -> Report:

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap import bare, checkpoint, disk, entries, optimizer, probe, samples, sources
+from normswap import bare, checkpoint, disk, entries, optimizer, samples, sources
 from normswap.checkpoint import RECIPE, Checkpoint
 from normswap.convert import Options, Progress
-from normswap.entry_conversion import EPS, LARGE, Done, Job, convert_entry
+from normswap.entry_conversion import EPS, Done, Job, convert_entry, noise_for
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.fitting import fill, source_of
 from normswap.inspect import examine
@@ -170,8 +170,7 @@ def inspect_file(
 
 
 def _examined(model: nn.Module, shape: Sequence[int] | None, progress: Progress) -> Inspection:
-    large = sum(p.numel() for p in model.parameters()) > LARGE and shape is None
-    inputs, name = (None, "") if large else probe.guess_inputs(model, tuple(shape) if shape else None) or (None, "")
+    inputs, name = noise_for(model, shape)
     return examine(model, inputs, name, probe_only=shape is None, progress=progress)
 
 

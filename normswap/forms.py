@@ -131,7 +131,10 @@ PLAIN_WEIGHT = Form("plain", "torch's own layer", "exact", "", "deployment", "to
 """What `normswap.fold` makes of layers; nobody names them."""
 
 
-def target_names() -> list[str]:
-    """Every norm form, each weight form, and each pair of them."""
-    pairs = ((norm, weight) for norm in ("", *NORMS) for weight in ("", *WEIGHTS))
-    return [name for pair in pairs if (name := "-".join(filter(None, pair)))]
+TARGET_FORMS: dict[str, tuple[Form | None, Form | None]] = {
+    name: (norm, weight)
+    for norm in (None, *NORMS.values())
+    for weight in (None, *WEIGHTS.values())
+    if (name := "-".join(form.name for form in (norm, weight) if form is not None))
+}
+"""Every target by name: each norm form, each weight form, and each pair of them."""

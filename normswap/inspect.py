@@ -26,8 +26,6 @@ from normswap.sites import Site, find_sites
 from normswap.targets import TARGETS, Target
 from normswap.weights import TRANSPOSED
 
-_PATIENCE = 10.0  # seconds that a run on noise may take which nobody asked for
-
 
 def inspect(model: nn.Module, *, example_inputs: Any = None) -> Inspection:
     """What norms and weight layers `model` has, what each target would do to them, what is wrong, and what to pick.
@@ -57,14 +55,15 @@ def examine(
     if inputs is not None:
         progress("running the model")
         try:
-            seen = probe.run(model, inputs, sites, _PATIENCE if probe_only else None, name)[1]
+            seen = probe.run(model, inputs, sites, probe.PATIENCE if probe_only else None, name)[1]
         except ModelError:
             if not probe_only:
                 raise
             name = ""
     layers = tuple(_layer(site, seen) for site in sites)
     progress("trying the targets")
-    outcomes = tuple(_outcome(TARGETS[form], model, sites, flow, seen) for form in (*NORMS, *WEIGHTS))
+    shared = shared_tensors(model)
+    outcomes = tuple(_outcome(TARGETS[form], sites, flow, seen, shared) for form in (*NORMS, *WEIGHTS))
     facts = Facts(
         layers,
         {outcome.target: outcome for outcome in outcomes},
@@ -120,11 +119,13 @@ def _one(values: Sequence[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else "×".join(map(str, values))
 
 
-def _outcome(target: Target, model: nn.Module, sites: Sequence[Site], flow: Flow, seen: Mapping[str, Seen]) -> Outcome:
+def _outcome(
+    target: Target, sites: Sequence[Site], flow: Flow, seen: Mapping[str, Seen], shared: frozenset[int]
+) -> Outcome:
     """What a target would do with every option at its default: all replacements are built, none is put in."""
     context = Context(
         groups="auto", transfer="match", ws="preserve", ws_scope="normed", layers=("conv",), recurrent=None, flow=flow,
-        sites={site.path: site for site in sites}, seen=seen, shared=shared_tensors(model),
+        sites={site.path: site for site in sites}, seen=seen, shared=shared,
     )  # fmt: skip
     try:
         swaps, left = decide(sites, set(sites), target, context)

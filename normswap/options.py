@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from normswap.forms import target_names
+from normswap.forms import TARGET_FORMS
 
 CONVERSION, READING, DATA, WRITING, SHOWING = "Conversion", "Reading", "Data", "Writing", "Report"
 """The panels of `--help`."""
@@ -42,7 +42,7 @@ def _option(panel: str, help: str, *names: str, **more: Any) -> Any:
 
 
 def _targets(incomplete: str) -> Iterator[str]:
-    return (name for name in target_names() if name.startswith(incomplete))
+    return (name for name in TARGET_FORMS if name.startswith(incomplete))
 
 
 Input = Annotated[

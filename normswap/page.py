@@ -53,15 +53,14 @@ def _summary(report: Report) -> str:
 
 
 def _drift_chart(report: Report) -> str:
-    bars = charts.bars(report.drift)
+    bars, every = charts.bars(report.drift), charts.bars(report.drift, full=True)
     if not bars:
         return ""
     longest = max(max(bar.value for bar in bars), 1e-12)
-    drawn = "".join(_bar(_several(bar), bar.value / longest, f"{bar.value:.2g}") for bar in bars)
-    every = "".join(
-        _bar(bar.path, min(1.0, bar.value / longest), f"{bar.value:.2g}") for bar in charts.bars(report.drift, True)
+    drawn, each = (
+        "".join(_bar(_several(bar), bar.value / longest, f"{bar.value:.2g}") for bar in some) for some in (bars, every)
     )
-    all_of_them = f"<details><summary>every layer</summary>{every}</details>" if len(bars) < every.count("<i") else ""
+    all_of_them = f"<details><summary>every layer</summary>{each}</details>" if len(bars) < len(every) else ""
     return f'<section id="drift"><h2>Drift of each layer\'s output (relative L2)</h2>{drawn}{all_of_them}</section>'
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 ROOT = "(root)"
+_MOST_PATTERNS = 3
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -52,6 +53,14 @@ def span(numbers: Iterable[int]) -> str:
     """The least and the greatest of some numbers: `64`, or `64-512`."""
     found = sorted(set(numbers))
     return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
+
+
+def places(paths: Sequence[str], most: int = _MOST_PATTERNS) -> str:
+    """Where some layers are, in at most so many patterns, and how many layers they are: `bn1, layer[1-4].*.bn[1-3] ×49`."""
+    patterns = fold_paths(paths)
+    where = ", ".join(pattern for pattern, _ in patterns[:most])
+    more = f" and {len(patterns) - most} more" if len(patterns) > most else ""
+    return f"{where}{more}{f' ×{len(paths)}' if len(paths) > 1 else ''}"
 
 
 def grouped(pairs: Iterable[tuple[Key, str]]) -> Iterator[tuple[Key, str, int]]:

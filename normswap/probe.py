@@ -17,9 +17,9 @@ from normswap.errors import ModelError, OptionError, first_line
 from normswap.report import Drift, LayerDrift
 from normswap.sites import Site
 
+PATIENCE = 10.0
+"""Seconds that a run on noise may take which nobody asked for."""
 _SEED = 0
-
-
 _SKETCH = 1 << 14  # elements of a layer's output that are kept to compare
 
 

@@ -12,12 +12,12 @@ from rich.text import Text
 
 from normswap.forms import NORMS
 from normswap.inspection import Inspection, Layer
-from normswap.patterns import Branch, fold_paths, fold_tree, span
+from normswap.patterns import Branch, fold_tree, places, span
 from normswap.render import columns, told
 from normswap.wording import plural, verdict
 
 _MOST_LINES = 24  # of the tree, before its deepest branches are summed up
-_MOST_PATTERNS = 3
+_MOST_REASONS = 3
 
 
 class InspectionView:
@@ -91,12 +91,8 @@ class InspectionView:
 
     def _findings(self) -> Iterator[Padding]:
         for finding in self.found.findings:
-            patterns = fold_paths(finding.paths)
-            shown = len(patterns) if self.full else _MOST_PATTERNS
-            where = ", ".join(pattern for pattern, _ in patterns[:shown])
-            more = f" and {len(patterns) - shown} more" if len(patterns) > shown else ""
-            count = f" ×{len(finding.paths)}" if len(finding.paths) > 1 else ""
-            yield _indented(Text.assemble((finding.problem, "yellow"), self._told(f": {where}{more}{count}")), 2)
+            where = places(finding.paths, len(finding.paths)) if self.full else places(finding.paths)
+            yield _indented(Text.assemble((finding.problem, "yellow"), self._told(f": {where}")), 2)
             yield _indented(Text(self._told(finding.note)), 4)
 
     def _advice(self) -> Iterator[Padding]:
@@ -110,7 +106,7 @@ def _indented(text: Text, columns: int) -> Padding:
 
 
 def _reasons(reasons: Sequence[tuple[str, int]]) -> str:
-    return "; ".join(f"{count} left: {reason}" for reason, count in reasons[:_MOST_PATTERNS])
+    return "; ".join(f"{count} left: {reason}" for reason, count in reasons[:_MOST_REASONS])
 
 
 def _walk(branches: Sequence[Branch], depth: int = 0) -> Iterator[tuple[int, Branch]]:

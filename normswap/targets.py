@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from normswap import norm_forms, plain_forms, weight_forms
 from normswap.errors import OptionError
-from normswap.forms import NORMS, PLAIN_NORM, PLAIN_WEIGHT, RECURRENT, WEIGHTS, Form
+from normswap.forms import PLAIN_NORM, PLAIN_WEIGHT, RECURRENT, TARGET_FORMS, Form
 from normswap.layers import ACTIVATED
 from normswap.plan import Context, Swap
 from normswap.sites import Site
@@ -27,12 +27,7 @@ class Target:
     weight: Form | None
 
 
-TARGETS: dict[str, Target] = {
-    name: Target(name, norm, weight)
-    for norm in (None, *NORMS.values())
-    for weight in (None, *WEIGHTS.values())
-    if (name := "-".join(form.name for form in (norm, weight) if form is not None))
-}
+TARGETS: dict[str, Target] = {name: Target(name, *forms) for name, forms in TARGET_FORMS.items()}
 """Every target by name: each norm form, each weight form, and each pair of them."""
 
 PLAIN_TARGET = Target("plain torch", PLAIN_NORM, PLAIN_WEIGHT)

@@ -28,7 +28,6 @@ from torch import Tensor, fx, nn
 
 _MAX_RUNS = 32  # runs of one forward; a forward with more branches than these cover counts as incomplete
 _NODES, _NODES_A_MODULE = 2000, 8  # the most that all runs of a forward may add up to: time stays linear in the model
-_MANY = "more branches than can be followed"
 _MAX_FLAGS = 3  # of a forward's boolean arguments, tried both ways
 _MODULE_STATE = frozenset(vars(nn.Module()))
 _MAX_ROUNDS = 100  # answers alike at one place in the code: ends a loop whose condition is data
@@ -320,7 +319,7 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
                 place, way = taken[index]
                 pending.append({**dict(taken[:index]), place: not way})
         if pending and not problem:
-            problem = _MANY
+            problem = "more branches than can be followed"
         if nodes > most:
             break
     return Traced(tuple(graphs), not problem and bool(graphs), problem)

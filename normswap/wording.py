@@ -7,13 +7,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from normswap.patterns import ROOT, fold_paths, grouped, span
+from normswap.patterns import ROOT, grouped, places, span
 from normswap.report import Calibration, Change, Cost, Drift, Left, Report, Totals
 
 JUDGED = ("norm", "weight", "copy")
 """Kinds of changes that keep a function, or do not."""
 _WORST = 3
-_MOST_PATTERNS = 3
 
 
 @dataclass(frozen=True)
@@ -107,11 +106,7 @@ def notes(changes: Sequence[Change]) -> list[str]:
         numbers = zip(*(map(int, re.findall(r"\d+", change.note)) for change in members), strict=True)
         spans = [span(column) for column in numbers]
         note = "".join(part + number for part, number in zip(text.split("#"), [*spans, ""], strict=True))
-        patterns = fold_paths(change.paths[0] for change in members)
-        where = ", ".join(pattern for pattern, _ in patterns[:_MOST_PATTERNS])
-        more = f" and {len(patterns) - _MOST_PATTERNS} more" if len(patterns) > _MOST_PATTERNS else ""
-        several = f" ×{len(members)}" if len(members) > 1 else ""
-        told.append(f"{where}{more}{several}: {note}")
+        told.append(f"{places([change.paths[0] for change in members])}: {note}")
     return told
 
 
@@ -148,7 +143,8 @@ def summary(report: Report) -> list[str]:
     if report.target == "diff":
         return [counts(report), sizes(report.totals)]
     told = [counts(report), sizes(report.totals), drift(report.drift)]
-    told += [worst(report.drift)] if report.drift and worst(report.drift) and not report.exact else []
+    if not report.exact and report.drift and (furthest := worst(report.drift)):
+        told.append(furthest)
     told += [calibration(report.calibration)] if report.calibration else []
     return [*told, cost(report.cost)] if report.cost else told
 

@@ -66,4 +66,4 @@ def test_every_row_has_its_function_and_every_target_its_name() -> None:
     ]
     for row in rows:
         assert callable(targets._FUNCTIONS[row.function])
-    assert forms.target_names() == list(normswap.TARGETS)
+    assert list(forms.TARGET_FORMS) == list(normswap.TARGETS)

@@ -18,12 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from common import Row, main
+from common import PEAK, Row, main
 from torch import nn
 
 IMPORTS = "import torch, torchvision, safetensors.torch, torch.distributed.checkpoint as dcp\n"
-# The kernel's high-water mark of this program alone; getrusage would count the one that started it.
-PEAK = "\nprint(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
 BARE = {
     "pt": "torch.save(torch.load('big.pt'), 'bare.pt')",
     "safetensors": "safetensors.torch.save_file(safetensors.torch.load_file('big.safetensors'), 'bare.safetensors')",

@@ -8,6 +8,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +42,17 @@ def mean_spread(values: Sequence[float]) -> Row:
     """Mean and standard deviation over seeds, rounded to what they can tell; one seed has no spread."""
     spread = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": round(statistics.fmean(values), 4), "spread": None if spread is None else round(spread, 4)}
+
+
+# The kernel's high-water mark of this program alone; getrusage would count the one that started it.
+PEAK = "\nprint(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+
+
+def peak_of(code: str) -> int:
+    """Bytes that a process of its own held at most while it ran `code`."""
+    words = [sys.executable, "-W", "ignore", "-c", code + PEAK]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) * 1024
 
 
 def numbers(text: str) -> list[int]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, main
+from common import Row, main, peak_of
 from scale import stack
 from torch import nn
 from torchvision import models
@@ -61,13 +61,8 @@ def taken(convert: Callable[[nn.Module], Any], model: nn.Module) -> float:
 
 def peak(name: str, converter: str) -> int:
     """Bytes that a process of its own held at most; one without a converter only builds the model."""
-    code = (
-        f"import convert_time as c, opacus; model = c.build({name!r})\n"
-        f"c.CONVERTERS.get({converter!r}, id)(model)\n"
-        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1]) * 1024
+    code = f"import convert_time as c, opacus; model = c.build({name!r}); c.CONVERTERS.get({converter!r}, id)(model)"
+    return peak_of(code)
 
 
 def command(rounds: int) -> tuple[float, float]:

@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from common import Row, main, numbers
+from common import Row, main, numbers, peak_of
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,9 +35,8 @@ class SpelledOut(nn.Conv2d):
     """Weight standardization as the authors' code has it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
-        std = weight.view(weight.size(0), -1).std(dim=1).view(-1, 1, 1, 1) + 1e-5
-        return F.conv2d(x, weight / std, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        weight = _spelled_out(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 def plain() -> nn.Module:
@@ -119,13 +116,8 @@ def weights_step(net: nn.Module) -> Callable[[], None]:
 
 def peak(name: str, batch: int, steps: int) -> float:
     """MiB that a process of its own held at most."""
-    code = (
-        f"import step_time as s, torch; torch.set_num_threads(1); net = s.VARIANTS[{name!r}](); x = torch.randn({batch}, 3, {SIZE}, {SIZE})\n"
-        f"for _ in range({steps}): s.step(net, x)\n"
-        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1]) / 1024
+    made = f"import step_time as s, torch; torch.set_num_threads(1); net = s.VARIANTS[{name!r}](); x = torch.randn({batch}, 3, {SIZE}, {SIZE})"
+    return peak_of(f"{made}\nfor _ in range({steps}): s.step(net, x)") / 2**20
 
 
 def compared(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple[float, float]]:

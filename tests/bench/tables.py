@@ -37,9 +37,8 @@ def _target(name: str) -> str:
 
 def retention(rows: list[Row]) -> list[list[str]]:
     """A line a net: accuracy before, and after each target with automatic groups."""
-    starts = STARTS
     targets = list(dict.fromkeys(row["target"] for row in rows))
-    columns = [(target, start) for target in targets for start in (starts if target == "gn" else starts[2:])]
+    columns = [(target, start) for target in targets for start in (STARTS if target == "gn" else STARTS[2:])]
     columns = [(target, start) for target, start in columns if (target, start) != ("gn-ws preserve", "calibrated")]
     found = {(row["task"], row["net"], row["target"]): row for row in rows if row["groups"] in ("auto", "")}
     table = [["net", "before", *(_column(target, start) for target, start in columns)]]
@@ -68,7 +67,7 @@ def calibrated(rows: list[Row]) -> list[list[str]]:
     for row in rows:
         net = f"{row['net']}, {row['task']}" if row["task"] else f"**{row['net']}**"
         scores = [_with_spread(row[start]) for start in ("before", "matched", "calibrated")]
-        table.append([f"`{row['target'].replace('strict', '--ws strict')}`", net, *scores, _percent(row["kept"])])
+        table.append([_target(row["target"]), net, *scores, _percent(row["kept"])])
     return table
 
 
