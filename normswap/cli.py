@@ -224,7 +224,8 @@ def _speaking(phases: int, silent: bool) -> Iterator[Callable[[str], None]]:
     later.daemon = True
 
     def step(phase: str) -> None:
-        bar.update(task, description=phase, advance=0 if "%" in phase else 1)
+        new = "%" not in phase
+        bar.update(task, description=phase, advance=int(new), refresh=new)  # the shortest phase shows too
 
     def done() -> None:
         later.cancel()

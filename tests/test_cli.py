@@ -152,13 +152,17 @@ def test_a_class_beside_the_command_can_be_allowed(tmp_path: Path) -> None:
     assert (tmp_path / "net.gn-ws.pt").exists()
 
 
+# A short run shows no bar; this one does, however fast the machine.
+IMPATIENT = "from normswap import cli; cli._PATIENCE = 0; cli.app(prog_name='normswap')"
+
+
 def on_a_terminal(folder: Path, *arguments: str, **environment: str) -> str:
     """What the command writes where a person watches: its stdout and stderr are one terminal of 80 columns."""
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", **environment}
     environment.pop("CI", None)
-    command = [sys.executable, "-m", "normswap", *arguments]
+    command = [sys.executable, "-c", IMPATIENT, *arguments]
     with subprocess.Popen(command, cwd=folder, stdout=theirs, stderr=theirs, env=environment) as process:
         os.close(theirs)
         shown = b""
