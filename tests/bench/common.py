@@ -49,9 +49,9 @@ PEAK = "\nprint(next(line for line in open('/proc/self/status') if line.startswi
 
 
 def peak_of(code: str) -> int:
-    """Bytes that a process of its own held at most while it ran `code`."""
+    """Bytes that a process of its own held at most while it ran `code`, which may import the benchmarks."""
     words = [sys.executable, "-W", "ignore", "-c", code + PEAK]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1]) * 1024
 
 

@@ -2,20 +2,23 @@
 
 Run: python tests/bench/convert_time.py [--json] [--results FILE] [--rounds 3] [--models resnet50,...] [--threads 2]; a few minutes.
 In-process: batch norm to group norm of a model that is there already, each converter in turn in each round, a number the least of
-the rounds: ours copying and in place, `opacus.validators.ModuleValidator.fix` (which copies, and resets gain and bias), and torch's
-`SyncBatchNorm.convert_sync_batchnorm` (in place). "10,000 norms" is a made net. Peak memory is what a process of its own held at most, above one that only builds the
-model, as a multiple of the model's size; a copy is 1. The command is `normswap convert FILE --to gn` on a whole module; the bare script imports the same libraries,
-loads and saves.
+the rounds: ours copying and in place, `opacus.validators.ModuleValidator.fix` (which copies, and resets gain and bias), torch's
+`SyncBatchNorm.convert_sync_batchnorm` (in place), and composer's `replace_module_classes` (in place; resets too), where it is there:
+`pip install --no-deps mosaicml`, since it pins an old torch and its surgery needs nothing but torch. "10,000 norms" is a made net. Peak memory
+is what a process of its own held at most, above one that only builds the model, as a multiple of the model's size; a copy is 1. The
+command is `normswap convert FILE --to gn` on a whole module; the bare script imports the same libraries, loads and saves.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,12 +48,36 @@ def opacus(model: nn.Module) -> Any:
     return ModuleValidator.fix(model)
 
 
+def composer(model: nn.Module) -> Any:
+    surgery = importlib.import_module("composer.utils.module_surgery")
+
+    def group_norm(old: nn.Module, index: int) -> nn.Module:
+        assert isinstance(old, nn.BatchNorm2d)
+        return nn.GroupNorm(min(32, old.num_features), old.num_features)
+
+    return surgery.replace_module_classes(model, {nn.BatchNorm2d: group_norm})
+
+
+def _has_composer() -> bool:
+    """Whether composer's files are there; its packages are stood in for, so that only its surgery is imported."""
+    found = importlib.util.find_spec("composer")
+    if found is None or found.submodule_search_locations is None:
+        return False
+    root = Path(next(iter(found.submodule_search_locations)))
+    for name, folder in (("composer", root), ("composer.utils", root / "utils")):
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [str(folder)]
+    return True
+
+
 CONVERTERS: dict[str, Callable[[nn.Module], Any]] = {
     "ours, copying": lambda model: normswap.convert(model, "gn"),
     "ours, in place": lambda model: normswap.convert(model, "gn", inplace=True),
     "opacus, copying": opacus,
     "torch's SyncBatchNorm, in place": nn.SyncBatchNorm.convert_sync_batchnorm,
 }
+if _has_composer():
+    CONVERTERS["composer, in place"] = composer
 
 
 def taken(convert: Callable[[nn.Module], Any], model: nn.Module) -> float:
@@ -104,5 +131,5 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    names = f"resnet50;efficientnet_v2_l;{MADE}"
+    names = f"resnet50;regnet_y_128gf;efficientnet_v2_l;{MADE}"
     main(__doc__, measure, rounds=3, models=names, threads=2, memory=True)
