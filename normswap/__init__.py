@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from normswap.inspection import Inspection
     from normswap.report import Report
     from normswap.targets import TARGETS
+    from normswap.training import param_groups, remap_optimizer
 
 _HOMES = {
     "Conversion": "convert", "convert": "convert", "fold": "convert", "diff": "diff", "FileError": "errors", "ModelError": "errors",
     "NormswapError": "errors", "OptionError": "errors", "UnsafeFileError": "errors", "convert_file": "files", "load": "files",
     "save": "files", "inspect": "inspect", "Inspection": "inspection", "Report": "report", "TARGETS": "targets",
+    "param_groups": "training", "remap_optimizer": "training",
 }  # fmt: skip
 
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
     "fold",
     "inspect",
     "load",
+    "param_groups",
+    "remap_optimizer",
     "save",
 ]
 

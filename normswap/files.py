@@ -24,6 +24,7 @@ from normswap.inspection import Inspection, Layer
 from normswap.report import Change, Cost, Report
 from normswap.sources import Source
 from normswap.targets import PLAIN_TARGET, parse_target
+from normswap.training import state_changes
 
 
 def convert_file(
@@ -216,15 +217,7 @@ def _convert(found: Checkpoint, key: str | None, job: Job) -> tuple[Checkpoint, 
 def _mend(content: Any, done: Done, flat: bool = False) -> tuple[Any, list[Change], list[str]]:
     """`content` with its optimizers' states carried over, a change for each parameter, and what could not be done."""
     mended, carried, lost = (optimizer.mend_flat if flat else optimizer.mend)(content, done.ways)
-    changes = [
-        Change((parameter,), "optimizer", "state", after, f"{name}: state of parameters that {why}", True)
-        for name, state in carried.items()
-        for names, after, why in (
-            (state.kept, "carried over", "still exist"),
-            (state.dropped, "dropped", "no longer exist"),
-        )
-        for parameter in names
-    ]
+    changes = [change for name, state in carried.items() for change in state_changes(name, state)]
     reason = "dropped, since nothing tells which parameter each of its states belongs to; start it anew"
     return mended, changes, [f"{name}: {reason}" for name in lost]
 

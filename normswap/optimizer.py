@@ -160,9 +160,11 @@ def carry_over(state: Mapping[str, Any], before: Sequence[Parameter], after: Seq
         if members or not was or not order.drops_empty:
             groups.append(mended)
     held = {names[index]: value for index, value in state["state"].items() if index in names}
-    kept = {numbers[name]: value for name, value in held.items() if name in numbers}
+    shapes = {p.name: p.shape for p in before}
+    same = {p.name for p in after if p.name in numbers and shapes.get(p.name, p.shape) == p.shape}
+    kept = {numbers[name]: value for name, value in held.items() if name in same}
     result = {**state, "state": kept, "param_groups": groups}
-    return Carried(result, tuple(n for n in held if n in numbers), tuple(n for n in held if n not in numbers))
+    return Carried(result, tuple(n for n in held if n in same), tuple(n for n in held if n not in same))
 
 
 def _is_flat(state: Mapping[str, Any], before: Parameters) -> bool:
@@ -186,12 +188,13 @@ class _Order:
     drops_empty: bool = False
 
     def group_of(self, parameter: Parameter, home: Mapping[str, int]) -> int:
-        """The group of a new parameter: that of its kind, else that of one called alike, else the last."""
+        """The group of a new parameter: that of its kind, else of what it was made of, else of one called alike, else the last."""
         if self.kind is not None and self.kind(parameter) in self.classes:
             return self.classes.index(self.kind(parameter))
-        leaf = parameter.name.rpartition(".")[2]
+        module, _, leaf = parameter.name.rpartition(".")
+        origin = home.get(f"{module}.{leaf[:-2]}".lstrip("."))  # `weight` of `weight_v` and `weight_g`
         alike = (index for name, index in home.items() if name.rpartition(".")[2] == leaf)
-        return next(alike, max(home.values(), default=0))
+        return next(alike, max(home.values(), default=0)) if origin is None else origin
 
 
 def _assign(state: Mapping[str, Any], parameters: Parameters) -> tuple[dict[Any, str], _Order] | None:

@@ -10,7 +10,7 @@ FLOORS = [
     {"errors", "report", "transfer", "layers", "weights", "optimizer", "patterns", "inspection", "forms"},
     {"trace", "disk", "entries", "pickles", "sources", "pictures", "wording", "charts", "advice", "bare", "recurrent"},
     {"sites", "recurrent_transfer", "tensorfiles", "distributed", "render", "page", "markdown"},
-    {"graph", "views", "render_inspection", "sample_files"},
+    {"graph", "views", "render_inspection", "sample_files", "training"},
     {"probe", "checkpoint", "samples", "model_inputs", "findings"},
     {"calibrate", "forwards"},
     {"distill"},
