@@ -106,6 +106,9 @@ def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
 
     def visit(module: nn.Module, path: str) -> None:
         """Trace a module none of whose sites is known yet, then the parts that it does not reach."""
+        if type(module) is nn.MultiheadAttention:  # known, and has more branches than can be followed
+            flow.touched |= below[path]
+            return
         if not below[path] & flow.complete and type(module).forward is not nn.Module.forward:
             traced = trace(module, lambda m: id(m) in leaves)
             if traced.problem:

@@ -15,6 +15,7 @@ import functools
 import inspect
 import itertools
 import sys
+import traceback
 import types
 import warnings
 from collections import Counter, OrderedDict
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 
 _MAX_RUNS = 32  # runs of one forward; a forward with more branches than these cover counts as incomplete
+_MAX_FAILURES = 4  # runs that end in an error at one and the same place, before any that ends well
 _NODES, _NODES_A_MODULE = 2000, 8  # the most that all runs of a forward may add up to: time stays linear in the model
 _MAX_FLAGS = 3  # of a forward's boolean arguments, tried both ways
 _MODULE_STATE = frozenset(vars(nn.Module()))
@@ -290,14 +292,18 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
     """
     graphs: list[fx.Graph] = []
     problem, nodes = "", 0
+    failures: Counter[Any] = Counter()
     most = _NODES + _NODES_A_MODULE * sum(1 for _ in module.modules())
     calls, watch = _arguments(module), _Mode()
     for number, (modes, (arguments, must_run)) in enumerate(itertools.product(_modes(module), calls)):
         if number >= len(calls) and not watch.asked:
             break  # in any other mode the runs would be the same
         pending: list[dict[Any, bool]] = [{}]
-        for _ in range(_MAX_RUNS):
+        for run in range(_MAX_RUNS):
             if not pending or nodes > most or (problem and graphs):  # one graph a mode is enough for what stays unsure
+                break
+            too_many = run + len(pending) > _MAX_RUNS or len(pending) * nodes / max(run, 1) > 4 * most
+            if (graphs and too_many) or (not graphs and _MAX_FAILURES in failures.values()):
                 break
             asked = pending.pop()
             tracer = _Tracer(is_leaf, asked)
@@ -310,6 +316,7 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
                 graphs.append(graph)
                 problem = problem or tracer.inexact
             except Exception as error:  # a forward is anybody's code: whatever it raises means "not traceable"
+                failures[tuple((f.f_code, line) for f, line in traceback.walk_tb(error.__traceback__))] += 1
                 if must_run and not tracer.refused(error):
                     problem = f"{type(error).__name__}: {error}".splitlines()[0]
             nodes += len(tracer.graph.nodes) if hasattr(tracer, "graph") else 1
