@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import math
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,7 @@ def composer(model: nn.Module) -> Any:
 
     def group_norm(old: nn.Module, index: int) -> nn.Module:
         assert isinstance(old, nn.BatchNorm2d)
-        return nn.GroupNorm(min(32, old.num_features), old.num_features)
+        return nn.GroupNorm(math.gcd(32, old.num_features), old.num_features)
 
     return surgery.replace_module_classes(model, {nn.BatchNorm2d: group_norm})
 
