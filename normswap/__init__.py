@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from normswap.files import convert_file, load, save
     from normswap.inspect import inspect
     from normswap.inspection import Inspection
+    from normswap.private import register_opacus
     from normswap.report import Report
     from normswap.targets import TARGETS
     from normswap.training import param_groups, remap_optimizer
@@ -23,7 +24,7 @@ _HOMES = {
     "Conversion": "convert", "convert": "convert", "fold": "convert", "diff": "diff", "FileError": "errors", "ModelError": "errors",
     "NormswapError": "errors", "OptionError": "errors", "UnsafeFileError": "errors", "convert_file": "files", "load": "files",
     "save": "files", "inspect": "inspect", "Inspection": "inspection", "Report": "report", "TARGETS": "targets",
-    "param_groups": "training", "remap_optimizer": "training",
+    "param_groups": "training", "remap_optimizer": "training", "register_opacus": "private",
 }  # fmt: skip
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "inspect",
     "load",
     "param_groups",
+    "register_opacus",
     "remap_optimizer",
     "save",
 ]

@@ -79,7 +79,9 @@ FOR_BATCH_NORM = (
         "exact; behind the others where the data have shifted far",
     ),
     Advice(
-        "private or federated training", "gn", "no sample and no client depends on another; no statistics are shared"
+        "private or federated training",
+        "gn, or gn-ws",
+        "no sample and no client depends on another; Opacus also wants activations with inplace=False",
     ),
     Advice(
         "some data at hand",

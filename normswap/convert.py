@@ -33,6 +33,7 @@ from normswap.forms import RECURRENT
 from normswap.graph import find_flow
 from normswap.model_inputs import first_inputs
 from normswap.plan import Context, parse_groups
+from normswap.private import register_if_imported
 from normswap.probe import Seen
 from normswap.recurrent import LAYER_NORMALIZED
 from normswap.report import Calibration, Drift, Report
@@ -287,6 +288,7 @@ def run(
         if not problem:
             changed = {swap.site.path for swap in swaps}
             moved = drift_of(work, before, example_inputs, probe_name, exact, sketches, changed)
+    register_if_imported()
     left = sorted(left + hidden, key=lambda entry: entry.path)
     report = Report(
         target.name, tuple(changes), tuple(left), totals_of(changes, left, counts, count_elements(work)), moved,

@@ -9,8 +9,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Slower:
+    """How long a training step takes on a CPU, as a multiple of one without the form: least and most over batch sizes and
+    layouts, as `tests/bench` measured a ResNet-50; and what helps.
+    """
+
+    least: float
+    most: float
+    remedy: str
+
+
+@dataclass(frozen=True)
 class Form:
-    """A row: what a norm or a weight becomes, how a user knows whether to want it, and the function that plans it."""
+    """A row: what a norm or a weight becomes, how a user knows whether to want it, the function that plans it, and what it costs."""
 
     name: str
     becomes: str
@@ -18,7 +29,11 @@ class Form:
     paper: str
     choose_when: str
     function: str
+    slower: Slower | None = None
 
+
+_LAYOUT = "less in the contiguous layout than in channels-last"
+_FOLD = "for use, normswap fold takes it away"
 
 NORMS: dict[str, Form] = {
     form.name: form
@@ -46,6 +61,7 @@ NORMS: dict[str, Form] = {
             "Ulyanov et al. 2016",
             "style transfer, contrast that should not matter",
             "to_instance_norm",
+            Slower(1.1, 1.7, _LAYOUT),
         ),
         Form(
             "est",
@@ -54,6 +70,7 @@ NORMS: dict[str, Form] = {
             "Qiao et al. 2019",
             "batch 1 without another norm",
             "to_estimated",
+            Slower(1.2, 1.3, _FOLD),
         ),
         Form(
             "bcn",
@@ -62,6 +79,7 @@ NORMS: dict[str, Form] = {
             "Qiao et al. 2019",
             "batch 1 and 2, best with ws",
             "to_batch_channel",
+            Slower(1.2, 1.5, _LAYOUT),
         ),
         Form(
             "bn",
@@ -99,6 +117,7 @@ WEIGHTS: dict[str, Form] = {
             "Qiao et al. 2019",
             "GroupNorm at batch 1 and 2",
             "to_standardized",
+            Slower(1.0, 1.2, _FOLD),
         ),
         Form(
             "wn",
@@ -107,6 +126,7 @@ WEIGHTS: dict[str, Form] = {
             "Salimans & Kingma 2016",
             "recurrent nets, training without norms (fold-wn)",
             "to_normalized",
+            Slower(1.1, 1.3, _FOLD),
         ),
     )
 }
@@ -138,3 +158,14 @@ TARGET_FORMS: dict[str, tuple[Form | None, Form | None]] = {
     if (name := "-".join(form.name for form in (norm, weight) if form is not None))
 }
 """Every target by name: each norm form, each weight form, and each pair of them."""
+
+
+def slowdown(target: str) -> str:
+    """What a target costs in training, a sentence; "" where that is no more than BatchNorm does, and for what is no target."""
+    rows = [form for form in TARGET_FORMS.get(target, ()) if form is not None and form.slower is not None]
+    parts = [
+        f"{form.slower.least} to {form.slower.most} times as long with {form.name} ({form.slower.remedy})"
+        for form in rows
+        if form.slower is not None
+    ]
+    return f"on a CPU a training step takes {', '.join(parts)}" if parts else ""

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from normswap.forms import slowdown
 from normswap.patterns import ROOT, grouped, places, span
 from normswap.report import Calibration, Change, Cost, Drift, Left, Report, Totals
 
@@ -139,13 +140,14 @@ def sizes(totals: Totals) -> str:
 
 
 def summary(report: Report) -> list[str]:
-    """Counts, sizes, drift, calibration and cost, a sentence each."""
+    """Counts, sizes, drift, calibration, what training will take longer, and the cost of it all, a sentence each."""
     if report.target == "diff":
         return [counts(report), sizes(report.totals)]
     told = [counts(report), sizes(report.totals), drift(report.drift)]
     if not report.exact and report.drift and (furthest := worst(report.drift)):
         told.append(furthest)
     told += [calibration(report.calibration)] if report.calibration else []
+    told += [slower] if (slower := slowdown(report.target)) and report.changes else []
     return [*told, cost(report.cost)] if report.cost else told
 
 

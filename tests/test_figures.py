@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from normswap import forms
+
 BENCH = Path(__file__).parent / "bench"
 sys.path.insert(0, str(BENCH))
 
@@ -77,3 +79,23 @@ def test_a_chart_shows_every_value_within_its_frame(bars: bool) -> None:
     assert len(ups) == (5 if bars else 3)  # with bars, two more of the legend
     assert all(0 <= up <= float(root.get("height", "")) for up in ups)
     assert "<two>" in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_the_report_tells_the_slowdown_that_was_measured() -> None:
+    """Least and most over batch sizes and layouts: norms beside BatchNorm, weights beside the plain net."""
+    steps, norms = (
+        json.loads((tables.RESULTS / f"{name}.json").read_text())["rows"] for name in ("step_time", "norm_time")
+    )
+    measured = {
+        norm: [row["times"] for row in norms if row["norm"] == norm and row["mode"] == "training"]
+        for norm in ("gn", "ln", "in", "est", "bcn", "frozen", "fold")
+    }
+    for weight in ("ws", "wn"):
+        rows = [row for row in steps if row["variant"] == f"{weight}, ours" and row["what"].startswith("step")]
+        measured[weight] = [row["times"] for row in rows]
+    for name, times in measured.items():
+        slower = {**forms.NORMS, **forms.WEIGHTS}[name].slower
+        if slower is None:
+            assert max(times) < 1.05, name
+        else:
+            assert abs(slower.least - min(times)) < 0.051 and abs(slower.most - max(times)) < 0.051, name

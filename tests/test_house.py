@@ -8,7 +8,20 @@ from normswap import forms, targets
 
 FLOORS = [
     {"errors", "report", "transfer", "layers", "weights", "optimizer", "patterns", "inspection", "forms"},
-    {"trace", "disk", "entries", "pickles", "sources", "pictures", "wording", "charts", "advice", "bare", "recurrent"},
+    {
+        "trace",
+        "disk",
+        "entries",
+        "pickles",
+        "sources",
+        "pictures",
+        "wording",
+        "charts",
+        "advice",
+        "bare",
+        "recurrent",
+        "private",
+    },
     {"sites", "recurrent_transfer", "tensorfiles", "distributed", "render", "page", "markdown"},
     {"graph", "views", "render_inspection", "sample_files", "training"},
     {"probe", "checkpoint", "samples", "model_inputs", "findings"},

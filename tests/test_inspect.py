@@ -264,7 +264,7 @@ def choices(found: Inspection) -> dict[str, str]:
 
 def test_advice() -> None:
     chosen = choices(normswap.inspect(Net()))
-    assert chosen["small batches (1 to 8)"] == "gn-ws" and chosen["private or federated training"] == "gn"
+    assert chosen["small batches (1 to 8)"] == "gn-ws" and chosen["private or federated training"] == "gn, or gn-ws"
     assert chosen["large batches"] == "keep BatchNorm" and chosen["deployment"] == "fold"
     assert not {"recurrent layers", "many 1×1 maps", "a mobile net that is used without training"} & set(chosen)
     assert choices(normswap.inspect(nn.Sequential(nn.LSTM(4, 8))))["recurrent layers"] == "--recurrent ln"

@@ -147,14 +147,16 @@ def norm_time(rows: list[Row]) -> list[list[str]]:
 
 
 def step_time(rows: list[Row]) -> list[list[str]]:
-    """A line a variant: the time as a multiple of the plain net's at each batch size, of a copy for the weights alone."""
+    """A line a variant: the time as a multiple of the plain net's at each batch size, of a copy for the weights alone; and peak memory."""
     places = list(dict.fromkeys(row["what"] for row in rows))
+    held = [place for place in places if place.startswith("step")]
     found = {(row["variant"], row["what"]): row for row in rows}
-    table = [["variant", *places]]
+    table = [["variant", *places, *(place.replace("step", "MiB") for place in held)]]
     for variant in dict.fromkeys(row["variant"] for row in rows):
-        table.append(
-            [variant, *(f"{found[variant, what]['times']:.2f}" if (variant, what) in found else "" for what in places)]
-        )
+        mine = {what: row for (name, what), row in found.items() if name == variant}
+        times = [f"{mine[what]['times']:.2f}" if what in mine else "" for what in places]
+        memory = [f"{mine[what]['MiB']:.0f}" if what in mine else "" for what in held]
+        table.append([variant, *times, *memory])
     return table
 
 

@@ -1,0 +1,95 @@
+"""Differentially private training with Opacus: gradients for each sample through the layers of this package."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from normswap.errors import NormswapError
+from normswap.layers import FrozenBatchNorm
+from normswap.weights import CONVOLUTIONS, STANDARDIZED, TRANSPOSED
+
+CONSTANT: tuple[type[nn.Module], ...] = (
+    *(STANDARDIZED[plain] for plain in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)),
+    FrozenBatchNorm,
+)
+"""Layers whose buffers are constants: none of them ever depends on a sample."""
+
+
+def register_opacus() -> None:
+    """Have Opacus train the layers of this package: it knows no gradients for each sample of standardized layers, and refuses
+    layers with buffers, since batch norm's would leak; the gains and shifts of standardized weights and the statistics
+    of `frozen` are constants. Called by `convert` where Opacus is imported by then; to be called before `make_private`
+    otherwise. Idempotent. `est` and `bcn` follow their samples, so Opacus goes on refusing them.
+
+    Raises NormswapError where Opacus is not installed. Source: https://opacus.ai, `register_grad_sampler`.
+    """
+    try:
+        from opacus.grad_sample import grad_sample_module, utils
+    except ImportError as error:
+        raise NormswapError("opacus is not installed: pip install opacus") from error
+    utils.register_grad_sampler(list(CONSTANT))(sample_gradients)
+    for owner in vars(grad_sample_module).values():
+        check = vars(owner).get("validate") if isinstance(owner, type) else None
+        if isinstance(check, classmethod) and not hasattr(check.__func__, "__wrapped__"):
+            owner.validate = classmethod(_knowing_constants(check.__func__))
+
+
+def register_if_imported() -> None:
+    if "opacus" in sys.modules:
+        register_opacus()
+
+
+def sample_gradients(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """The gradient of each trainable parameter of `layer` for each sample, of shape (N, *parameter.shape).
+
+    `activations` holds the layer's input and `backprops` is the gradient of its output, the batch first in both.
+    """
+    held = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
+    if not len(backprops):
+        return {p: torch.zeros_like(p).unsqueeze(0) for p in held.values()}
+    alone = copy.copy(layer)
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        vars(alone)[name] = OrderedDict()  # Opacus's own, which wait for one forward and one backward
+    vars(alone)["_parameters"] = dict(layer._parameters)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, gradient: Tensor) -> Tensor:
+        output: Tensor = functional_call(alone, parameters, (x.unsqueeze(0),))
+        return (output * gradient.unsqueeze(0)).sum()
+
+    values = {name: p.detach() for name, p in held.items()}
+    x = activations[0]
+    found = vmap(grad(loss), in_dims=(None, 0, 0))(values, x.to(backprops.dtype), backprops)
+    return {p: found[name] for name, p in held.items()}
+
+
+def _knowing_constants(check: Any) -> Any:
+    """Opacus's check for buffers, which does not see those that are constants."""
+
+    @wraps(check)
+    def validate(cls: Any, module: nn.Module, **options: Any) -> Any:
+        with _without_constants(module):
+            return check(cls, module, **options)
+
+    return validate
+
+
+@contextmanager
+def _without_constants(module: nn.Module) -> Iterator[None]:
+    layers = [layer for layer in module.modules() if type(layer) in CONSTANT]
+    for layer in layers:
+        vars(layer)["buffers"] = lambda recurse=True: iter(())
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["buffers"]

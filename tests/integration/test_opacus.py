@@ -1,0 +1,182 @@
+"""Differentially private training of converted models with Opacus."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision import models
+
+import normswap
+
+opacus = pytest.importorskip("opacus")
+from opacus.grad_sample import GradSampleModule  # noqa: E402
+from opacus.validators import ModuleValidator  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning", "ignore:Secure RNG:UserWarning")
+
+
+class Net(nn.Module):
+    """Convolutions of every kind that private training may meet, with norms behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 8, 3, stride=2, groups=4), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.ConvTranspose2d(8, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(),
+        )  # fmt: skip
+        self.line = nn.Sequential(nn.Conv1d(6, 8, 3), nn.BatchNorm1d(8), nn.ReLU())
+        self.head = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.line(self.features(x).flatten(2)).mean(2))
+        return y
+
+
+def trained(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    net = Net()
+    for _ in range(3):
+        net(torch.randn(16, 3, 9, 9) + 0.5)
+    return net.train()
+
+
+X = torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+Y = torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+def in_a_loop(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The gradient of each sample's loss, by a backward for each."""
+    found: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    for sample, label in zip(x, y, strict=True):
+        model.zero_grad()
+        F.cross_entropy(model(sample[None]), label[None]).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            found[name].append(parameter.grad.clone())
+    return {name: torch.stack(grads) for name, grads in found.items()}
+
+
+def by_opacus(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    private = GradSampleModule(copy.deepcopy(model))
+    F.cross_entropy(private(x), y).backward()
+    return {name: p.grad_sample for name, p in private._module.named_parameters()}
+
+
+@pytest.mark.parametrize("options", [{}, {"ws": "strict"}, {"layers": ("conv", "linear"), "ws_scope": "all"}], ids=str)
+@pytest.mark.parametrize("target", ["gn", "ln", "in", "gn-ws", "gn-wn", "frozen", "frozen-ws", "ws-only", "fold-wn"])
+def test_gradients_of_each_sample_are_those_of_a_loop(target: str, options: dict[str, Any]) -> None:
+    if options and "ws" not in target:
+        pytest.skip("an option of standardized weights")
+    model = normswap.convert(trained(), "gn").model if target == "ws-only" else trained()
+    model = normswap.convert(model, "ws" if target == "ws-only" else target, **options).model
+    if target == "in":  # one element a channel in the head is refused by torch in training
+        model = normswap.convert(trained(), "in", exclude="head*").model
+        model = normswap.convert(model, "gn", include="head*").model
+    for left in model.modules():
+        assert not isinstance(left, nn.modules.batchnorm._BatchNorm)
+    assert ModuleValidator.validate(model, strict=False) == []
+    ours, wanted = by_opacus(model, X, Y), in_a_loop(model, X, Y)
+    assert set(ours) == set(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("target", ["gn", "gn-ws"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "efficientnet_b0"])
+def test_the_validator_has_nothing_left_to_complain_of(name: str, target: str) -> None:
+    model = normswap.convert(models.get_model(name, weights=None), target).model.train()
+    assert ModuleValidator.validate(model, strict=True) == []
+    assert GradSampleModule.validate(model, strict=True) == []
+
+
+@pytest.mark.parametrize("target", ["gn", "gn-ws", "frozen-ws"])
+def test_private_training_runs_and_learns(target: str) -> None:
+    """`make_private` as Opacus documents it, with Poisson sampling, whose batches may be empty."""
+    torch.manual_seed(0)
+    y = torch.arange(64) % 2
+    x = torch.randn(64, 3, 9, 9) + 2.0 * y.view(-1, 1, 1, 1)
+    model = normswap.convert(trained(), target, layers=("conv", "linear")).model.train()
+    first = F.cross_entropy(model(x), y).item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    engine = opacus.PrivacyEngine()
+    private, optimizer, loader = engine.make_private(
+        module=model, optimizer=optimizer, data_loader=DataLoader(TensorDataset(x, y), batch_size=16),
+        noise_multiplier=0.5, max_grad_norm=1.0,
+    )  # fmt: skip
+    for _ in range(5):
+        for some, labels in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(private(some), labels).backward()
+            optimizer.step()
+    assert 0 < engine.get_epsilon(delta=1e-3) < 100
+    assert F.cross_entropy(model(x), y).item() < first - 0.2
+    private._module.zero_grad()
+
+
+def test_an_empty_batch() -> None:
+    model = normswap.convert(trained(), "gn-ws").model
+    layer = model.features[0]
+    from normswap.private import sample_gradients
+
+    found = sample_gradients(layer, [torch.zeros(0, 3, 9, 9)], torch.zeros(0, 8, 9, 9))
+    assert {tuple(value.shape) for value in found.values()} == {(1, 8, 3, 3, 3)}
+
+
+@pytest.mark.parametrize("target", ["est", "bcn-ws"])
+def test_what_follows_its_samples_is_still_refused(target: str) -> None:
+    model = normswap.convert(trained(), target).model.train()
+    with pytest.raises(NotImplementedError, match="buffers"):
+        GradSampleModule(model)
+
+
+def test_batch_norm_is_still_refused() -> None:
+    normswap.register_opacus()
+    assert ModuleValidator.validate(trained()) != []
+    with pytest.raises(NotImplementedError, match="buffers"):
+        GradSampleModule(trained())
+
+
+def test_activations_in_place_are_named() -> None:
+    """Opacus's backward hooks and operations in place do not go together; `normswap inspect` says so, and what to do."""
+    model = normswap.convert(models.mobilenet_v2(num_classes=5), "gn-ws").model.train()
+    advice = {found.situation: found for found in normswap.inspect(models.mobilenet_v2()).advice}
+    assert "inplace=False" in next(found.why for name, found in advice.items() if "private" in name)
+    with pytest.raises(RuntimeError, match="inplace"):
+        GradSampleModule(copy.deepcopy(model))(torch.randn(2, 3, 32, 32)).sum().backward()
+    for module in model.modules():
+        if isinstance(getattr(module, "inplace", None), bool):
+            module.inplace = False
+    private = GradSampleModule(model)
+    private(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(p.grad_sample.shape == (2, *p.shape) for p in model.parameters())
+
+
+def test_opacus_imported_last() -> None:
+    """What was converted before Opacus was there needs one call."""
+    code = """
+import torch, normswap
+from torch import nn
+net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(72, 2))
+model = normswap.convert(net, "gn-ws").model
+from opacus.grad_sample import GradSampleModule
+try:
+    GradSampleModule(model)
+except NotImplementedError:
+    print("refused")
+normswap.register_opacus()
+normswap.register_opacus()
+private = GradSampleModule(model)
+private(torch.randn(4, 3, 5, 5)).sum().backward()
+print(tuple(model[0].weight.grad_sample.shape), list(model[0].buffers())[0].shape)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["refused", "(4, 8, 3, 3, 3) torch.Size([8])"], done.stderr
