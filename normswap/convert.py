@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from normswap import probe, samples
+from normswap import probe, ranks, samples
 from normswap.account import (
     changes_of,
     count_elements,
@@ -127,6 +127,7 @@ def convert(
         calibrate: unlabelled data, a few hundred samples: a tensor, a `Dataset`, or any iterable of batches, each as the model
             takes it. Norms without running statistics take those of the data (`bn` needs it for them), `auto` chooses groups
             by it, and the new norms' gains and biases are fitted to the original's outputs, if that is nearer on held-out samples.
+            Where torch.distributed runs, every process calls this with its share of the data, and all get the same values.
         calibrate_seconds: the most time that this fitting takes; 0: none.
         inplace: change `model` itself; nothing changes unless all of it can.
 
@@ -138,9 +139,11 @@ def convert(
         OptionError: an unknown target or option, or a pattern that matches no layer.
         ModelError: nothing to convert, a lazy module without weights, a distributed wrapper.
     """
-    batches = None if calibrate is None else samples.batches(calibrate)
+    batches = (
+        None if calibrate is None else ranks.of_all(samples.batches(calibrate, limit=samples.LIMIT // ranks.number()))
+    )
     options = Options(groups, transfer, ws, ws_scope, layers, recurrent, include, exclude, batches, calibrate_seconds)
-    return run(model, parse_target(to), options, example_inputs, inplace=inplace)
+    return run(model, parse_target(to), options, example_inputs, inplace=inplace, together=True)
 
 
 def fold(model: nn.Module) -> Conversion:
@@ -175,6 +178,7 @@ def run(
     probe_only: bool = False,
     may_be_idle: bool = False,
     inplace: bool = False,
+    together: bool = False,
     progress: Progress = lambda phase: None,
     release: Callable[[Tensor], None] = lambda tensor: None,
     given: Mapping[str, int] | None = None,
@@ -184,7 +188,8 @@ def run(
     """`convert` with its options in one value, and word of each phase to `progress`.
 
     With `probe_only` the inputs serve the drift alone, and a model that does not run on them is no error;
-    with `may_be_idle` nothing to convert is none either. `release`, `given`, `measured` and `seen` are those of `Context`.
+    with `may_be_idle` nothing to convert is none either. With `together` every process of torch.distributed
+    runs this on the same data, and the first one's fit is everybody's. `release`, `given`, `measured` and `seen` are those of `Context`.
     """
     check_model(model)
     progress("copying the model")
@@ -275,10 +280,14 @@ def run(
     calibration: Calibration | None = None
     if fits:
         progress("calibrating")
-        calibration = distill(
-            original, work, batches, fitted, seconds=options.calibrate_seconds,
-            progress=lambda share: progress(f"calibrating: {share:.0%}"),
-        )  # fmt: skip
+
+        def fit() -> Calibration:
+            return distill(
+                original, work, batches, fitted, seconds=options.calibrate_seconds,
+                progress=lambda share: progress(f"calibrating: {share:.0%}"),
+            )  # fmt: skip
+
+        calibration = ranks.by_first(fit, work, fitted) if together else fit()
 
     moved = None
     if example_inputs is not None:

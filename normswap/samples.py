@@ -27,6 +27,8 @@ from normswap.pictures import Unfit
 from normswap.sample_files import NUMBERS, READERS, Arguments, arrays_in, is_integer
 
 _SEED = 0
+LIMIT = 512
+"""Most samples that are taken."""
 
 
 def read_samples(
@@ -37,7 +39,7 @@ def read_samples(
     input_size: int | Sequence[int] | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
-    limit: int = 512,
+    limit: int = LIMIT,
     batch: int = 32,
 ) -> list[Any]:
     """Input batches from a folder of pictures or a file of tensors, the same ones each time, floats as float32.
@@ -103,7 +105,7 @@ def read_samples(
     return read
 
 
-def batches(data: Any, *, limit: int = 512, batch: int = 32) -> list[Any]:
+def batches(data: Any, *, limit: int = LIMIT, batch: int = 32) -> list[Any]:
     """Input batches of at most `limit` samples in all, from whatever holds inputs.
 
     A tensor, a numpy array (floats become float32), a dict of them (keyword inputs) and a map-style `Dataset`, whose

@@ -32,6 +32,10 @@ def check_model(model: nn.Module) -> None:
             )
         if name in ("DistributedDataParallel", "FullyShardedDataParallel"):
             raise ModelError(f"{where} is wrapped in {name}; convert first, then wrap: convert(model.module, ...)")
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            raise ModelError(
+                f"{where} is sharded by fully_shard; convert first, on the meta device if need be, then shard"
+            )
         for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and is_lazy(tensor):
                 raise ModelError(

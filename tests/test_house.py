@@ -21,6 +21,7 @@ FLOORS = [
         "bare",
         "recurrent",
         "private",
+        "ranks",
     },
     {"sites", "recurrent_transfer", "tensorfiles", "distributed", "render", "page", "markdown"},
     {"graph", "views", "render_inspection", "sample_files", "training"},
