@@ -13,6 +13,7 @@ from normswap import forms
 BENCH = Path(__file__).parent / "bench"
 sys.path.insert(0, str(BENCH))
 
+import neighbours  # noqa: E402
 import tables  # noqa: E402
 from picture import Chart, draw  # noqa: E402
 
@@ -99,3 +100,12 @@ def test_the_report_tells_the_slowdown_that_was_measured() -> None:
             assert max(times) < 1.05, name
         else:
             assert abs(slower.least - min(times)) < 0.051 and abs(slower.most - max(times)) < 0.051, name
+
+
+def test_every_neighbour_is_in_the_table_with_its_tests() -> None:
+    rows = json.loads((tables.RESULTS / "neighbours.json").read_text())["rows"]
+    assert [(row["neighbour"], row["tests"], row["proven"]) for row in rows] == [
+        (neighbour.name, neighbour.tests, neighbour.proven) for neighbour in neighbours.NEIGHBOURS
+    ]
+    assert {row["tests"] for row in rows} == {path.name for path in neighbours.TESTS.glob("test_*.py")}
+    assert all(row["passed"] and row["versions"] for row in rows)

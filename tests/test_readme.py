@@ -41,7 +41,8 @@ def prepare(folder: Path) -> dict[str, Any]:
         folder / "weights.safetensors",
     )
     torch.save(nn.Sequential(nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.LSTM(8, 16)), folder / "reader.pt")
-    names: dict[str, Any] = {"model": model, "torch": torch, "normswap": normswap}
+    net = sources.build("torchvision:resnet18")
+    names: dict[str, Any] = {"model": model, "net": net, "torch": torch, "normswap": normswap}
     exec(NET, names)
     return names
 

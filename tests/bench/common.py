@@ -122,7 +122,7 @@ def joined(first: Row, second: Row) -> Row:
     """The results of two parts as one: minutes added up, and the arguments in which they differ listed one after the other."""
     was, made = first["environment"], second["environment"]
     asked = {
-        name: value if value == was["arguments"].get(name) else f"{was['arguments'].get(name)},{value}"
+        name: value if (old := was["arguments"].get(name, value)) == value else f"{old},{value}" if value else old
         for name, value in made["arguments"].items()
     }
     made = {**made, "arguments": asked, "minutes": round(was["minutes"] + made["minutes"], 1)}

@@ -6,7 +6,8 @@ the rounds: ours copying and in place, `opacus.validators.ModuleValidator.fix` (
 `SyncBatchNorm.convert_sync_batchnorm` (in place), and composer's `replace_module_classes` (in place; resets too), where it is there:
 `pip install --no-deps mosaicml`, since it pins an old torch and its surgery needs nothing but torch. "10,000 norms" is a made net. Peak memory
 is what a process of its own held at most, above one that only builds the model, as a multiple of the model's size; a copy is 1. The
-command is `normswap convert FILE --to gn` on a whole module; the bare script imports the same libraries, loads and saves.
+command is `normswap convert FILE --to gn` on a whole module; the bare script imports the same libraries, loads and saves. "Graph analysis" is
+the part of a conversion that traces forwards, of the largest models by number of modules, beside `torch.fx.symbolic_trace`.
 """
 
 from __future__ import annotations
@@ -21,16 +22,20 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from common import Row, main, peak_of
 from scale import stack
-from torch import nn
+from torch import fx, nn
 from torchvision import models
 
 import normswap
+from normswap.graph import find_flow
+from normswap.sites import find_sites
 
 MADE = "10,000 norms"
 BARE = (
@@ -110,27 +115,45 @@ def command(rounds: int) -> tuple[float, float]:
     return min(ours), min(bare)
 
 
-def measure(arguments: argparse.Namespace) -> Iterator[Row]:
-    torch.set_num_threads(arguments.threads)
-    for name in arguments.models.split(";"):
+def conversions(names: list[str], rounds: int, memory: bool) -> Iterator[Row]:
+    for name in names:
         model = build(name)
         size = sum(t.numel() * t.itemsize for t in model.state_dict().values())
         times: dict[str, list[float]] = {converter: [] for converter in CONVERTERS}
-        for _ in range(arguments.rounds):
+        for _ in range(rounds):
             for converter, convert in CONVERTERS.items():
                 times[converter].append(taken(convert, copy.deepcopy(model)))
         del model
-        floor = peak(name, "") if arguments.memory else 0
+        floor = peak(name, "") if memory else 0
         for converter, found in times.items():
-            held = (peak(name, converter) - floor) / size if arguments.memory else None
+            held = (peak(name, converter) - floor) / size if memory else None
             yield {
                 "model": name, "converter": converter, "seconds": min(found), "times": min(found) / min(times["ours, copying"]),
                 "memory": held,
             }  # fmt: skip
-    ours, bare = command(arguments.rounds)
-    yield {"model": "resnet50", "converter": "the command", "seconds": ours, "times": ours / bare, "memory": None}
+
+
+def analyses(names: list[str], rounds: int) -> Iterator[Row]:
+    """What feeds what, of a model on the meta device, beside one symbolic trace of it by torch.fx."""
+    for name in names:
+        with torch.device("meta"):
+            model = timm.create_model(name.removeprefix("timm:")) if name.startswith("timm:") else build(name)
+        sites = find_sites(model)
+        ours = min(taken(partial(find_flow, sites=sites), model) for _ in range(rounds))
+        bare = min(taken(fx.symbolic_trace, model) for _ in range(rounds))
+        yield {"model": name, "converter": "graph analysis", "seconds": ours, "times": ours / bare, "memory": None}
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[Row]:
+    torch.set_num_threads(arguments.threads)
+    yield from conversions(list(filter(None, arguments.models.split(";"))), arguments.rounds, arguments.memory)
+    yield from analyses(list(filter(None, arguments.graphs.split(";"))), arguments.rounds)
+    if arguments.command:
+        ours, bare = command(arguments.rounds)
+        yield {"model": "resnet50", "converter": "the command", "seconds": ours, "times": ours / bare, "memory": None}
 
 
 if __name__ == "__main__":
     names = f"resnet50;regnet_y_128gf;efficientnet_v2_l;{MADE}"
-    main(__doc__, measure, rounds=3, models=names, threads=2, memory=True)
+    largest = "efficientnet_v2_l;timm:resnetrs420;timm:efficientnetv2_xl;timm:efficientnet_l2;timm:hrnet_w64"
+    main(__doc__, measure, rounds=3, models=names, graphs=largest, command=True, threads=2, memory=True)

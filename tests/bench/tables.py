@@ -164,10 +164,20 @@ def convert_time(rows: list[Row]) -> list[list[str]]:
     """A line a model and converter; the command against its bare script."""
     table = [["model", "converter", "ms", "× ours, copying", "memory, × the model"]]
     for row in rows:
-        alone = row["converter"] == "the command"
-        times = f"{row['times']:.2f}{' × a bare script' if alone else ''}"
+        peer = {"the command": " × a bare script", "graph analysis": " × torch.fx.symbolic_trace"}
+        times = f"{row['times']:.2f}{peer.get(row['converter'], '')}"
         memory = f"{row['memory']:.2f}" if row["memory"] is not None else ""
         table.append([row["model"], row["converter"], f"{1000 * row['seconds']:.0f}", times, memory])
+    return table
+
+
+def neighbours(rows: list[Row]) -> list[list[str]]:
+    """A line a library or engine: the versions that its tests ran with, what they prove, and where they are."""
+    table = [["with", "version", "proven", "tests passed"]]
+    for row in rows:
+        versions = ", ".join(v if len(row["versions"]) == 1 else f"{name} {v}" for name, v in row["versions"].items())
+        link = f"[{row['passed']}](tests/integration/{row['tests']})"
+        table.append([row["neighbour"], versions, row["proven"], link])
     return table
 
 
@@ -185,6 +195,7 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "step_time": step_time,
     "convert_time": convert_time,
     "report_time": report_time,
+    "neighbours": neighbours,
 }
 
 
