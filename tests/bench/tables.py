@@ -160,6 +160,27 @@ def step_time(rows: list[Row]) -> list[list[str]]:
     return table
 
 
+def speed(rows: list[Row]) -> list[list[str]]:
+    """In short: a training step of a ResNet-50 with other norms beside BatchNorm, and with other weights beside plain ones."""
+    norms = json.loads((RESULTS / "norm_time.json").read_text())["rows"]
+    times = {
+        (f"`{row['norm']}`, beside BatchNorm", row["batch"]): row["times"]
+        for row in norms
+        if (row["layout"], row["mode"]) == ("contiguous", "training") and row["norm"] not in ("bn", "gn-ws")
+    }
+    names = {
+        "ws, ours": "`ws`, beside plain weights", "ws, timm": "the same by timm's `StdConv2d`",
+        "ws, spelled out": "the same as the paper's code spells it out", "wn, ours": "`wn`, beside plain weights",
+    }  # fmt: skip
+    for row in rows:
+        if row["what"].startswith("step") and row["variant"] in names:
+            times[names[row["variant"]], int(row["what"].rpartition(" ")[2])] = row["times"]
+    table = [["training step of a ResNet-50, two CPU cores", "batch 1", "batch 8"]]
+    for name in dict.fromkeys(name for name, _ in times):
+        table.append([name, *(f"{times[name, batch]:.2f}" for batch in (1, 8))])
+    return table
+
+
 def convert_time(rows: list[Row]) -> list[list[str]]:
     """A line a model and converter; the command against its bare script."""
     table = [["model", "converter", "ms", "× ours, copying", "memory, × the model"]]
@@ -196,12 +217,13 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "convert_time": convert_time,
     "report_time": report_time,
     "neighbours": neighbours,
+    "speed": speed,
 }
 
 
 def render(name: str) -> str:
     """The table of that name as Markdown, and under it with what and when it was measured."""
-    source = {"kept": "retention", "recurrent_speed": "recurrent"}.get(name, name)
+    source = {"kept": "retention", "recurrent_speed": "recurrent", "speed": "step_time"}.get(name, name)
     script = source.removesuffix("_calibrated")
     data = json.loads((RESULTS / f"{source}.json").read_text())
     head, *lines = TABLES[name](data["rows"])
