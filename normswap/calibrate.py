@@ -15,7 +15,7 @@ from normswap.errors import ModelError
 from normswap.layers import EstimatedBatchNorm
 from normswap.probe import Seen
 from normswap.recurrent_transfer import Moments as VectorMoments
-from normswap.sites import Site
+from normswap.sites import Site, eps_of
 from normswap.transfer import Moments, Statistics, as_affine, match_groups, widen
 
 AUTO_GROUPS, AUTO_CHANNELS = 8, 4
@@ -117,7 +117,7 @@ def affine_of(norm: nn.Module, like: Tensor, reset: bool = False) -> tuple[Tenso
 
 def _normalized(site: Site, values: Tensor) -> Tensor:
     """What the norm makes of `values` of shape (N, C, *spatial), before its gain and bias."""
-    eps = float(site.module.eps)  # type: ignore[arg-type]
+    eps = eps_of(site.module)
     if site.form in ("position", "last"):
         return F.layer_norm(values.movedim(1, -1), (site.channels,), eps=eps).movedim(-1, 1)
     if site.form == "batch":
@@ -134,7 +134,7 @@ def _group_errors(site: Site, values: Tensor) -> Iterator[tuple[int, float]]:
         return
     mean, var = widen(norm.running_mean), widen(norm.running_var)  # type: ignore[arg-type]
     weight, bias = affine_of(norm, mean)
-    stats = Statistics(weight, bias, mean, var, float(norm.eps))  # type: ignore[arg-type]
+    stats = Statistics(weight, bias, mean, var, eps_of(norm))
     wide = values if values.dtype == mean.dtype else values.float()
     scale, shift = (v.to(wide).view(-1, *[1] * (wide.dim() - 2)) for v in as_affine(stats))
     wanted = wide * scale + shift

@@ -40,7 +40,8 @@ def is_untrained(norm: nn.Module) -> bool:
 
 
 def _eps(norm: nn.Module) -> float:
-    return float(norm.eps) if isinstance(norm.eps, int | float) else 0.0  # type: ignore[arg-type]
+    eps = getattr(norm, "eps", 1e-5)
+    return float(eps) if isinstance(eps, int | float) else 0.0
 
 
 def _broken_statistics(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:

@@ -22,12 +22,11 @@ from normswap.plan import (
     choose_groups,
     dims_of,
     elements_of,
-    eps_of,
     like_of,
     place,
     read_statistics,
 )
-from normswap.sites import Site
+from normswap.sites import Site, eps_of
 from normswap.transfer import Statistics, as_affine, match_output
 
 NO_STATISTICS = "has no running statistics: they need data (calibrate)"

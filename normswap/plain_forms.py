@@ -14,10 +14,9 @@ from normswap.norm_forms import to_folded
 from normswap.plan import (
     Context,
     Swap,
-    eps_of,
 )
 from normswap.recurrent import LAYER_NORMALIZED
-from normswap.sites import Site
+from normswap.sites import Site, eps_of
 from normswap.weights import (
     NORMALIZED,
     PLAIN,

@@ -15,7 +15,7 @@ from normswap.graph import Flow
 from normswap.layers import BatchChannelNorm
 from normswap.probe import Seen
 from normswap.recurrent_transfer import Moments
-from normswap.sites import Site
+from normswap.sites import Site, eps_of
 from normswap.transfer import (
     Affine,
     Statistics,
@@ -129,10 +129,6 @@ def _own_statistics(site: Site, context: Context) -> Statistics | None:
     each = norm.num_features // norm.num_groups
     both = as_batch_norm(measured.moments, gain.repeat_interleave(each), shift.repeat_interleave(each), eps)
     return both._replace(weight=torch.where(weight < 0, -both.weight, both.weight))
-
-
-def eps_of(norm: nn.Module) -> float:
-    return float(norm.eps)  # type: ignore[arg-type]
 
 
 def place(site: Site, name: str, value: Tensor, context: Context) -> tuple[nn.Parameter, list[tuple[Tensor, Tensor]]]:

@@ -39,6 +39,7 @@ SAMPLE_NORMS: dict[type[nn.Module], int | None] = {
 WEIGHTS: tuple[type[nn.Module], ...] = (
     *PLAIN, *LAYER_NORMALIZED.values(), *(cls for classes in LAYERS.values() for cls in classes),
 )  # fmt: skip
+_FROZEN = ("weight", "bias", "running_mean", "running_var")  # the buffers of a FrozenBatchNorm2d
 _OTHER_NORMS = (*SAMPLE_NORMS, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 
 
@@ -164,6 +165,12 @@ def classify(module: nn.Module) -> tuple[str, type[nn.Module] | None, str] | Non
     """(kind, base, obstacle) of a module that a report must name, or None for any other."""
     norms, name = (*batch_norms(), *_OTHER_NORMS), type(module).__name__
     base = next((cls for cls in type(module).__mro__ if cls in norms or cls in WEIGHTS), None)
+    if base is None and _is_frozen_copy(module):
+        from torchvision.ops.misc import (
+            FrozenBatchNorm2d,
+        )  # of which it is one: imported only for a model that has them
+
+        return "norm", FrozenBatchNorm2d, _obstacle(module, type(module))
     if base is None:
         if type(module).__module__.startswith("torch.nn.utils."):  # the formulas of parametrizations
             return None
@@ -176,6 +183,34 @@ def classify(module: nn.Module) -> tuple[str, type[nn.Module] | None, str] | Non
             return "weight", None, f"{name} is not a class that normswap knows"
         return None
     return "norm" if base in norms else "weight", base, _obstacle(module, base)
+
+
+def _is_frozen_copy(module: nn.Module) -> bool:
+    """Whether a module is one of the copies of torchvision's FrozenBatchNorm2d that libraries keep: transformers' detectors, detectron2."""
+    cls: Any = type(module)
+    held = {*module._buffers} - {"num_batches_tracked"}
+    bare = held == {*_FROZEN} and not module._parameters and not module._modules
+    return bare and cls.__name__.endswith("FrozenBatchNorm2d") and _acts_frozen(cls)
+
+
+@functools.cache
+def _acts_frozen(cls: Any) -> bool:
+    """Whether instances of a class compute what its name says: told by one of three channels, since the code is anybody's."""
+    try:
+        norm = cls(3)
+        given = {name: torch.linspace(0.5 + i, 1.5, 3) for i, name in enumerate(_FROZEN)}
+        norm.load_state_dict(given, strict=False)
+        x = torch.linspace(-2, 2, 12).view(1, 3, 2, 2)
+        weight, bias, mean, var = (value.view(1, -1, 1, 1) for value in given.values())
+        wanted = (x - mean) / (var + eps_of(norm)).sqrt() * weight + bias
+        return torch.allclose(norm.eval()(x), wanted, atol=1e-5) and torch.allclose(norm.train()(x), wanted, atol=1e-5)
+    except Exception:  # whatever it raises means that it is something else
+        return False
+
+
+def eps_of(norm: nn.Module) -> float:
+    """What a norm adds to the variance; a frozen copy without `eps` has torch's default in its code."""
+    return float(getattr(norm, "eps", 1e-5))
 
 
 def _obstacle(module: nn.Module, base: type[nn.Module]) -> str:

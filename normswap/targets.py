@@ -92,7 +92,7 @@ def _unsound(site: Site) -> str:
     """What is wrong with a norm, so that no layer could stand in for it."""
     norm = site.module
     mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
-    if not isinstance(norm.eps, int | float):
+    if not isinstance(getattr(norm, "eps", 0.0), int | float):
         return "has an eps that is no number"
     sizes = {len(t) for t in (mean, var, norm.weight, norm.bias) if isinstance(t, Tensor) and t.dim() == 1}
     if sizes and sizes != {site.channels}:

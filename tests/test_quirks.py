@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from zoo import FROM_BATCH_NORM, QUIRKS, Quirk, randomize
 
 import normswap
@@ -189,3 +189,46 @@ def test_samples_do_not_mix(name: str, target: str) -> None:
 def every_module(model: nn.Module) -> list[nn.Module]:
     """Those in plain lists as well."""
     return [*model.modules(), *(m for value in vars(model).values() if isinstance(value, list) for m in value)]
+
+
+class CopiedFrozenBatchNorm2d(nn.Module):
+    """As transformers' detectors have it: eps is in the code."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+            self.register_buffer(name, torch.full((n,), float(value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        return x * scale.view(1, -1, 1, 1) + (self.bias - self.running_mean * scale).view(1, -1, 1, 1)
+
+
+class SquaringFrozenBatchNorm2d(CopiedFrozenBatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square()
+
+
+@pytest.mark.parametrize("target", ["gn", "gn-ws", "fold", "frozen", "est"])
+def test_copies_of_frozen_batch_norm_are_known_by_what_they_do(target: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), CopiedFrozenBatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    )
+    model[1].load_state_dict({k: torch.rand(8) + 0.5 for k in model[1].state_dict()})
+    x = torch.randn(4, 3, 9, 9)
+    wanted = model.eval()(x)
+    converted, report = normswap.convert(model, target, example_inputs=x)
+    changed = {path for change in report.changes for path in change.paths if change.kind == "norm"}
+    if target == "frozen":  # it is that already
+        assert changed == {"4"} and "fixed" in next(left.reason for left in report.left if left.path == "1")
+    else:
+        assert changed == {"1", "4"}
+    if target in ("fold", "frozen", "est"):
+        torch.testing.assert_close(converted(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_only_called_frozen_is_left() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), SquaringFrozenBatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    report = normswap.convert(model, "gn").report
+    assert "not a class that normswap knows" in next(left.reason for left in report.left if left.path == "1")
