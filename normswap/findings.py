@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -44,31 +45,39 @@ def _eps(norm: nn.Module) -> float:
     return float(eps) if isinstance(eps, int | float) else 0.0
 
 
-def _broken_statistics(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
-    for site in sites:
-        if site.kind == "norm" and statistics_of(site.module) in ("not finite", "negative variance"):
+@dataclass(frozen=True)
+class Evidence:
+    """What the rules go by: `statistics` says of each norm, by path, what `statistics_of` does."""
+
+    sites: Sequence[Site]
+    flow: Flow
+    statistics: Mapping[str, str]
+
+    def norms(self, *states: str) -> Iterator[Site]:
+        """The norms whose running statistics are in one of these states."""
+        return (site for site in self.sites if self.statistics.get(site.path) in states)
+
+
+def _broken_statistics(evidence: Evidence) -> Iterator[Site]:
+    return evidence.norms("not finite", "negative variance")
+
+
+def _untrained(evidence: Evidence) -> Iterator[Site]:
+    return evidence.norms("never trained")
+
+
+def _dead(evidence: Evidence) -> Iterator[Site]:
+    return (site for site in evidence.sites if "dead" in evidence.statistics.get(site.path, ""))
+
+
+def _resting(evidence: Evidence) -> Iterator[Site]:
+    for site in evidence.sites:
+        if site.is_batch_norm and evidence.statistics[site.path] and getattr(site.module, "momentum", 0.1) == 0:
             yield site
 
 
-def _untrained(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
-    for site in sites:
-        if site.kind == "norm" and statistics_of(site.module) == "never trained":
-            yield site
-
-
-def _dead(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
-    for site in sites:
-        if site.kind == "norm" and "dead" in statistics_of(site.module):
-            yield site
-
-
-def _resting(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
-    for site in sites:
-        if site.is_batch_norm and statistics_of(site.module) and getattr(site.module, "momentum", 0.1) == 0:
-            yield site
-
-
-def _useless_bias(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
+def _useless_bias(evidence: Evidence) -> Iterator[Site]:
+    sites, flow = evidence.sites, evidence.flow
     norms = {site.path: site for site in sites if site.kind == "norm"}
     for site in sites:
         if (
@@ -89,7 +98,8 @@ def _takes_the_mean_away(norm: Site) -> bool:
     return norm.form == "group" and norm.groups == norm.channels
 
 
-def _after_activation(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
+def _after_activation(evidence: Evidence) -> Iterator[Site]:
+    sites, flow = evidence.sites, evidence.flow
     places: dict[str, list[Site]] = {"before": [], "after": []}
     weights = {site.path for site in sites if site.kind == "weight"}
     for site in sites:
@@ -102,7 +112,8 @@ def _after_activation(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
         yield from places["after"]
 
 
-def _dropout(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
+def _dropout(evidence: Evidence) -> Iterator[Site]:
+    sites, flow = evidence.sites, evidence.flow
     kinds = {site.path: site.kind for site in sites}
     for site in sites:
         for source, names in flow.between.get(site.path, set()):
@@ -112,7 +123,7 @@ def _dropout(sites: Sequence[Site], flow: Flow) -> Iterator[Site]:
                 break
 
 
-Rule = Callable[[Sequence[Site], Flow], Iterator[Site]]
+Rule = Callable[[Evidence], Iterator[Site]]
 RULES: dict[str, tuple[Rule, str]] = {
     "running statistics that are not finite or negative": (
         _broken_statistics,
@@ -146,13 +157,13 @@ RULES: dict[str, tuple[Rule, str]] = {
 """By what is wrong: where to find it, and what follows."""
 
 
-def find(model: nn.Module, sites: Sequence[Site], flow: Flow) -> list[Finding]:
+def find(model: nn.Module, evidence: Evidence) -> list[Finding]:
     """All that is wrong, in the order of `RULES`, then norms and layers that no module of the model holds."""
     found = []
     for problem, (rule, note) in RULES.items():
-        places = [site.path for site in rule(sites, flow)]
+        places = [site.path for site in rule(evidence)]
         found += [Finding(problem, tuple(places), note)] if places else []
-    for where, name in flow.functional.items():
+    for where, name in evidence.flow.functional.items():
         note = "no module holds it, so no target can change it: make it a module, such as nn.BatchNorm2d"
         found.append(Finding(f"a functional {name}", (where,), note))
     hidden = tuple(where for where, module in hidden_modules(model) if any(True for _ in module.parameters()))

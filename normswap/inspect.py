@@ -14,7 +14,7 @@ from normswap.account import changes_of, count_elements
 from normswap.advice import Facts, advise
 from normswap.decide import decide
 from normswap.errors import ModelError, NormswapError
-from normswap.findings import find, statistics_of
+from normswap.findings import Evidence, find, statistics_of
 from normswap.forms import NORMS, WEIGHTS
 from normswap.graph import Flow, find_flow
 from normswap.inspection import Inspection, Layer, Outcome
@@ -71,7 +71,8 @@ def examine(
         [layer for layer, site in zip(layers, sites, strict=True) if site.base in LAYER_NORMALIZED],
         [site.path for site in sites if site.kind == "norm" and flow.calls.get(site.path, 0) > 1],
     )
-    findings = tuple(find(model, sites, flow))
+    statistics = {layer.paths[0]: layer.statistics for layer in layers}
+    findings = tuple(find(model, Evidence(sites, flow, statistics)))
     sizes = count_elements(model)
     probed = name if inputs is not None else ""
     return Inspection(type(model).__name__, *sizes, layers, outcomes, findings, advise(facts), probed)
