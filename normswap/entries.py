@@ -235,7 +235,10 @@ def _cause(missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence
     if reshaped and not missing and not unexpected and len(reshaped) <= 4:
         return "Likely another number of classes: give it with --model-arg num_classes=N"
     if any(name.endswith(("weight_gain", "weight_shift")) for name in unexpected):
-        return "It seems to be converted already: load it with normswap.load(path, model=...)"
+        return (
+            "It seems to be converted already: load it with normswap.load(path, model=...); without a recipe in it, into "
+            "normswap.convert(model, target).model, with the target that made it"
+        )
     return "Likely another version or another size of the architecture: see --model-arg"
 
 

@@ -192,6 +192,8 @@ def carry(
         parameter, write = place(site, name, value, context)
         new.register_parameter(name, parameter)
         writes += write
+    if isinstance(old.weight, Tensor) and not isinstance(old.weight, nn.Parameter):
+        note = join_notes(note, "gain and bias are not trained, as before: requires_grad_() changes that")
     shared = [name for name in ("weight", "bias") if id(getattr(old, name)) in context.shared]
     if shared:
         note = join_notes(note, f"{' and '.join(shared)} no longer shared with another layer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from normswap.sites import Site
 
 PATIENCE = 10.0
 """Seconds that a run on noise may take which nobody asked for."""
+_MODULE_STATE = frozenset(vars(nn.Module()))
 _SEED = 0
 _SKETCH = 1 << 14  # elements of a layer's output that are kept to compare
 
@@ -71,16 +73,28 @@ def count(batch: Any) -> int:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Eval mode without gradients; every module's own mode comes back afterwards, and so do its attributes.
+
+    Some forwards fill caches in eval mode that only `train()` empties, which is not called here.
+    """
+    before = [(module, module.training, _own_attributes(module)) for module in model.modules()]
     try:
-        for module, _ in modes:
+        for module, _, _ in before:
             module.training = False
         with torch.no_grad():
             yield
     finally:
-        for module, mode in modes:
+        for module, mode, own in before:
             module.training = mode
+            for name in vars(module).keys() - own.keys() - _MODULE_STATE:
+                del vars(module)[name]
+            vars(module).update(own)
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module has beyond what torch gives each; containers as they now are."""
+    own = {name: value for name, value in vars(module).items() if name not in _MODULE_STATE}
+    return {name: copy.copy(value) if type(value) in (dict, list, set) else value for name, value in own.items()}
 
 
 Sketches = dict[str, Tensor]

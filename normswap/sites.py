@@ -176,10 +176,10 @@ def classify(module: nn.Module) -> tuple[str, type[nn.Module] | None, str] | Non
             return None
         looks_normed = isinstance(getattr(module, "running_mean", None), torch.Tensor)
         leaf = not any(True for _ in module.children())
-        if looks_normed or (leaf and re.search("norm", name, re.IGNORECASE)):
+        if looks_normed or (leaf and re.search("norm|GRN$", name, re.IGNORECASE)):
             return "norm", None, f"{name} is not a class that normswap knows"
         weight = module._parameters.get("weight")
-        if leaf and weight is not None and re.search("conv", name, re.IGNORECASE):
+        if leaf and weight is not None and re.search("conv(?!next)", name, re.IGNORECASE):
             return "weight", None, f"{name} is not a class that normswap knows"
         return None
     return "norm" if base in norms else "weight", base, _obstacle(module, base)

@@ -32,6 +32,7 @@ _MAX_FAILURES = 4  # runs that end in an error at one and the same place, before
 _NODES, _NODES_A_MODULE = 2000, 8  # the most that all runs of a forward may add up to: time stays linear in the model
 _MAX_FLAGS = 3  # of a forward's boolean arguments, tried both ways
 _MODULE_STATE = frozenset(vars(nn.Module()))
+_PACKING_DEPTH = 4  # calls from where a dataclass is filled to where a type is asked for
 _MAX_ROUNDS = 100  # answers alike at one place in the code: ends a loop whose condition is data
 _WRONG_WAY = (AssertionError, ValueError, NotImplementedError)  # a branch that only refuses its input
 
@@ -62,8 +63,10 @@ def _handles(modules: Iterable[nn.Module]) -> dict[int, Any]:
         if group is not None:
             memo[id(group)] = group
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+            inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
+            for tensor in inner:
+                if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                    memo[id(tensor)] = tensor.detach().clone()
     return memo
 
 
@@ -163,7 +166,8 @@ def _observed(tracer: _Tracer) -> Iterator[None]:
     def watched(value: Any, kinds: Any) -> bool:
         if real(value, fx.Proxy):
             asking = sys._getframe(1).f_code
-            if not asking.co_filename.startswith(_TORCH) or asking.co_name == "is_tensor":
+            known = asking.co_filename.startswith(_TORCH) and asking.co_name != "is_tensor"
+            if not known and not _is_packing(sys._getframe(1)):
                 tracer.inexact = "its forward asks for the type of a value"
         return real(value, kinds)
 
@@ -174,21 +178,50 @@ def _observed(tracer: _Tracer) -> Iterator[None]:
         builtins.isinstance = real
 
 
+def _is_packing(frame: types.FrameType | None) -> bool:
+    """Whether a dataclass is being filled, which only holds what it is given, as the outputs of transformers' models do."""
+    for _ in range(_PACKING_DEPTH):
+        if frame is None:
+            break
+        if frame.f_code.co_name == "__post_init__":
+            return True
+        frame = frame.f_back
+    return False
+
+
 @functools.cache
 def reaches_into(cls: Any) -> frozenset[tuple[str, str]]:
-    """The pairs (a, b) for which the methods of a class say `.a.b`: parts of its children that it may use itself."""
+    """The pairs (a, b) for which what a class's forward may run says `.a.b`: parts of its children that it may use itself."""
     pairs = set()
-    for owner in cls.__mro__:
-        if owner.__module__.startswith("torch."):
-            break
-        for name, function in vars(owner).items():
-            if isinstance(function, types.FunctionType) and name != "__init__":  # which no forward runs
-                loads = [
-                    i for i in dis.get_instructions(function) if i.opname not in ("CACHE", "RESUME", "EXTENDED_ARG")
-                ]
-                chain = [i.argval if i.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for i in loads]
-                pairs |= {(a, b) for a, b in itertools.pairwise(chain) if a is not None and b is not None}
+    for code in itertools.chain.from_iterable(_codes(function.__code__) for function in _reached(cls)):
+        loads = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "RESUME", "EXTENDED_ARG")]
+        chain = [i.argval if i.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for i in loads]
+        pairs |= {(a, b) for a, b in itertools.pairwise(chain) if a is not None and b is not None}
     return frozenset(pairs)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code of a function, and of the functions and comprehensions in it."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _codes(inner)
+
+
+def _reached(cls: Any) -> list[types.FunctionType]:
+    """The methods of a class, torch's own apart, that its forward may run, by name; all of them where it may choose by a string."""
+    owners = itertools.takewhile(lambda owner: not owner.__module__.startswith("torch."), cls.__mro__)
+    methods = [
+        (name, function)
+        for owner in owners
+        for name, function in vars(owner).items()
+        if isinstance(function, types.FunctionType) and name != "__init__"  # which no forward runs
+    ]
+    called, reached = {"forward"}, []
+    while found := [(name, function) for name, function in methods if name in called and function not in reached]:
+        reached += [function for _, function in found]
+        called |= {name for _, function in found for code in _codes(function.__code__) for name in code.co_names}
+    return [function for _, function in methods] if "getattr" in called else reached
 
 
 @contextmanager

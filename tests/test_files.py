@@ -292,3 +292,11 @@ def test_published_weights_up_to_the_download(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(_api, "load_state_dict_from_url", offline)
     with pytest.raises(normswap.ModelError, match="cannot be fetched: no route"):
         sources.build("torchvision:resnet18", "IMAGENET1K_V1")
+
+
+def test_safetensors_say_what_framework_they_are_for(tmp_path: Path) -> None:
+    """transformers 4 refuses a file without `format`."""
+    model, report = normswap.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), "gn")
+    path = normswap.save(model, tmp_path / "model.safetensors", report=report)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["format"] == "pt" and "normswap_recipe" in file.metadata()

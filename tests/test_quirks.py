@@ -1,5 +1,7 @@
 """Every quirk × every target."""
 
+from __future__ import annotations
+
 import contextlib
 import warnings
 
@@ -232,3 +234,72 @@ def test_what_is_only_called_frozen_is_left() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), SquaringFrozenBatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
     report = normswap.convert(model, "gn").report
     assert "not a class that normswap knows" in next(left.reason for left in report.left if left.path == "1")
+
+
+class Caching(nn.Module):
+    """Fills a cache in eval mode that only `train()` empties, as LeViT does with its attention biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.bias = nn.Parameter(torch.randn(8))
+        self.cache: dict[str, Tensor] = {}
+        self.last: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Caching:
+        if mode:
+            self.cache = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.cache.setdefault("bias", self.bias * 2) if not self.training else self.bias * 2
+        self.last = y = self.bn(self.conv(x)) + bias.view(-1, 1, 1)
+        return y
+
+
+def test_running_a_model_leaves_nothing_in_its_attributes() -> None:
+    x, model = torch.randn(4, 3, 9, 9), Caching()
+    for _ in range(3):
+        model(x)
+    model.last = None
+    for options in ({"example_inputs": x}, {"calibrate": x, "calibrate_seconds": 0}):
+        converted = normswap.convert(model, "gn", **options).model
+        assert converted.cache == {} and converted.last is None and model.cache == {} and model.last is None
+    normswap.inspect(model, example_inputs=x)
+    assert model.cache == {} and model.last is None
+
+
+def test_a_model_that_has_run_with_gradients_can_be_copied() -> None:
+    model = Caching()
+    model.eval()(torch.randn(4, 3, 9, 9))
+    assert model.cache["bias"].requires_grad
+    assert not normswap.convert(model, "frozen").model.cache["bias"].requires_grad
+
+
+class Freezing(nn.Module):
+    """What a forward does not run may speak of a part's parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+
+    def freeze(self) -> None:
+        for module in self.encoder.modules():
+            module.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x) * int(x.shape[-1])  # no symbolic run can answer
+
+
+class Choosing(Freezing):
+    """What a string chooses may be any method."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        getattr(self, "freeze" if int(x.shape[-1]) else "train")()
+        return self.encoder(x)
+
+
+def test_what_reaches_into_parts_is_what_a_forward_may_run() -> None:
+    assert normswap.convert(Freezing(), "fold").report.totals.norms_changed == 1
+    with pytest.raises(normswap.ModelError, match="nothing to convert"):
+        normswap.convert(Choosing(), "fold")
