@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from test_convert import X, resnet
 from test_quirks import distance
 from torch import nn
