@@ -25,7 +25,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one process writes a distributed checkpoint is meant
-        dcp.save(trained().state_dict(), checkpoint_id=folder / "trained", no_dist=True)
+        dcp.save(trained().state_dict(), checkpoint_id=folder / "trained")
     for target in TARGETS:
         normswap.convert_file(folder / "trained", target, folder / f"converted.{target}", model=type(trained()))
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -82,8 +82,8 @@ def test_fitted_together(both: list[dict[str, Any]]) -> None:
     assert not torch.equal(first["fitted"]["stem.1.weight"], matched["stem.1.weight"])
 
 
-def test_a_wrapped_model_is_refused_with_what_to_do() -> None:
-    torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+def test_a_wrapped_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(trained())
         with pytest.raises(normswap.ModelError, match="convert first, then wrap"):
