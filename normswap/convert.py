@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from normswap import probe, ranks, samples
@@ -156,18 +157,21 @@ def fold(model: nn.Module) -> Conversion:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: it would look at each of the many small objects again and again."""
+def _undisturbed() -> Iterator[None]:
+    """No garbage collection meanwhile: it would look at each of the many small objects again and again. And no inference mode
+    of the caller's: tensors that are made in it could never be trained.
+    """
     was = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            yield
     finally:
         if was:
             gc.enable()
 
 
-@_uncollected()
+@_undisturbed()
 def run(
     model: nn.Module,
     target: Target,

@@ -27,6 +27,11 @@ class FrozenBatchNorm(_NormBase):
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
+def _is_repeated() -> bool:
+    """Whether this forward is run again during backward, for gradient checkpointing: it must give what it gave before."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # as checkpointing itself asks
+
+
 class EstimatedBatchNorm(_NormBase):
     """Batch normalization by moving estimates, which follow the data slowly and take no part in the gradient.
 
@@ -61,7 +66,8 @@ class EstimatedBatchNorm(_NormBase):
     def forward(self, input: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
         if self.training:
-            self._follow(input)
+            if not _is_repeated():
+                self._follow(input)
             assert mean is not None and var is not None  # for the type checker: they are always tracked
             mean, var = mean.clone(), var.clone()  # backward reads them, maybe after a further forward has moved them
         return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)

@@ -79,13 +79,13 @@ def standardize_weight(
     (out,). Source: Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and
     Weight Standardization". One fused call: a filter is a group of a group norm.
     """
-    layout = _CHANNELS_LAST.get(weight.dim())
-    last = layout is not None and weight.is_contiguous(memory_format=layout) and not weight.is_contiguous()
+    lying = weight.movedim(1, -1)  # is_contiguous(memory_format=...) is not known under vmap
+    last = weight.dim() in _CHANNELS_LAST and lying.is_contiguous() and not weight.is_contiguous()
     if groups is None and last:
         # The order within a filter does not matter to its statistics: read it as it lies in memory.
-        lying = weight.movedim(1, -1)
         return _standardize(lying.reshape(len(lying), -1), gain, shift, eps).view(lying.shape).movedim(-1, 1)
-    return as_weight(_standardize(as_filters(weight, groups), gain, shift, eps), weight, groups)
+    made = as_weight(_standardize(as_filters(weight, groups), gain, shift, eps), weight, groups)
+    return made.contiguous(memory_format=_CHANNELS_LAST[weight.dim()]) if last else made
 
 
 def _standardize(filters: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -133,7 +133,7 @@ class _Normalized(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """A weight by its plain name, computed, for code that reads it."""
-        if f"{name}_v" in self.__dict__.get("_parameters", {}):
+        if name.startswith("weight") and name in weight_names(self):
             return self.computed(name)
         return super().__getattr__(name)
 

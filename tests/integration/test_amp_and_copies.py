@@ -195,7 +195,7 @@ def test_channels_last_all_the_way(target: str, inplace: bool) -> None:
                 assert p.is_contiguous(memory_format=last) and not p.is_contiguous(), name
                 assert p.grad.stride() == p.stride(), name
         for name, layer in model.named_modules():
-            if isinstance(layer, tuple(PLAIN)) and isinstance(layer, nn.Conv2d):
+            if isinstance(layer, tuple(PLAIN)):
                 computed = layer.computed()
                 assert computed.is_contiguous(memory_format=last) and not computed.is_contiguous(), name
     folded = normswap.fold(model.eval()).model
@@ -479,7 +479,7 @@ def test_gradients_of_each_sample_by_vmap(target: str) -> None:
             )
 
 
-@pytest.mark.parametrize("target", ["gn", "gn-wn", "ln", "est", "bcn-wn", "frozen-wn", "fold"])
+@pytest.mark.parametrize("target", ["gn", "gn-ws", "gn-wn", "ln", "est", "bcn-wn", "bcn-ws", "frozen-wn", "fold"])
 def test_an_ensemble_by_vmap(target: str) -> None:
     members = [converted(target, seed) for seed in range(3)]
     parameters, buffers = stack_module_state(members)
@@ -559,7 +559,7 @@ def test_pruning_a_converted_layer(target: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("target", ["gn", "gn-ws", "gn-wn", "ln-ws", "frozen-ws", "fold-wn"])
+@pytest.mark.parametrize("target", ["gn", "gn-ws", "gn-wn", "ln-ws", "frozen-ws", "fold-wn", "est", "bcn-ws", "est-wn"])
 def test_gradient_checkpointing(target: str, reentrant: bool) -> None:
     model, other = converted(target).train(), converted(target).train()
     seen: list[nn.Module] = []
@@ -588,3 +588,16 @@ def test_inference_mode(target: str) -> None:
         model(X)
     step(model)
     assert not any(t.is_inference() for t in model.state_dict().values())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("target", ["gn-ws", "bcn-wn", "est", "fold"])
+def test_converting_in_inference_mode(target: str, inplace: bool) -> None:
+    """What comes out can be trained, as if the caller had not been in it."""
+    model = trained()
+    with torch.inference_mode():
+        made = normswap.convert(model, target, inplace=inplace).model
+        plain = normswap.fold(made).model
+    assert not any(t.is_inference() for t in (*made.state_dict().values(), *plain.state_dict().values()))
+    step(made.train())
+    step(plain.train())
