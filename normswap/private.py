@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch.func import functional_call, grad, vmap
 
 from normswap.errors import NormswapError
 from normswap.layers import FrozenBatchNorm
+from normswap.patterns import places
 from normswap.weights import CONVOLUTIONS, STANDARDIZED, TRANSPOSED
 
 CONSTANT: tuple[type[nn.Module], ...] = (
@@ -73,10 +75,16 @@ def sample_gradients(layer: nn.Module, activations: list[Tensor], backprops: Ten
 
 
 def _knowing_constants(check: Any) -> Any:
-    """Opacus's check for buffers, which does not see those that are constants."""
+    """Opacus's check for buffers, which does not see those that are constants; and a warning of what would fail later."""
 
     @wraps(check)
     def validate(cls: Any, module: nn.Module, **options: Any) -> Any:
+        inplace = [path for path, layer in module.named_modules() if getattr(layer, "inplace", None) is True]
+        if inplace:
+            warnings.warn(
+                f"{places(inplace)}: work in place, which Opacus's hooks do not allow behind a trained layer; set inplace=False",
+                stacklevel=2,
+            )
         with _without_constants(module):
             return check(cls, module, **options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ opacus = pytest.importorskip("opacus")
 from opacus.grad_sample import GradSampleModule  # noqa: E402
 from opacus.validators import ModuleValidator  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning", "ignore:Secure RNG:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Full backward hook:UserWarning", "ignore:Secure RNG:UserWarning", "ignore:.*work in place:UserWarning"
+)
 
 
 class Net(nn.Module):
@@ -150,12 +153,16 @@ def test_activations_in_place_are_named() -> None:
     model = normswap.convert(models.mobilenet_v2(num_classes=5), "gn-ws").model.train()
     advice = {found.situation: found for found in normswap.inspect(models.mobilenet_v2()).advice}
     assert "inplace=False" in next(found.why for name, found in advice.items() if "private" in name)
+    with pytest.warns(UserWarning, match=r"features.*: work in place, .* set inplace=False"):
+        private = GradSampleModule(copy.deepcopy(model))
     with pytest.raises(RuntimeError, match="inplace"):
-        GradSampleModule(copy.deepcopy(model))(torch.randn(2, 3, 32, 32)).sum().backward()
+        private(torch.randn(2, 3, 32, 32)).sum().backward()
     for module in model.modules():
         if isinstance(getattr(module, "inplace", None), bool):
             module.inplace = False
-    private = GradSampleModule(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        private = GradSampleModule(model)
     private(torch.randn(2, 3, 32, 32)).sum().backward()
     assert all(p.grad_sample.shape == (2, *p.shape) for p in model.parameters())
 
