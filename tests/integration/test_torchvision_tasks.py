@@ -156,7 +156,9 @@ def check_report(model: nn.Module, converted: nn.Module, report: normswap.Report
         name: before[name] for name in before.keys() & after.keys()
     }
     new = {name for name in after.keys() - before.keys() if after[name]}
-    assert all(before[name.replace(".bias", ".weight")] for name in new), f"trained, of layers that were not: {new}"
+    assert all(before.get(name.replace(".bias", ".weight"), False) for name in new), (
+        f"trained, of layers that were not: {new}"
+    )
 
 
 def check_loads(name: str, norm: str, trainable: int, target: str, converted: nn.Module) -> None:
