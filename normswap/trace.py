@@ -32,6 +32,17 @@ _MAX_FAILURES = 4  # runs that end in an error at one and the same place, before
 _NODES, _NODES_A_MODULE = 2000, 8  # the most that all runs of a forward may add up to: time stays linear in the model
 _MAX_FLAGS = 3  # of a forward's boolean arguments, tried both ways
 _MODULE_STATE = frozenset(vars(nn.Module()))
+_NO_TENSORS = {list, tuple, dict, set, str, int, float, bool, type(None)}
+_GIVES_A_TENSOR = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Linear,
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.ReLU,
+)
 _PACKING_DEPTH = 4  # calls from where a dataclass is filled to where a type is asked for
 _MAX_ROUNDS = 100  # answers alike at one place in the code: ends a loop whose condition is data
 _WRONG_WAY = (AssertionError, ValueError, NotImplementedError)  # a branch that only refuses its input
@@ -167,7 +178,7 @@ def _observed(tracer: _Tracer) -> Iterator[None]:
         if real(value, fx.Proxy):
             asking = sys._getframe(1).f_code
             known = asking.co_filename.startswith(_TORCH) and asking.co_name != "is_tensor"
-            if not known and not _is_packing(sys._getframe(1)):
+            if not known and not _is_packing(sys._getframe(1)) and not _is_truly_no(tracer, value, kinds):
                 tracer.inexact = "its forward asks for the type of a value"
         return real(value, kinds)
 
@@ -176,6 +187,14 @@ def _observed(tracer: _Tracer) -> Iterator[None]:
         yield
     finally:
         builtins.isinstance = real
+
+
+def _is_truly_no(tracer: _Tracer, value: fx.Proxy, kinds: Any) -> bool:
+    """Whether a real value is none of `kinds` either: what a layer of torch gives, a tensor, asked whether it is a list or the like."""
+    if value.node.op != "call_module" or not {*(kinds if type(kinds) is tuple else (kinds,))} <= _NO_TENSORS:
+        return False
+    layer = tracer.root.get_submodule(str(value.node.target))
+    return any(type(layer).forward is cls.forward for cls in _GIVES_A_TENSOR if isinstance(layer, cls))
 
 
 def _is_packing(frame: types.FrameType | None) -> bool:

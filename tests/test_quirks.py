@@ -303,3 +303,32 @@ def test_what_reaches_into_parts_is_what_a_forward_may_run() -> None:
     assert normswap.convert(Freezing(), "fold").report.totals.norms_changed == 1
     with pytest.raises(normswap.ModelError, match="nothing to convert"):
         normswap.convert(Choosing(), "fold")
+
+
+class Asking(nn.Module):
+    """Asks whether what a part gives is a list, as timm's hybrids do of their backbones."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.bn, self.conv, self.bn2 = part, nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.part(x)
+        if isinstance(y, (list, tuple)):
+            return self.bn2(self.conv(y[-1]))
+        return self.bn2(self.conv(self.bn(y)))
+
+
+class Listing(nn.Conv2d):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [super().forward(x)]
+
+
+@pytest.mark.parametrize(("part", "changed"), [(nn.Conv2d, 2), (Listing, 0)])
+def test_a_layer_of_torch_gives_no_list(part: type[nn.Conv2d], changed: int) -> None:
+    model = Asking(part(3, 8, 3))
+    if changed:
+        assert normswap.convert(model, "fold").report.totals.norms_changed == changed
+    else:
+        with pytest.raises(normswap.ModelError, match="nothing to convert"):
+            normswap.convert(model, "fold")

@@ -62,7 +62,7 @@ def numbers(text: str) -> list[int]:
 
 def shown(value: Any) -> str:
     """A value in a table."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and "mean" in value:
         spread = value.get("spread")
         return f"{value['mean']:.1%}" + (f" ±{100 * spread:.1f}" if spread is not None else "")
     return f"{value:.3g}" if isinstance(value, float) else str(value)
