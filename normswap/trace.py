@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import builtins
 import copy
-import dis
 import enum
-import functools
 import inspect
 import itertools
 import sys
@@ -206,41 +204,6 @@ def _is_packing(frame: types.FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-@functools.cache
-def reaches_into(cls: Any) -> frozenset[tuple[str, str]]:
-    """The pairs (a, b) for which what a class's forward may run says `.a.b`: parts of its children that it may use itself."""
-    pairs = set()
-    for code in itertools.chain.from_iterable(_codes(function.__code__) for function in _reached(cls)):
-        loads = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "RESUME", "EXTENDED_ARG")]
-        chain = [i.argval if i.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for i in loads]
-        pairs |= {(a, b) for a, b in itertools.pairwise(chain) if a is not None and b is not None}
-    return frozenset(pairs)
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code of a function, and of the functions and comprehensions in it."""
-    yield code
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            yield from _codes(inner)
-
-
-def _reached(cls: Any) -> list[types.FunctionType]:
-    """The methods of a class, torch's own apart, that its forward may run, by name; all of them where it may choose by a string."""
-    owners = itertools.takewhile(lambda owner: not owner.__module__.startswith("torch."), cls.__mro__)
-    methods = [
-        (name, function)
-        for owner in owners
-        for name, function in vars(owner).items()
-        if isinstance(function, types.FunctionType) and name != "__init__"  # which no forward runs
-    ]
-    called, reached = {"forward"}, []
-    while found := [(name, function) for name, function in methods if name in called and function not in reached]:
-        reached += [function for _, function in found]
-        called |= {name for _, function in found for code in _codes(function.__code__) for name in code.co_names}
-    return [function for _, function in methods] if "getattr" in called else reached
 
 
 @contextmanager

@@ -10,6 +10,7 @@ FLOORS = [
     {"errors", "report", "transfer", "layers", "weights", "optimizer", "patterns", "inspection", "forms"},
     {
         "trace",
+        "reach",
         "disk",
         "entries",
         "pickles",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -299,10 +301,31 @@ class Choosing(Freezing):
         return self.encoder(x)
 
 
+def decorated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def outer(self: nn.Module, *args: Tensor) -> Tensor:
+        return function(self, *args)
+
+    return outer
+
+
+class Decorated(Freezing):
+    """Uses the part's parts in a method that stands behind a decorator."""
+
+    @decorated
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm_alone(x) * int(x.shape[-1])
+
+    def norm_alone(self, x: Tensor) -> Tensor:
+        return self.encoder.norm(self.encoder.conv(x) + 1)
+
+
 def test_what_reaches_into_parts_is_what_a_forward_may_run() -> None:
     assert normswap.convert(Freezing(), "fold").report.totals.norms_changed == 1
-    with pytest.raises(normswap.ModelError, match="nothing to convert"):
-        normswap.convert(Choosing(), "fold")
+    decorated = Decorated()
+    decorated.encoder = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 8, 3), norm=nn.BatchNorm2d(8)))
+    for model in (Choosing(), decorated):
+        with pytest.raises(normswap.ModelError, match="nothing to convert"):
+            normswap.convert(model, "fold")
 
 
 class Asking(nn.Module):

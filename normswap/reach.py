@@ -1,0 +1,56 @@
+"""What the code of a module's class says that its forward may use of the modules in it, where no trace tells."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import itertools
+import types
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+
+@functools.cache
+def reaches_into(cls: Any) -> frozenset[tuple[str, str]]:
+    """The pairs (a, b) for which what a class's forward may run says `.a.b`: parts of its children that it may use itself."""
+    pairs = set()
+    for code in _reached(cls):
+        loads = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "RESUME", "EXTENDED_ARG")]
+        chain = [i.argval if i.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for i in loads]
+        pairs |= {(a, b) for a, b in itertools.pairwise(chain) if a is not None and b is not None}
+    return frozenset(pairs)
+
+
+def _reached(cls: Any) -> list[types.CodeType]:
+    """The code that the forward of a class may run, by the names of methods; all of it where it may choose by a string."""
+    owners = itertools.takewhile(lambda owner: not owner.__module__.startswith("torch."), cls.__mro__)
+    methods = [
+        (name, [code for function in _functions(value) for code in _codes(function.__code__)])
+        for owner in owners
+        for name, value in vars(owner).items()
+        if name != "__init__"  # which no forward runs
+    ]
+    called, reached = {"forward"}, list[types.CodeType]()
+    while found := [c for name, codes in methods if name in called for c in codes if c not in reached]:
+        reached += found
+        called |= {name for code in found for name in code.co_names}
+    return [code for _, codes in methods for code in codes] if "getattr" in called else reached
+
+
+def _functions(value: Any) -> Iterator[types.FunctionType]:
+    """The functions that an attribute of a class runs: a method's, a property's, and those that decorators hold."""
+    value = getattr(value, "fget", getattr(value, "__func__", value))
+    if isinstance(value, types.FunctionType):
+        yield value
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # a cell that is empty
+                yield from _functions(cell.cell_contents)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code of a function, and of the functions and comprehensions in it."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _codes(inner)
