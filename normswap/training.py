@@ -50,7 +50,7 @@ def remap_optimizer(
         )
     order = [name for group in carried.state["param_groups"] for name in group["param_names"]]
     for group, mended in zip(optimizer.param_groups, carried.state["param_groups"], strict=True):
-        group["params"] = [new[name] for name in mended["param_names"]]
+        group["params"][:] = [new[name] for name in mended["param_names"]]  # LBFGS holds the list itself
         if "param_names" in group:
             group["param_names"] = mended["param_names"]
     optimizer.state = defaultdict(dict, {new[order[i]]: state for i, state in carried.state["state"].items()})

@@ -145,6 +145,18 @@ def test_parameters_with_names() -> None:
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == [n for n, _ in converted.named_parameters()]
 
 
+def test_lbfgs_goes_on_where_the_parameters_are_as_many() -> None:
+    model, _ = trained()
+    optimizer = optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+    optimizer.step(lambda: loss(model))
+    converted = normswap.convert(model, "gn").model
+    normswap.remap_optimizer(optimizer, model, converted)
+    was, old = ([p.detach().clone() for p in m.parameters()] for m in (converted, model))
+    optimizer.step(lambda: loss(converted))
+    assert any(not torch.equal(a, b) for a, b in zip(was, converted.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(old, model.parameters(), strict=True))
+
+
 def test_what_cannot_be_carried_over_is_refused() -> None:
     model, optimizer = trained()
     converted = normswap.convert(model, "gn").model
