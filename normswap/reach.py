@@ -38,14 +38,18 @@ def _reached(cls: Any) -> list[types.CodeType]:
     return [code for _, codes in methods for code in codes] if "getattr" in called else reached
 
 
-def _functions(value: Any) -> Iterator[types.FunctionType]:
+def _functions(value: Any) -> list[types.FunctionType]:
     """The functions that an attribute of a class runs: a method's, a property's, and those that decorators hold."""
-    value = getattr(value, "fget", getattr(value, "__func__", value))
-    if isinstance(value, types.FunctionType):
-        yield value
-        for cell in value.__closure__ or ():
-            with suppress(ValueError):  # a cell that is empty
-                yield from _functions(cell.cell_contents)
+    found: list[types.FunctionType] = []
+    pending = [getattr(value, "fget", getattr(value, "__func__", value))]
+    while pending:
+        function = pending.pop()
+        if isinstance(function, types.FunctionType) and function not in found:  # a function may hold itself
+            found.append(function)
+            for cell in function.__closure__ or ():
+                with suppress(ValueError):  # a cell that is empty
+                    pending.append(cell.cell_contents)
+    return found
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
