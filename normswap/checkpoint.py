@@ -289,10 +289,10 @@ def write(
         return disk.write_file(out, lambda file: _save(found.content, file, out, mapped), overwrite=overwrite)
     if kind == "safetensors":
         tensors = _tensors(found.content, out)
-        told = {k: v for k, v in found.header.items() if isinstance(v, str)} or {
-            "format": "pt"
-        }  # transformers wants it
-        header = told | _recipe_text(found.content)
+        told = {k: v for k, v in found.header.items() if isinstance(v, str)}
+        header = (told or {"format": "pt"}) | _recipe_text(
+            found.content
+        )  # without a format transformers refuses a file
         return disk.write_file(out, lambda f: tensorfiles.write(tensors, f, header, mapped=mapped), overwrite=overwrite)
     if kind == "dcp":
         text = _recipe_text(found.content)

@@ -162,10 +162,9 @@ TARGET_FORMS: dict[str, tuple[Form | None, Form | None]] = {
 
 def slowdown(target: str) -> str:
     """What a target costs in training, a sentence; "" where that is no more than BatchNorm does, and for what is no target."""
-    rows = [form for form in TARGET_FORMS.get(target, ()) if form is not None and form.slower is not None]
     parts = [
         f"{form.slower.least} to {form.slower.most} times as long with {form.name} ({form.slower.remedy})"
-        for form in rows
-        if form.slower is not None
+        for form in TARGET_FORMS.get(target, ())
+        if form is not None and form.slower is not None
     ]
     return f"on a CPU a training step takes {', '.join(parts)}" if parts else ""

@@ -11,10 +11,7 @@ from torch import Tensor, nn
 
 from normswap.layers import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.norm_forms import to_folded
-from normswap.plan import (
-    Context,
-    Swap,
-)
+from normswap.plan import Context, Swap
 from normswap.recurrent import LAYER_NORMALIZED
 from normswap.sites import Site, eps_of
 from normswap.weights import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections import OrderedDict
@@ -18,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 from normswap.errors import NormswapError
 from normswap.layers import FrozenBatchNorm
 from normswap.patterns import places
-from normswap.weights import CONVOLUTIONS, STANDARDIZED, TRANSPOSED
+from normswap.weights import CONVOLUTIONS, STANDARDIZED, TRANSPOSED, retyped
 
 CONSTANT: tuple[type[nn.Module], ...] = (
     *(STANDARDIZED[plain] for plain in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)),
@@ -59,10 +58,9 @@ def sample_gradients(layer: nn.Module, activations: list[Tensor], backprops: Ten
     held = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
     if not len(backprops):
         return {p: torch.zeros_like(p).unsqueeze(0) for p in held.values()}
-    alone = copy.copy(layer)
+    alone = retyped(layer, type(layer), parameters=layer._parameters)
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         vars(alone)[name] = OrderedDict()  # Opacus's own, which wait for one forward and one backward
-    vars(alone)["_parameters"] = dict(layer._parameters)
 
     def loss(parameters: dict[str, Tensor], x: Tensor, gradient: Tensor) -> Tensor:
         output: Tensor = functional_call(alone, parameters, (x.unsqueeze(0),))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -17,10 +16,10 @@ from torch.utils import _pytree as pytree
 from normswap.errors import ModelError, OptionError, first_line
 from normswap.report import Drift, LayerDrift
 from normswap.sites import Site
+from normswap.trace import MODULE_STATE, opened
 
 PATIENCE = 10.0
 """Seconds that a run on noise may take which nobody asked for."""
-_MODULE_STATE = frozenset(vars(nn.Module()))
 _SEED = 0
 _SKETCH = 1 << 14  # elements of a layer's output that are kept to compare
 
@@ -86,15 +85,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode, own in before:
             module.training = mode
-            for name in vars(module).keys() - own.keys() - _MODULE_STATE:
+            for name in vars(module).keys() - own.keys() - MODULE_STATE:
                 del vars(module)[name]
             vars(module).update(own)
 
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
     """What a module has beyond what torch gives each; containers as they now are."""
-    own = {name: value for name, value in vars(module).items() if name not in _MODULE_STATE}
-    return {name: copy.copy(value) if type(value) in (dict, list, set) else value for name, value in own.items()}
+    return {name: opened(value) for name, value in vars(module).items() if name not in MODULE_STATE}
 
 
 Sketches = dict[str, Tensor]

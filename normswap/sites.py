@@ -166,9 +166,8 @@ def classify(module: nn.Module) -> tuple[str, type[nn.Module] | None, str] | Non
     norms, name = (*batch_norms(), *_OTHER_NORMS), type(module).__name__
     base = next((cls for cls in type(module).__mro__ if cls in norms or cls in WEIGHTS), None)
     if base is None and _is_frozen_copy(module):
-        from torchvision.ops.misc import (
-            FrozenBatchNorm2d,
-        )  # of which it is one: imported only for a model that has them
+        # Imported only for a model that has them; most do without torchvision.
+        from torchvision.ops.misc import FrozenBatchNorm2d
 
         return "norm", FrozenBatchNorm2d, _obstacle(module, type(module))
     if base is None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from normswap.plan import Absorb, Swap
 from normswap.sites import Site, own_attributes
+from normswap.trace import MODULE_STATE
 from normswap.transfer import scale_filters_, widen
 from normswap.weights import NORMALIZED, STANDARDIZED, filter_groups
 
-_MODULE_STATE = frozenset(vars(nn.Module()))
 _CONTENTS = {"_parameters", "_buffers", "_modules"}
 
 
@@ -62,7 +62,7 @@ def become(site: Site, new: nn.Module) -> None:
     else:  # carry over what is not the class's own
         assert site.base is not None  # for the type checker: a site without a known class is never swapped
         own = own_attributes(site.base)  # type: ignore[arg-type]
-        kept = {k: v for k, v in vars(old).items() if k in _MODULE_STATE - _CONTENTS or k not in own[""]}
+        kept = {k: v for k, v in vars(old).items() if k in MODULE_STATE - _CONTENTS or k not in own[""]}
         for kind in _CONTENTS:
             extra = {k: v for k, v in getattr(old, kind).items() if k not in own[kind] | {"weight", "bias"}}
             getattr(new, kind).update(extra)

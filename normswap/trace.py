@@ -29,7 +29,8 @@ _MAX_RUNS = 32  # runs of one forward; a forward with more branches than these c
 _MAX_FAILURES = 4  # runs that end in an error at one and the same place, before any that ends well
 _NODES, _NODES_A_MODULE = 2000, 8  # the most that all runs of a forward may add up to: time stays linear in the model
 _MAX_FLAGS = 3  # of a forward's boolean arguments, tried both ways
-_MODULE_STATE = frozenset(vars(nn.Module()))
+MODULE_STATE = frozenset(vars(nn.Module()))
+"""The attributes that torch gives every module."""
 _NO_TENSORS = {list, tuple, dict, set, str, int, float, bool, type(None)}
 _GIVES_A_TENSOR = (
     nn.Conv1d,
@@ -228,10 +229,11 @@ def _state(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module, with copies of containers that a run may fill; torch's own layers only have their children changed."""
     if type(module).__module__.startswith("torch.nn.modules."):
         return {**vars(module), "_modules": dict(module._modules)}
-    return {name: _opened(value) for name, value in vars(module).items()}
+    return {name: opened(value) for name, value in vars(module).items()}
 
 
-def _opened(value: Any) -> Any:
+def opened(value: Any) -> Any:
+    """A copy of a container that a forward may fill; any other value itself."""
     return copy.copy(value) if type(value) in (dict, list, set, OrderedDict) else value
 
 
@@ -240,7 +242,7 @@ def _left_behind(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:
     found = set()
     for m in module.modules():
         for name, value in vars(m).items():
-            if name not in _MODULE_STATE:
+            if name not in MODULE_STATE:
                 values = (
                     value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
                 )

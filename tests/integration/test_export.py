@@ -8,6 +8,7 @@ import io
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -187,17 +188,11 @@ def by_tracing(name: str, target: str) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize(("name", "target"), SOME)
-def test_onnx_by_dynamo(name: str, target: str) -> None:
-    file = by_dynamo(name, target)
-    onnx.checker.check_model(onnx.load_model_from_string(file))
-    for x, wanted in zip(batches(name), outputs(name, target), strict=True):
-        torch.testing.assert_close(run_onnx(file, x), wanted, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize(("name", "target"), ALL)
-def test_onnx_by_tracing(name: str, target: str) -> None:
-    file = by_tracing(name, target)
+@pytest.mark.parametrize(
+    ("write", "name", "target"), [*((by_dynamo, *pair) for pair in SOME), *((by_tracing, *pair) for pair in ALL)]
+)
+def test_onnx(write: Callable[[str, str], bytes], name: str, target: str) -> None:
+    file = write(name, target)
     onnx.checker.check_model(onnx.load_model_from_string(file))
     for x, wanted in zip(batches(name), outputs(name, target), strict=True):
         torch.testing.assert_close(run_onnx(file, x), wanted, rtol=0, atol=1e-4)
