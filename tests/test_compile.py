@@ -1,4 +1,4 @@
-"""Converted modules are captured whole by torch.compile and torch.export, and copied and pickled."""
+"""Converted modules are captured whole by torch.compile, torch.export and torch.fx, and copied and pickled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from test_exactness import KINDS
-from torch import nn
+from torch import fx, nn
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import normswap
 
@@ -70,6 +72,28 @@ def test_export_copy_and_pickle(name: str, target: str) -> None:
         for other in others:
             torch.testing.assert_close(other(x), wanted)
     assert set(model.state_dict()) <= set(exported.state_dict) | {n for n, _ in exported.named_buffers()}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "LSTMCell"])
+def test_a_symbolic_trace(name: str, target: str) -> None:
+    """By torch.fx, on which feature extractors and quantization are built; the weights are parameters of the graph still."""
+    model = normswap.convert(KINDS[name].make(), target, **OPTIONS).model.eval()
+    traced, x = fx.symbolic_trace(model), KINDS[name].data()[0]
+    torch.testing.assert_close(traced(x), model(x))
+    traced(x).sum().backward()
+    assert {n for n, p in traced.named_parameters() if p.grad is not None} == {n for n, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("target", ["gn-ws", "fold-wn"])
+def test_features_of_a_backbone(target: str) -> None:
+    torch.manual_seed(0)
+    model = normswap.convert(models.resnet18().eval(), target).model
+    extractor, x = create_feature_extractor(model, {"layer2": "fine", "fc": "scores"}), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        found = extractor(x)
+        torch.testing.assert_close(found["scores"], model(x))
+    assert found["fine"].shape == (1, 128, 8, 8)
 
 
 @pytest.mark.parametrize("form", ["ws", "wn"])

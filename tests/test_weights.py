@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_quirks import distance
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from zoo import conv_norm, randomize
@@ -172,6 +173,41 @@ def test_gradients(groups: int | None) -> None:
     shape = (4, 1, 1, 1) if groups is None else (groups, 3, 1, 1)
     g = torch.rand(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w, g: normalize_weight(w, g, groups), (weight, g))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own forward mode
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_fused_kernel_or_not(zeros: bool) -> None:
+    """A filter of zeros takes another way than torch's kernel, with the same result and gradients; forwards and twice too."""
+    torch.manual_seed(0)
+    v, g = torch.randn(4, 3, 2, 2, dtype=torch.float64), torch.rand(4, 1, 1, 1, dtype=torch.float64)
+    if zeros:
+        v[1] = 0
+
+    def spelled_out(v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        square = v.square().sum((1, 2, 3), keepdim=True)
+        return g * v / square.where(square > 0, 1.0).sqrt()
+
+    wanted = spelled_out(v, g)
+    torch.testing.assert_close(normalize_weight(v, g), wanted)
+    torch.testing.assert_close(torch.vmap(normalize_weight)(torch.stack([v, v]), torch.stack([g, g]))[1], wanted)
+    tangents = torch.func.jvp(normalize_weight, (v, g), (torch.zeros_like(v), g))[1]
+    torch.testing.assert_close(tangents, wanted)
+    with forward_ad.dual_level():
+        dual = normalize_weight(forward_ad.make_dual(v, torch.zeros_like(v)), forward_ad.make_dual(g, g))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, wanted)
+    v.requires_grad_(), g.requires_grad_()
+    filled = (
+        v[2:].detach().requires_grad_(),
+        g[2:].detach().requires_grad_(),
+    )  # at zero there is no derivative to compare with
+    assert torch.autograd.gradcheck(normalize_weight, filled)
+    assert torch.autograd.gradgradcheck(normalize_weight, filled)
+    upstream = torch.randn_like(v)
+    for create_graph in (False, True):
+        got = torch.autograd.grad(normalize_weight(v, g), (v, g), upstream, create_graph=create_graph)
+        for ours, theirs in zip(got, torch.autograd.grad(spelled_out(v, g), (v, g), upstream), strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def conventions() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
