@@ -131,9 +131,13 @@ def inspect(
             input, model=model, model_args=sources.parse_arguments(model_arg or []), weights=weights, key=key,
             input_shape=_parse_shape(input_shape), allow=_importable(allow), trust=trust, progress=progress,
         )  # fmt: skip
-    from normswap.render_inspection import InspectionView
 
-    _show(found, InspectionView(found, input, full), as_json, quiet)
+    def view() -> Any:
+        from normswap.render_inspection import InspectionView
+
+        return InspectionView(found, input, full)
+
+    _show(found, view, as_json, quiet)
 
 
 @app.command()
@@ -288,17 +292,20 @@ def _write_report(report: Any, source: str, path: Path | None, overwrite: bool) 
 
 
 def _print(report: Any, source: str, out: str, as_json: bool, full: bool, quiet: bool) -> None:
-    from normswap.render import ReportView
+    def view() -> Any:
+        from normswap.render import ReportView
 
-    _show(report, ReportView(report, source, out, full), as_json, quiet)
+        return ReportView(report, source, out, full)
+
+    _show(report, view, as_json, quiet)
 
 
-def _show(found: Any, view: Any, as_json: bool, quiet: bool) -> None:
+def _show(found: Any, view: Callable[[], Any], as_json: bool, quiet: bool) -> None:
     """A report or an inspection on stdout, as data or as it is viewed."""
     if as_json:
         sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
     elif not quiet:
-        Console().print(view)
+        Console().print(view())
 
 
 def main() -> None:

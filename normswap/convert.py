@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,7 @@ from normswap.account import (
     totals_of,
 )  # fmt: skip
 from normswap.calibrate import Measured, measure, measure_vectors
+from normswap.copies import clone
 from normswap.decide import check_groups, decide
 from normswap.distill import distill
 from normswap.errors import ModelError, OptionError
@@ -42,7 +44,6 @@ from normswap.selection import Pattern, check_model, copy_of, hidden_layers, sel
 from normswap.sites import find_sites
 from normswap.swap import apply
 from normswap.targets import PLAIN_TARGET, Target, parse_target
-from normswap.trace import clone
 from normswap.weights import LAYERS
 
 Progress = Callable[[str], None]
@@ -140,9 +141,10 @@ def convert(
         OptionError: an unknown target or option, or a pattern that matches no layer.
         ModelError: nothing to convert, a lazy module without weights, a distributed wrapper.
     """
-    batches = (
-        None if calibrate is None else ranks.of_all(samples.batches(calibrate, limit=samples.LIMIT // ranks.number()))
-    )
+    batches = None
+    if calibrate is not None:
+        share = math.ceil(samples.LIMIT / ranks.number())  # at least one sample of each process
+        batches = ranks.of_all(samples.batches(calibrate, limit=share))
     options = Options(groups, transfer, ws, ws_scope, layers, recurrent, include, exclude, batches, calibrate_seconds)
     return run(model, parse_target(to), options, example_inputs, inplace=inplace, together=True)
 

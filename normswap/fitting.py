@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap import checkpoint, entries, recipe, sources
+from normswap.copies import clone
 from normswap.entries import Binding
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.optimizer import Parameter
 from normswap.sources import Source
-from normswap.trace import clone
 
 
 def source_of(

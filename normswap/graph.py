@@ -13,9 +13,10 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from normswap.copies import skeleton
 from normswap.reach import reaches_into
 from normswap.sites import WEIGHTS, Site
-from normswap.trace import skeleton, trace
+from normswap.trace import trace
 from normswap.weights import LAYERS, TRANSPOSED
 
 _LINEAR_MAPS = (*WEIGHTS, nn.Bilinear, nn.MultiheadAttention, nn.Embedding)

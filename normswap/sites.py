@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from normswap.copies import MODULE_STATE
 from normswap.layers import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.recurrent import LAYER_NORMALIZED
 from normswap.weights import LAYERS, PLAIN
@@ -196,13 +197,14 @@ def _is_frozen_copy(module: nn.Module) -> bool:
 def _acts_frozen(cls: Any) -> bool:
     """Whether instances of a class compute what its name says: told by one of three channels, since the code is anybody's."""
     try:
-        norm = cls(3)
-        given = {name: torch.linspace(0.5 + i, 1.5, 3) for i, name in enumerate(_FROZEN)}
-        norm.load_state_dict(given, strict=False)
-        x = torch.linspace(-2, 2, 12).view(1, 3, 2, 2)
-        weight, bias, mean, var = (value.view(1, -1, 1, 1) for value in given.values())
-        wanted = (x - mean) / (var + eps_of(norm)).sqrt() * weight + bias
-        return torch.allclose(norm.eval()(x), wanted, atol=1e-5) and torch.allclose(norm.train()(x), wanted, atol=1e-5)
+        with torch.device("cpu"), torch.no_grad():  # the caller may be building on `meta`, where nothing can be told
+            norm = cls(3)
+            given = {name: torch.linspace(0.5 + i, 1.5, 3) for i, name in enumerate(_FROZEN)}
+            norm.load_state_dict(given, strict=False)
+            x = torch.linspace(-2, 2, 12).view(1, 3, 2, 2)
+            weight, bias, mean, var = (value.view(1, -1, 1, 1) for value in given.values())
+            wanted = (x - mean) / (var + eps_of(norm)).sqrt() * weight + bias
+            return all(torch.allclose(norm.train(mode)(x), wanted, atol=1e-5) for mode in (False, True))
     except Exception:  # whatever it raises means that it is something else
         return False
 
@@ -301,8 +303,5 @@ def hidden_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name not in _MODULE_STATE:
+            if name not in MODULE_STATE:
                 yield from search(f"{path}.{name}".lstrip("."), value, 2)
-
-
-_MODULE_STATE = set(vars(nn.Module()))

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.copies import MODULE_STATE
 from normswap.plan import Absorb, Swap
 from normswap.sites import Site, own_attributes
-from normswap.trace import MODULE_STATE
 from normswap.transfer import scale_filters_, widen
 from normswap.weights import NORMALIZED, STANDARDIZED, filter_groups
 

@@ -16,21 +16,21 @@ import sys
 import traceback
 import types
 import warnings
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
+
+from normswap.copies import MODULE_STATE, opened
 
 _MAX_RUNS = 32  # runs of one forward; a forward with more branches than these cover counts as incomplete
 _MAX_FAILURES = 4  # runs that end in an error at one and the same place, before any that ends well
 _NODES, _NODES_A_MODULE = 2000, 8  # the most that all runs of a forward may add up to: time stays linear in the model
 _MAX_FLAGS = 3  # of a forward's boolean arguments, tried both ways
-MODULE_STATE = frozenset(vars(nn.Module()))
-"""The attributes that torch gives every module."""
 _NO_TENSORS = {list, tuple, dict, set, str, int, float, bool, type(None)}
 _GIVES_A_TENSOR = (
     nn.Conv1d,
@@ -54,63 +54,6 @@ class Traced:
     graphs: tuple[fx.Graph, ...]
     complete: bool
     problem: str = ""
-
-
-def clone(model: nn.Module) -> nn.Module:
-    """A deep copy of `model`.
-
-    Process groups are handles, not data, and stay shared. Tensors that hooks compute (weight_norm, pruning)
-    are copied without their history, which torch's own copy refuses. Raises whatever an attribute raises that cannot be copied.
-    """
-    return copy.deepcopy(model, _handles(model.modules()))
-
-
-def _handles(modules: Iterable[nn.Module]) -> dict[int, Any]:
-    """The memo with which the attributes of `modules` can be copied."""
-    memo: dict[int, Any] = {}
-    for module in modules:
-        group = getattr(module, "process_group", None)
-        if group is not None:
-            memo[id(group)] = group
-        for value in vars(module).values():
-            inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
-            for tensor in inner:
-                if isinstance(tensor, Tensor) and not tensor.is_leaf:
-                    memo[id(tensor)] = tensor.detach().clone()
-    return memo
-
-
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of `model` to trace: the same tensors, no hooks (they are made for tensors, not for proxies).
-
-    Attributes are copied as in `clone`, since a forward may change them; raises what they raise.
-    """
-    modules = list(model.modules())
-    memo = _handles(modules)
-    for module in modules:
-        if isinstance(module, fx.GraphModule):  # its class is its own
-            memo[id(module)] = copy.copy(module)
-        else:
-            memo[id(module)] = type(module).__new__(type(module))
-    for module in modules:
-        state: dict[str, Any] = {}
-        for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers"):
-                state[name] = dict(value)
-            elif name == "_modules":
-                state[name] = {key: None if child is None else memo[id(child)] for key, child in value.items()}
-            elif name in _HOOKS:
-                state[name] = OrderedDict()
-            else:
-                state[name] = value if isinstance(value, _ATOMS) else copy.deepcopy(value, memo)
-        memo[id(module)].__dict__.update(state)
-    copied = memo[id(model)]
-    assert isinstance(copied, nn.Module)  # for the type checker: the memo holds what was put in above
-    return copied
-
-
-_ATOMS = (bool, int, float, str, bytes, type, types.FunctionType, types.BuiltinFunctionType, type(None))
-_HOOKS = frozenset(name for name in vars(nn.Module()) if "_hooks" in name)
 
 
 class _Tracer(fx.Tracer):
@@ -230,11 +173,6 @@ def _state(module: nn.Module) -> dict[str, Any]:
     if type(module).__module__.startswith("torch.nn.modules."):
         return {**vars(module), "_modules": dict(module._modules)}
     return {name: opened(value) for name, value in vars(module).items()}
-
-
-def opened(value: Any) -> Any:
-    """A copy of a container that a forward may fill; any other value itself."""
-    return copy.copy(value) if type(value) in (dict, list, set, OrderedDict) else value
 
 
 def _left_behind(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:

@@ -34,7 +34,7 @@ def remap_optimizer(
         )
     old = dict(before.named_parameters() if isinstance(before, nn.Module) else before)
     names = {id(parameter): name for name, parameter in reversed(old.items())}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = _held(optimizer)
     if not any(id(parameter) in names for parameter in held):
         raise OptionError(
             f"{type(optimizer).__name__} holds no parameter of `before`; give the model that it was made for, or, where that was "
@@ -57,9 +57,13 @@ def remap_optimizer(
     return tuple(change for change in state_changes("optimizer", carried) if change.paths[0] not in others)
 
 
+def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
     """What `optimizer.state_dict()` has, with every parameter's name and without its hooks."""
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = _held(optimizer)
     numbers = {id(parameter): number for number, parameter in enumerate(held)}
     groups = [
         {

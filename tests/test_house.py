@@ -7,7 +7,7 @@ import normswap
 from normswap import forms, targets
 
 FLOORS = [
-    {"errors", "report", "transfer", "layers", "weights", "optimizer", "patterns", "inspection", "forms"},
+    {"errors", "copies", "report", "transfer", "layers", "weights", "optimizer", "patterns", "inspection", "forms"},
     {
         "trace",
         "reach",

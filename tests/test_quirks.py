@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import io
+import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,7 +17,7 @@ from zoo import FROM_BATCH_NORM, QUIRKS, Quirk, randomize
 
 import normswap
 from normswap import ModelError
-from normswap.trace import clone
+from normswap.copies import clone
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -232,6 +235,15 @@ def test_copies_of_frozen_batch_norm_are_known_by_what_they_do(target: str) -> N
         torch.testing.assert_close(converted(x), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_copy_of_frozen_batch_norm_is_known_on_meta_too() -> None:
+    class MetaFrozenBatchNorm2d(CopiedFrozenBatchNorm2d):  # of which nothing has been told yet
+        pass
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), MetaFrozenBatchNorm2d(8))
+        assert [change.paths for change in normswap.convert(model, "gn").report.changes] == [("1",)]
+
+
 def test_what_is_only_called_frozen_is_left() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), SquaringFrozenBatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
     report = normswap.convert(model, "gn").report
@@ -269,6 +281,74 @@ def test_running_a_model_leaves_nothing_in_its_attributes() -> None:
         assert converted.cache == {} and converted.last is None and model.cache == {} and model.last is None
     normswap.inspect(model, example_inputs=x)
     assert model.cache == {} and model.last is None
+
+
+class Carrying(nn.Module):
+    """Attributes of every sort that a copy has to keep apart, or together, as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.again = nn.ModuleList([self.norm, nn.PReLU()])
+        self.tied = self.again[1].weight = self.norm.weight
+        self.plain = [self.conv.weight, {"a": torch.zeros(2)}, "a", None]
+        self.listed = self.plain
+        self.empty: dict[str, int] = {}
+        self.norm.same = self.empty
+        self.pair = (1, "two")
+        self.keep = ([],)
+        self.owner = (self,)  # not a submodule: a cycle
+        self.norm.register_forward_hook(self.hook)
+
+    def hook(self, *_: object) -> None:
+        self.empty["calls"] = self.empty.get("calls", 0) + 1
+
+
+class Rebuilt(Carrying):
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self.rebuilt = len(self.again)
+
+
+class CopiedByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> CopiedByHand:
+        made = CopiedByHand()
+        made.inner = copy.deepcopy(self.inner, memo)
+        made.by_hand = True
+        return made
+
+
+class _Structure(pickle.Pickler):
+    """What refers to what, without where the tensors lie in memory."""
+
+    def persistent_id(self, thing: object) -> object:
+        if not isinstance(thing, Tensor):
+            return None
+        self.met = {**getattr(self, "met", {}), id(thing): thing}
+        return [*self.met].index(id(thing)), type(thing).__name__, thing.requires_grad, thing.tolist()
+
+
+def structure(model: nn.Module) -> bytes:
+    written = io.BytesIO()
+    _Structure(written).dump(model)
+    return written.getvalue()
+
+
+def test_a_clone_is_what_a_deep_copy_is() -> None:
+    for model in (Carrying(), Rebuilt(), CopiedByHand(), torch.fx.symbolic_trace(nn.Sequential(Carrying().conv))):
+        whole = nn.Sequential(model, nn.ModuleDict({"x": Carrying(), "y": model}), nn.Flatten())
+        ours, theirs = clone(whole), copy.deepcopy(whole)
+        assert structure(ours) == structure(theirs)
+        known = {id(part) for part in whole.modules()} | {t.data_ptr() for t in whole.state_dict().values()}
+        assert known.isdisjoint({id(part) for part in ours.modules()})
+        assert known.isdisjoint({t.data_ptr() for t in ours.state_dict().values()})
+    copied = clone(carrying := Carrying())
+    copied.norm(torch.zeros(2, 4, 4, 4))
+    assert copied.empty == {"calls": 1} and not carrying.empty  # the hook is the copy's
 
 
 def test_a_model_that_has_run_with_gradients_can_be_copied() -> None:

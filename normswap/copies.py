@@ -1,0 +1,122 @@
+"""Copies of a model: a whole one, one on the same tensors to trace, and what a module's attributes held before.
+
+What they give is what `copy.deepcopy` gives. By itself that takes apart the thirty attributes that torch gives each
+module, of which most are empty, and takes several times as long on models of many small layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import types
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+MODULE_STATE = frozenset(vars(nn.Module()))
+"""The attributes that torch gives every module."""
+_HOOKS = frozenset(name for name in MODULE_STATE if "_hooks" in name)
+_ATOMS = frozenset(
+    (bool, int, float, complex, str, bytes, type, types.FunctionType, types.BuiltinFunctionType, type(None))
+)
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A deep copy of `model`.
+
+    Process groups are handles, not data, and stay shared. Tensors that hooks compute (weight_norm, pruning)
+    are copied without their history, which torch's own copy refuses. Raises whatever an attribute raises that cannot be copied.
+    """
+    modules = list(model.modules())
+    memo = _handles(modules)
+    by_hand = any("__deepcopy__" in vars(module) for module in modules)
+    if by_hand or not all(_copies_by_attribute(cls) for cls in {type(module) for module in modules}):
+        return copy.deepcopy(model, memo)  # code of its own may look at any other part, which has to be whole by then
+    _prepare(modules, memo)
+    for module in reversed(modules):  # children first, as in a deep copy
+        state = {name: _copied(value, memo) for name, value in module.__getstate__().items()}  # type: ignore[no-untyped-call]
+        memo[id(module)].__setstate__(state)
+    copied = memo[id(model)]
+    assert isinstance(copied, nn.Module)  # for the type checker: the memo holds what was put in above
+    return copied
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of `model` to trace: the same tensors, no hooks (they are made for tensors, not for proxies).
+
+    Attributes are copied as in `clone`, since a forward may change them; raises what they raise.
+    """
+    modules = list(model.modules())
+    memo = _handles(modules)
+    _prepare(modules, memo)
+    for module in modules:
+        state: dict[str, Any] = {}
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers"):
+                state[name] = dict(value)
+            elif name == "_modules":
+                state[name] = {key: None if child is None else memo[id(child)] for key, child in value.items()}
+            else:
+                state[name] = OrderedDict() if name in _HOOKS else _copied(value, memo)
+        memo[id(module)].__dict__.update(state)
+    copied = memo[id(model)]
+    assert isinstance(copied, nn.Module)  # for the type checker: the memo holds what was put in above
+    return copied
+
+
+def opened(value: Any) -> Any:
+    """A copy of a container that a forward may fill; any other value itself."""
+    return copy.copy(value) if type(value) in (dict, list, set, OrderedDict) else value
+
+
+def _handles(modules: Iterable[nn.Module]) -> dict[int, Any]:
+    """The memo with which the attributes of `modules` can be copied."""
+    memo: dict[int, Any] = {}
+    for module in modules:
+        group = getattr(module, "process_group", None)
+        if group is not None:
+            memo[id(group)] = group
+        for value in vars(module).values():
+            kind = type(value)
+            if kind in _ATOMS or kind is OrderedDict:
+                continue
+            inner = value.values() if kind is dict else value if kind in (list, tuple) else (value,)
+            for tensor in inner:
+                if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                    memo[id(tensor)] = tensor.detach().clone()
+    return memo
+
+
+def _prepare(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
+    """Put an empty instance for each module into the memo, which all that refer to it then get."""
+    for module in modules:
+        # The class of a module that torch.fx made is its own.
+        memo[id(module)] = (
+            copy.copy(module) if isinstance(module, fx.GraphModule) else type(module).__new__(type(module))
+        )
+
+
+def _copies_by_attribute(cls: type[nn.Module]) -> bool:
+    """Whether instances of a class are copied attribute by attribute, without code of its own."""
+    own = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
+    return (
+        not any(hasattr(cls, name) for name in own)
+        and cls.__getstate__ is nn.Module.__getstate__
+        and cls.__setstate__.__module__.startswith("torch.nn.modules.")
+        and (cls.__reduce__, cls.__reduce_ex__, cls.__new__)
+        == (object.__reduce__, object.__reduce_ex__, object.__new__)
+        and cls not in copyreg.dispatch_table
+        and not any(vars(c).get("__slots__") for c in cls.__mro__)
+    )
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """What `copy.deepcopy` gives, which takes its time to find out that there is nothing to do."""
+    kind = type(value)
+    if kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value))):
+        return value
+    if not (kind in (dict, OrderedDict, set, list) and not value):
+        return copy.deepcopy(value, memo)
+    return memo.setdefault(id(value), kind())
