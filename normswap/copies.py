@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 MODULE_STATE = frozenset(vars(nn.Module()))
 """The attributes that torch gives every module."""
 _HOOKS = frozenset(name for name in MODULE_STATE if "_hooks" in name)
+_CONTAINERS = frozenset((dict, list, set, OrderedDict))
 _ATOMS = frozenset(
     (bool, int, float, complex, str, bytes, type, types.FunctionType, types.BuiltinFunctionType, type(None))
 )
@@ -68,7 +69,7 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 def opened(value: Any) -> Any:
     """A copy of a container that a forward may fill; any other value itself."""
-    return copy.copy(value) if type(value) in (dict, list, set, OrderedDict) else value
+    return value.copy() if type(value) in _CONTAINERS else value
 
 
 def _handles(modules: Iterable[nn.Module]) -> dict[int, Any]:
@@ -117,6 +118,6 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value))):
         return value
-    if not (kind in (dict, OrderedDict, set, list) and not value):
+    if kind not in _CONTAINERS or value:
         return copy.deepcopy(value, memo)
     return memo.setdefault(id(value), kind())

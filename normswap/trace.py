@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import builtins
 import copy
+import dis
 import enum
+import functools
 import inspect
 import itertools
 import sys
@@ -23,13 +25,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from normswap.copies import MODULE_STATE, opened
 
 _MAX_RUNS = 32  # runs of one forward; a forward with more branches than these cover counts as incomplete
 _MAX_FAILURES = 4  # runs that end in an error at one and the same place, before any that ends well
 _NODES, _NODES_A_MODULE = 2000, 8  # the most that all runs of a forward may add up to: time stays linear in the model
+_HOPELESS = 2  # as many failures counts an error that is no refusal of an input: every way may lead there
+_SLACK = 2  # a forward is given up where its branches would want that many times the nodes, as they look; some turn out shorter
 _MAX_FLAGS = 3  # of a forward's boolean arguments, tried both ways
 _NO_TENSORS = {list, tuple, dict, set, str, int, float, bool, type(None)}
 _GIVES_A_TENSOR = (
@@ -73,9 +77,24 @@ class _Tracer(fx.Tracer):
             tuple[types.CodeType, int]
         ] = []  # code and line of each frame that led to the last decision
         self._asked: Counter[Any] = Counter()
+        self._names: dict[int, tuple[str, Tensor]] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """A parameter or a buffer that a forward reads. torch.fx looks through all tensors of the model each time, which is quadratic."""
+        if not isinstance(attr_val, Tensor):
+            return attr_val
+        if not self._names:
+            named = itertools.chain(self.root.named_buffers(), self.root.named_parameters())
+            self._names = {id(tensor): (name, tensor) for name, tensor in named}
+        name, _ = self._names.get(id(attr_val), ("", None))
+        if not name:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         chain, self.last_asked = [], []
@@ -257,8 +276,8 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
         for run in range(_MAX_RUNS):
             if not pending or nodes > most or (problem and graphs):  # one graph a mode is enough for what stays unsure
                 break
-            too_many = run + len(pending) > _MAX_RUNS or len(pending) * nodes / max(run, 1) > 4 * most
-            if (graphs and too_many) or (not graphs and _MAX_FAILURES in failures.values()):
+            too_many = run + len(pending) > _MAX_RUNS or nodes + len(pending) * nodes / max(run, 1) > _SLACK * most
+            if (graphs and too_many) or (not graphs and max(failures.values(), default=0) >= _MAX_FAILURES):
                 break
             asked = pending.pop()
             tracer = _Tracer(is_leaf, asked)
@@ -271,15 +290,16 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
                 graphs.append(graph)
                 problem = problem or tracer.inexact
             except Exception as error:  # a forward is anybody's code: whatever it raises means "not traceable"
-                failures[tuple((f.f_code, line) for f, line in traceback.walk_tb(error.__traceback__))] += 1
+                place = tuple((f.f_code, line) for f, line in traceback.walk_tb(error.__traceback__))
+                failures[place] += 1 if isinstance(error, _WRONG_WAY) else _HOPELESS
                 if must_run and not tracer.refused(error):
                     problem = f"{type(error).__name__}: {error}".splitlines()[0]
             nodes += len(tracer.graph.nodes) if hasattr(tracer, "graph") else 1
             # Flip each new decision, keeping those before it: every branch is entered once.
             taken = list(tracer.decisions.items())
             for index in range(len(asked), len(taken)):
-                place, way = taken[index]
-                pending.append({**dict(taken[:index]), place: not way})
+                asking, way = taken[index]
+                pending.append({**dict(taken[:index]), asking: not way})
         if pending and not problem:
             problem = "more branches than can be followed"
         if nodes > most:
@@ -289,17 +309,27 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
 
 @contextmanager
 def _symbolic() -> Iterator[None]:
-    """No gradients, warnings or random numbers of a symbolic run reach anybody; autocast takes the device of a symbolic value."""
-    real = torch.autocast.__init__
+    """No gradients, warnings or random numbers of a symbolic run reach anybody; autocast takes the device of a symbolic value.
+
+    Each time that a value is taken apart (`n, c = x.shape`), torch.fx disassembles the whole function, of which one time is enough.
+    """
+    real, disassemble = torch.autocast.__init__, dis.get_instructions
 
     def on_any_device(self: torch.autocast, device_type: Any, *args: Any, **options: Any) -> None:
         symbolic = issubclass(type(device_type), fx.Proxy)  # `isinstance` is watched
         real(self, "cpu" if symbolic else device_type, *args, **options)
 
     torch.autocast.__init__ = on_any_device  # type: ignore[method-assign]
+    dis.get_instructions = _instructions  # type: ignore[assignment]
     try:
         with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.autocast.__init__ = real  # type: ignore[method-assign]
+        dis.get_instructions = disassemble
+
+
+@functools.lru_cache(maxsize=256)
+def _instructions(code: types.CodeType, get: Any = dis.get_instructions, **options: Any) -> tuple[dis.Instruction, ...]:
+    return tuple(get(code, **options))
