@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from normswap import disk, distributed, pickles, tensorfiles
+from normswap import disk, pickles, tensorfiles
 from normswap.entries import Raw
 from normswap.errors import FileError, OptionError, first_line
 
@@ -115,7 +115,10 @@ def _read_file(path: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
 
 
 def _read_folder(path: Path, trust: bool, allow: tuple[str, ...], scratch: Path | None) -> Checkpoint:
-    if distributed.is_distributed(path):
+    if (path / ".metadata").is_file():
+        # Not at the top: what it needs of torch takes longer to import than most files to read.
+        from normswap import distributed
+
         state, nested = distributed.read(path, scratch)
         recipe = state.pop(RECIPE, None)
         text = _unpacked(recipe.data) if isinstance(recipe, Raw) else None
@@ -295,6 +298,8 @@ def write(
         )  # without a format transformers refuses a file
         return disk.write_file(out, lambda f: tensorfiles.write(tensors, f, header, mapped=mapped), overwrite=overwrite)
     if kind == "dcp":
+        from normswap import distributed
+
         text = _recipe_text(found.content)
         extra = {name: Raw(_packed(value)) for name, value in text.items()}
         state = {**_entries(found.content, out), **extra}

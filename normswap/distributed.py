@@ -120,11 +120,6 @@ class _SavePlanner(DefaultSavePlanner):
         return super().resolve_data(write_item)
 
 
-def is_distributed(path: Path) -> bool:
-    """Whether a folder holds a distributed checkpoint."""
-    return (path / ".metadata").is_file()
-
-
 def read_metadata(path: Path) -> Metadata:
     """The description of a distributed checkpoint, read without running code. Raises `FileError`."""
     file = path / ".metadata"

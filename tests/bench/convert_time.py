@@ -7,13 +7,15 @@ the rounds: ours copying and in place, `opacus.validators.ModuleValidator.fix` (
 `pip install --no-deps mosaicml`, since it pins an old torch and its surgery needs nothing but torch. "10,000 norms" is a made net. Peak memory
 is what a process of its own held at most, above one that only builds the model, as a multiple of the model's size; a copy is 1. The
 command is `normswap convert FILE --to gn` on a whole module; the bare script imports the same libraries, loads and saves. "Graph analysis" is
-the part of a conversion that traces forwards, of the largest models by number of modules, beside `torch.fx.symbolic_trace`.
+the part of a conversion that traces forwards, of the largest models by number of modules and of those with the most branches, beside
+`torch.fx.symbolic_trace`.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import importlib.util
 import math
 import subprocess
@@ -134,14 +136,20 @@ def conversions(names: list[str], rounds: int, memory: bool) -> Iterator[Row]:
 
 
 def analyses(names: list[str], rounds: int) -> Iterator[Row]:
-    """What feeds what, of a model on the meta device, beside one symbolic trace of it by torch.fx."""
+    """What feeds what, of a model on the meta device, beside one symbolic trace of it by torch.fx, where that can trace it."""
     for name in names:
         with torch.device("meta"):
             model = timm.create_model(name.removeprefix("timm:")) if name.startswith("timm:") else build(name)
         sites = find_sites(model)
+        gc.collect()
+        gc.disable()  # as a conversion does
         ours = min(taken(partial(find_flow, sites=sites), model) for _ in range(rounds))
-        bare = min(taken(fx.symbolic_trace, model) for _ in range(rounds))
-        yield {"model": name, "converter": "graph analysis", "seconds": ours, "times": ours / bare, "memory": None}
+        try:
+            times = ours / min(taken(fx.symbolic_trace, model) for _ in range(rounds))
+        except fx.proxy.TraceError:
+            times = None
+        gc.enable()
+        yield {"model": name, "converter": "graph analysis", "seconds": ours, "times": times, "memory": None}
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -156,4 +164,5 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
 if __name__ == "__main__":
     names = f"resnet50;regnet_y_128gf;efficientnet_v2_l;{MADE}"
     largest = "efficientnet_v2_l;timm:resnetrs420;timm:efficientnetv2_xl;timm:efficientnet_l2;timm:hrnet_w64"
-    main(__doc__, measure, rounds=3, models=names, graphs=largest, command=True, threads=2, memory=True)
+    branchy = "timm:mvitv2_huge_cls;timm:efficientvit_m5;timm:tiny_vit_21m_512;timm:mobilenetv5_300m"
+    main(__doc__, measure, rounds=3, models=names, graphs=f"{largest};{branchy}", command=True, threads=2, memory=True)

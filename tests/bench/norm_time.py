@@ -1,8 +1,9 @@
 """What a ResNet-50 costs on this machine with other norms in it, contiguous and channels-last, in training and in eval mode.
 
-Run: python tests/bench/norm_time.py [--json] [--results FILE] [--batches 1,8] [--rounds 7] [--threads 2]; some minutes. All variants take turns in
+Run: python tests/bench/norm_time.py [--json] [--results FILE] [--batches 1,8] [--rounds 7] [--threads 2]; half an hour. All variants take turns in
 each round; a number is the median over the rounds of the time as a multiple of the net with BatchNorm, in the same layout, in the same
-round. A training step is forward and backward at 224².
+round. A training step is forward and backward at 224². Last, at batch 1, steps of the nets as `torch.compile` makes them, as multiples of
+the step with BatchNorm that is not compiled.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import partial
 
 import torch
 from common import Row, main, numbers
-from step_time import SIZE, compared, forward, step
+from step_time import SIZE, compared, compiled, forward, step
 from torchvision import models
 
 import normswap
@@ -35,14 +36,18 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
                 runs = {name: partial(run, made.train(mode == "training"), x) for name, made in laid.items()}
                 rows = compared(runs, arguments.rounds)
                 for name, (seconds, times) in rows.items():
-                    yield {
-                        "layout": layout,
-                        "batch": batch,
-                        "mode": mode,
-                        "norm": name,
-                        "seconds": seconds,
-                        "times": times,
-                    }
+                    yield _row(layout, batch, mode, name, seconds, times)
+    x = torch.randn(1, 3, SIZE, SIZE)
+    trained = {name: made.to(memory_format=torch.contiguous_format).train() for name, made in nets.items()}
+    runs = {"not compiled": partial(step, trained["bn"], x)}
+    runs |= {name: partial(step, compiled(made), x) for name, made in trained.items()}
+    for name, (seconds, times) in compared(runs, arguments.rounds).items():
+        if name in nets:
+            yield _row("contiguous", 1, "training, compiled", name, seconds, times)
+
+
+def _row(layout: str, batch: int, mode: str, norm: str, seconds: float, times: float) -> Row:
+    return {"layout": layout, "batch": batch, "mode": mode, "norm": norm, "seconds": seconds, "times": times}
 
 
 if __name__ == "__main__":

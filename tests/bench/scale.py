@@ -13,32 +13,44 @@ from collections.abc import Iterator
 
 import torch
 from common import Row, main
-from torch import nn
+from torch import Tensor, nn
 
 import normswap
 
 
-def stack(norms: int) -> nn.Module:
-    """A net of 3×3 convolutions of 8 channels, each with a norm behind it, ten a stage."""
+class LayerScale(nn.Module):
+    """A forward that reads a parameter itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def stack(norms: int, scaled: bool = False) -> nn.Module:
+    """A net of 3×3 convolutions of 8 channels, each with a norm behind it, ten a stage; with `scaled`, a layer scale behind each."""
 
     def block(channels: int) -> nn.Module:
-        return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        last = [LayerScale()] if scaled else []
+        return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *last)
 
     stages = [nn.Sequential(*(block(8) for _ in range(10))) for _ in range(norms // 10)]
     stages[0][0] = block(3)
     return nn.Sequential(*stages)
 
 
-def times(target: str) -> Iterator[Row]:
+def times(target: str, scaled: bool = False) -> Iterator[Row]:
     before = None
     for norms in (100, 1000, 10000):
-        model, best = stack(norms), float("inf")
+        model, best = stack(norms, scaled), float("inf")
         for _ in range(3):
             start = time.perf_counter()
             normswap.convert(model, target)
             best = min(best, time.perf_counter() - start)
         ratio = best / before if before else None
-        yield {"what": f"{target}, {norms} norms", "seconds": best, "times the tenth": ratio}
+        yield {"what": f"{target}, {norms} norms{', scaled' * scaled}", "seconds": best, "times the tenth": ratio}
         before = best
 
 
@@ -69,7 +81,7 @@ def memory(target: str, name: str) -> Row:
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     columns = ("what", "seconds", "times the tenth", "memory above the model")
-    rows = [*times("gn-ws"), *times("fold"), memory("gn-ws", arguments.model)]
+    rows = [*times("gn-ws"), *times("gn-ws", scaled=True), *times("fold"), memory("gn-ws", arguments.model)]
     yield from ({column: row.get(column, "") for column in columns} for row in rows)
 
 

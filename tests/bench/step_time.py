@@ -1,10 +1,10 @@
 """What weight standardization and weight normalization cost in training, beside other ways to write them.
 
-Run: python tests/bench/step_time.py [--json] [--results FILE] [--batches 1,2,8] [--rounds 7] [--threads 2]; some minutes. A step is forward
+Run: python tests/bench/step_time.py [--json] [--results FILE] [--batches 1,2,8] [--rounds 7] [--threads 2]; half an hour. A step is forward
 and backward of a ResNet-50 with GroupNorm at 224², in train mode; all variants take turns in each round, and a number is the median over the
 rounds of the time as a multiple of the plain net's in the same round. Then its weights alone (forward and backward of all that are
-standardized, no convolution), as a multiple of copying them once; and the forward in eval mode without gradients, of the plain net,
-of the converted one, and of that folded. Peak memory is that of a process that does two steps, above
+standardized, no convolution), as a multiple of copying them once; the forward in eval mode without gradients, of the plain net,
+of the converted one, and of that folded; and a step of each net as `torch.compile` makes it, as a multiple of the plain one's. Peak memory is that of a process that does two steps, above
 one that only builds the net, in MiB. "spelled out" is the paper's arithmetic, as in its code; "timm" is `timm.layers.StdConv2d`; "torch" is
 `torch.nn.utils.parametrizations.weight_norm`.
 """
@@ -84,6 +84,12 @@ def forward(net: nn.Module, x: Tensor) -> None:
         net(x)
 
 
+def compiled(net: nn.Module) -> nn.Module:
+    """The net as torch compiles it; so many of one class that dynamo would take them for one net that changes and give up."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(net)  # type: ignore[return-value]
+
+
 def weight_of(conv: nn.Module) -> Callable[[], Tensor]:
     """How a variant's convolution makes the weight that it runs with; that of a plain one is copied."""
     if hasattr(conv, "computed"):
@@ -130,7 +136,7 @@ def compared(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, tupl
             start = time.perf_counter()
             run()
             taken[name].append(time.perf_counter() - start)
-    first = taken[next(iter(runs))]
+    first = next(iter(taken.values()), [])
     return {
         name: (
             statistics.median(times),
@@ -159,7 +165,11 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     alone = {name: weights_step(copy.deepcopy(net)) for name, net in nets.items()}
     for name, (seconds, times) in compared(alone, 3 * arguments.rounds).items():
         yield {"what": "weights alone", "variant": name, "seconds": seconds, "times": times, "MiB": None}
+    x = torch.randn(1, 3, SIZE, SIZE)
+    made = {name: partial(step, compiled(net), x) for name, net in nets.items()} if arguments.compiled else {}
+    for name, (seconds, times) in compared(made, 3 * arguments.rounds).items():
+        yield {"what": "compiled, batch 1", "variant": name, "seconds": seconds, "times": times, "MiB": None}
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, batches="1,2,8", rounds=7, threads=2, memory=True)
+    main(__doc__, measure, batches="1,2,8", rounds=7, threads=2, memory=True, compiled=True)

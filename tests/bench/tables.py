@@ -186,7 +186,9 @@ def convert_time(rows: list[Row]) -> list[list[str]]:
     table = [["model", "converter", "ms", "× ours, copying", "memory, × the model"]]
     for row in rows:
         peer = {"the command": " × a bare script", "graph analysis": " × torch.fx.symbolic_trace"}
-        times = f"{row['times']:.2f}{peer.get(row['converter'], '')}"
+        times = (
+            f"{row['times']:.2f}{peer.get(row['converter'], '')}" if row["times"] else "torch.fx alone cannot trace it"
+        )
         memory = f"{row['memory']:.2f}" if row["memory"] is not None else ""
         table.append([row["model"], row["converter"], f"{1000 * row['seconds']:.0f}", times, memory])
     return table
