@@ -70,7 +70,7 @@ NORMS: dict[str, Form] = {
             "Qiao et al. 2019",
             "batch 1 without another norm",
             "to_estimated",
-            Slower(1.2, 1.3, _FOLD),
+            Slower(1.1, 1.3, _FOLD),
         ),
         Form(
             "bcn",
@@ -117,7 +117,7 @@ WEIGHTS: dict[str, Form] = {
             "Qiao et al. 2019",
             "GroupNorm at batch 1 and 2",
             "to_standardized",
-            Slower(1.0, 1.2, _FOLD),
+            Slower(1.1, 1.2, _FOLD),
         ),
         Form(
             "wn",
@@ -126,7 +126,7 @@ WEIGHTS: dict[str, Form] = {
             "Salimans & Kingma 2016",
             "recurrent nets, training without norms (fold-wn)",
             "to_normalized",
-            Slower(1.1, 1.3, _FOLD),
+            Slower(1.0, 1.2, _FOLD),
         ),
     )
 }
