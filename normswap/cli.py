@@ -311,7 +311,8 @@ def _show(found: Any, view: Callable[[], Any], as_json: bool, quiet: bool) -> No
 
 def main() -> None:
     """The command `normswap`."""
-    gc.set_threshold(100_000)  # to import torch makes a million objects, all to stay: looking through them took a tenth of the time
+    # Importing torch makes a million objects that stay: a tenth of the time went into looking through them for garbage.
+    gc.set_threshold(100_000)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without → or × shows ? and not a traceback
