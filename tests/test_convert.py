@@ -286,6 +286,7 @@ def test_distributed_wrapper() -> None:
         normswap.convert(wrapper, "gn")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 def test_what_is_no_model() -> None:
     with pytest.raises(ModelError, match=r"normswap\.convert_file"):
         normswap.convert("model.pt", "gn")

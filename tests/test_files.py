@@ -203,6 +203,7 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
     return files
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 def test_bad_files_are_named_and_nothing_is_written(tmp_path: Path) -> None:
     files = broken_files(tmp_path)
     before = listing(tmp_path)
