@@ -35,13 +35,11 @@ def clone(model: nn.Module) -> nn.Module:
     by_hand = any("__deepcopy__" in vars(module) for module in modules)
     if by_hand or not all(_copies_by_attribute(cls) for cls in {type(module) for module in modules}):
         return copy.deepcopy(model, memo)  # code of its own may look at any other part, which has to be whole by then
-    _prepare(modules, memo)
-    for module in reversed(modules):  # children first, as in a deep copy
+    copies = _empty(modules, memo)
+    for module, copied in zip(reversed(modules), reversed(copies), strict=True):  # children first, as in a deep copy
         state = {name: _copied(value, memo) for name, value in module.__getstate__().items()}  # type: ignore[no-untyped-call]
-        memo[id(module)].__setstate__(state)
-    copied = memo[id(model)]
-    assert isinstance(copied, nn.Module)  # for the type checker: the memo holds what was put in above
-    return copied
+        copied.__setstate__(state)  # type: ignore[no-untyped-call]
+    return copies[0]
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -51,8 +49,8 @@ def skeleton(model: nn.Module) -> nn.Module:
     """
     modules = list(model.modules())
     memo = _handles(modules)
-    _prepare(modules, memo)
-    for module in modules:
+    copies = _empty(modules, memo)
+    for module, copied in zip(modules, copies, strict=True):
         state: dict[str, Any] = {}
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers"):
@@ -61,10 +59,8 @@ def skeleton(model: nn.Module) -> nn.Module:
                 state[name] = {key: None if child is None else memo[id(child)] for key, child in value.items()}
             else:
                 state[name] = OrderedDict() if name in _HOOKS else _copied(value, memo)
-        memo[id(module)].__dict__.update(state)
-    copied = memo[id(model)]
-    assert isinstance(copied, nn.Module)  # for the type checker: the memo holds what was put in above
-    return copied
+        vars(copied).update(state)
+    return copies[0]
 
 
 def opened(value: Any) -> Any:
@@ -90,13 +86,15 @@ def _handles(modules: Iterable[nn.Module]) -> dict[int, Any]:
     return memo
 
 
-def _prepare(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
-    """Put an empty instance for each module into the memo, which all that refer to it then get."""
+def _empty(modules: Iterable[nn.Module], memo: dict[int, Any]) -> list[nn.Module]:
+    """An instance for each module, to be filled; they are in the memo, so that all that refer to a module get its instance."""
+    copies = []
     for module in modules:
         # The class of a module that torch.fx made is its own.
-        memo[id(module)] = (
-            copy.copy(module) if isinstance(module, fx.GraphModule) else type(module).__new__(type(module))
-        )
+        copied = copy.copy(module) if isinstance(module, fx.GraphModule) else type(module).__new__(type(module))
+        memo[id(module)] = copied
+        copies.append(copied)
+    return copies
 
 
 def _copies_by_attribute(cls: type[nn.Module]) -> bool:

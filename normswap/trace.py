@@ -77,7 +77,7 @@ class _Tracer(fx.Tracer):
             tuple[types.CodeType, int]
         ] = []  # code and line of each frame that led to the last decision
         self._asked: Counter[Any] = Counter()
-        self._names: dict[int, tuple[str, Tensor]] = {}
+        self._names: dict[Tensor, str] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
@@ -88,9 +88,9 @@ class _Tracer(fx.Tracer):
             return attr_val
         if not self._names:
             named = itertools.chain(self.root.named_buffers(), self.root.named_parameters())
-            self._names = {id(tensor): (name, tensor) for name, tensor in named}
-        name, _ = self._names.get(id(attr_val), ("", None))
-        if not name:
+            self._names = {tensor: name for name, tensor in named}  # by identity, as tensors hash
+        name = self._names.get(attr_val)
+        if name is None:
             return super().getattr(attr, attr_val, parameter_proxy_cache)
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
@@ -290,16 +290,16 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
                 graphs.append(graph)
                 problem = problem or tracer.inexact
             except Exception as error:  # a forward is anybody's code: whatever it raises means "not traceable"
-                place = tuple((f.f_code, line) for f, line in traceback.walk_tb(error.__traceback__))
-                failures[place] += 1 if isinstance(error, _WRONG_WAY) else _HOPELESS
+                where = tuple((f.f_code, line) for f, line in traceback.walk_tb(error.__traceback__))
+                failures[where] += 1 if isinstance(error, _WRONG_WAY) else _HOPELESS
                 if must_run and not tracer.refused(error):
                     problem = f"{type(error).__name__}: {error}".splitlines()[0]
             nodes += len(tracer.graph.nodes) if hasattr(tracer, "graph") else 1
             # Flip each new decision, keeping those before it: every branch is entered once.
             taken = list(tracer.decisions.items())
             for index in range(len(asked), len(taken)):
-                asking, way = taken[index]
-                pending.append({**dict(taken[:index]), asking: not way})
+                place, way = taken[index]
+                pending.append({**dict(taken[:index]), place: not way})
         if pending and not problem:
             problem = "more branches than can be followed"
         if nodes > most:
@@ -331,5 +331,5 @@ def _symbolic() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=256)
-def _instructions(code: types.CodeType, get: Any = dis.get_instructions, **options: Any) -> tuple[dis.Instruction, ...]:
-    return tuple(get(code, **options))
+def _instructions(code: types.CodeType, **options: Any) -> tuple[dis.Instruction, ...]:
+    return tuple(dis.Bytecode(code, **options))

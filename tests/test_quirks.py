@@ -325,11 +325,15 @@ class CopiedByHand(nn.Module):
 class _Structure(pickle.Pickler):
     """What refers to what, without where the tensors lie in memory."""
 
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.met: dict[Tensor, int] = {}
+
     def persistent_id(self, thing: object) -> object:
         if not isinstance(thing, Tensor):
             return None
-        self.met = {**getattr(self, "met", {}), id(thing): thing}
-        return [*self.met].index(id(thing)), type(thing).__name__, thing.requires_grad, thing.tolist()
+        number = self.met.setdefault(thing, len(self.met))
+        return number, type(thing).__name__, thing.requires_grad, thing.tolist()
 
 
 def structure(model: nn.Module) -> bytes:

@@ -1,11 +1,11 @@
 """What weight standardization and weight normalization cost in training, beside other ways to write them.
 
-Run: python tests/bench/step_time.py [--json] [--results FILE] [--batches 1,2,8] [--rounds 7] [--threads 2]; half an hour. A step is forward
+Run: python tests/bench/step_time.py [--json] [--results FILE] [--batches 1,2,8] [--rounds 7] [--threads 2]; ten minutes. A step is forward
 and backward of a ResNet-50 with GroupNorm at 224², in train mode; all variants take turns in each round, and a number is the median over the
 rounds of the time as a multiple of the plain net's in the same round. Then its weights alone (forward and backward of all that are
 standardized, no convolution), as a multiple of copying them once; the forward in eval mode without gradients, of the plain net,
-of the converted one, and of that folded; and a step of each net as `torch.compile` makes it, as a multiple of the plain one's. Peak memory is that of a process that does two steps, above
-one that only builds the net, in MiB. "spelled out" is the paper's arithmetic, as in its code; "timm" is `timm.layers.StdConv2d`; "torch" is
+of the converted one, and of that folded; and a step of each net as `torch.compile` makes it, as a multiple of the plain one's. Peak memory
+is that of a process that does two steps, above one that only builds the net, in MiB. "spelled out" is the paper's arithmetic, as in its code; "timm" is `timm.layers.StdConv2d`; "torch" is
 `torch.nn.utils.parametrizations.weight_norm`.
 """
 
@@ -136,7 +136,7 @@ def compared(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, tupl
             start = time.perf_counter()
             run()
             taken[name].append(time.perf_counter() - start)
-    first = next(iter(taken.values()), [])
+    first = taken[next(iter(runs))]
     return {
         name: (
             statistics.median(times),
@@ -152,23 +152,26 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     for batch in numbers(arguments.batches):
         x = torch.randn(batch, 3, SIZE, SIZE)
         runs = {name: partial(step, net, x) for name, net in nets.items()}
-        for name, (seconds, times) in compared(runs, arguments.rounds).items():
-            held = peak(name, batch, 2) - peak(name, batch, 0) if arguments.memory else None
-            yield {"what": f"step, batch {batch}", "variant": name, "seconds": seconds, "times": times, "MiB": held}
+        for row in _rows(f"step, batch {batch}", runs, arguments.rounds):
+            name = row["variant"]
+            yield row | {"MiB": peak(name, batch, 2) - peak(name, batch, 0) if arguments.memory else None}
     evaluated = {"plain": nets["plain"], "ws, ours": nets["ws, ours"], "wn, ours": nets["wn, ours"]}
     evaluated |= {f"{name}, folded": normswap.fold(evaluated[name]).model for name in ("ws, ours", "wn, ours")}
     for batch in numbers(arguments.batches):
         x = torch.randn(batch, 3, SIZE, SIZE)
         runs = {name: partial(forward, copy.deepcopy(net).eval(), x) for name, net in evaluated.items()}
-        for name, (seconds, times) in compared(runs, 3 * arguments.rounds).items():
-            yield {"what": f"eval, batch {batch}", "variant": name, "seconds": seconds, "times": times, "MiB": None}
+        yield from _rows(f"eval, batch {batch}", runs, 3 * arguments.rounds)
     alone = {name: weights_step(copy.deepcopy(net)) for name, net in nets.items()}
-    for name, (seconds, times) in compared(alone, 3 * arguments.rounds).items():
-        yield {"what": "weights alone", "variant": name, "seconds": seconds, "times": times, "MiB": None}
-    x = torch.randn(1, 3, SIZE, SIZE)
-    made = {name: partial(step, compiled(net), x) for name, net in nets.items()} if arguments.compiled else {}
-    for name, (seconds, times) in compared(made, 3 * arguments.rounds).items():
-        yield {"what": "compiled, batch 1", "variant": name, "seconds": seconds, "times": times, "MiB": None}
+    yield from _rows("weights alone", alone, 3 * arguments.rounds)
+    if arguments.compiled:
+        x = torch.randn(1, 3, SIZE, SIZE)
+        runs = {name: partial(step, compiled(net), x) for name, net in nets.items()}
+        yield from _rows("compiled, batch 1", runs, 3 * arguments.rounds)
+
+
+def _rows(what: str, runs: dict[str, Callable[[], None]], rounds: int) -> Iterator[Row]:
+    for name, (seconds, times) in compared(runs, rounds).items():
+        yield {"what": what, "variant": name, "seconds": seconds, "times": times, "MiB": None}
 
 
 if __name__ == "__main__":
