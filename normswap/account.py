@@ -13,12 +13,12 @@ from torch import nn
 
 from normswap import probe
 from normswap.errors import ModelError, NormswapError
+from normswap.layers.recurrent import LAYER_NORMALIZED
+from normswap.layers.reparametrized import LAYERS
 from normswap.plan import Swap
-from normswap.recurrent import LAYER_NORMALIZED
 from normswap.report import Change, Drift, Left, Node, Totals
 from normswap.sites import Site, find_sites
 from normswap.targets import Target
-from normswap.weights import LAYERS
 
 _EXACT = 1e5  # times the rounding of the coarsest parameter: more than any chain of layers adds up to
 

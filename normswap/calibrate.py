@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normswap import probe, recurrent_transfer
+from normswap import probe
 from normswap.errors import ModelError
-from normswap.layers import EstimatedBatchNorm
+from normswap.layers import recurrent_matching
+from normswap.layers.matching import Moments, Statistics, as_affine, match_groups, widen
+from normswap.layers.norms import EstimatedBatchNorm
+from normswap.layers.recurrent_matching import Moments as VectorMoments
 from normswap.probe import Seen
-from normswap.recurrent_transfer import Moments as VectorMoments
 from normswap.sites import Site, eps_of
-from normswap.transfer import Moments, Statistics, as_affine, match_groups, widen
 
 AUTO_GROUPS, AUTO_CHANNELS = 8, 4
 """`groups="auto"`: at most so many groups, with at least so many channels in each."""
@@ -153,8 +154,8 @@ def measure_vectors(
 
     def watch(site: Site) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[site.path] = recurrent_transfer.merged(
-                found.get(site.path, {}), recurrent_transfer.measure(module, *args, **kwargs)
+            found[site.path] = recurrent_matching.merged(
+                found.get(site.path, {}), recurrent_matching.measure(module, *args, **kwargs)
             )
 
         return site.module.register_forward_pre_hook(note, with_kwargs=True)

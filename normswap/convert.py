@@ -34,17 +34,17 @@ from normswap.errors import ModelError, OptionError
 from normswap.findings import is_untrained
 from normswap.forms import RECURRENT
 from normswap.graph import find_flow
+from normswap.layers.recurrent import LAYER_NORMALIZED
+from normswap.layers.reparametrized import LAYERS
 from normswap.model_inputs import first_inputs
 from normswap.plan import Context, parse_groups
 from normswap.private import register_if_imported
 from normswap.probe import Seen
-from normswap.recurrent import LAYER_NORMALIZED
 from normswap.report import Calibration, Drift, Report
 from normswap.selection import Pattern, check_model, copy_of, hidden_layers, select, shared_tensors
 from normswap.sites import find_sites
 from normswap.swap import apply
 from normswap.targets import PLAIN_TARGET, Target, parse_target
-from normswap.weights import LAYERS
 
 Progress = Callable[[str], None]
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from normswap.graph import Flow
 from normswap.inspection import Finding
+from normswap.layers.matching import widen
 from normswap.sites import Site, hidden_modules
-from normswap.transfer import widen
 
 _DEAD = 1e-3  # of eps: a variance below is as good as none
 _MOSTLY = 3  # times as many norms before the non-linearity as after it make the latter look like slips

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import OptionError
-from normswap.layers import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.matching import Statistics, as_affine, match_output
+from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.plan import (
     LEAST_ELEMENTS,
     Absorb,
@@ -27,7 +28,6 @@ from normswap.plan import (
     read_statistics,
 )
 from normswap.sites import Site, eps_of
-from normswap.transfer import Statistics, as_affine, match_output
 
 NO_STATISTICS = "has no running statistics: they need data (calibrate)"
 

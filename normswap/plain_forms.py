@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.layers import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
-from normswap.norm_forms import to_folded
-from normswap.plan import Context, Swap
-from normswap.recurrent import LAYER_NORMALIZED
-from normswap.sites import Site, eps_of
-from normswap.weights import (
+from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.recurrent import LAYER_NORMALIZED
+from normswap.layers.reparametrized import (
     NORMALIZED,
     PLAIN,
     retyped,
     weight_names,
 )
+from normswap.norm_forms import to_folded
+from normswap.plan import Context, Swap
+from normswap.sites import Site, eps_of
 
 
 def to_plain_norm(site: Site, context: Context) -> Swap | str:

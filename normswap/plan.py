@@ -12,11 +12,7 @@ from torch import Tensor, nn
 from normswap.calibrate import AUTO_CHANNELS, AUTO_GROUPS, Measured, affine_of
 from normswap.errors import OptionError
 from normswap.graph import Flow
-from normswap.layers import BatchChannelNorm
-from normswap.probe import Seen
-from normswap.recurrent_transfer import Moments
-from normswap.sites import Site, eps_of
-from normswap.transfer import (
+from normswap.layers.matching import (
     Affine,
     Statistics,
     as_batch_norm,
@@ -25,6 +21,10 @@ from normswap.transfer import (
     widen,
     without_channel_half,
 )
+from normswap.layers.norms import BatchChannelNorm
+from normswap.layers.recurrent_matching import Moments
+from normswap.probe import Seen
+from normswap.sites import Site, eps_of
 
 AUTO_ELEMENTS = 16
 """`groups="auto"`: at least so many elements in each group, beside at most `AUTO_GROUPS` of at least `AUTO_CHANNELS` channels."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from normswap.errors import NormswapError
-from normswap.layers import FrozenBatchNorm
+from normswap.layers.norms import FrozenBatchNorm
+from normswap.layers.reparametrized import CONVOLUTIONS, STANDARDIZED, TRANSPOSED, retyped
 from normswap.patterns import places
-from normswap.weights import CONVOLUTIONS, STANDARDIZED, TRANSPOSED, retyped
 
 CONSTANT: tuple[type[nn.Module], ...] = (
     *(STANDARDIZED[plain] for plain in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)),

@@ -11,11 +11,11 @@ from torch import nn
 from normswap.calibrate import Measured
 from normswap.convert import Options, fold, run
 from normswap.errors import FileError
+from normswap.layers.matching import Moments
+from normswap.layers.reparametrized import LAYERS
 from normswap.probe import Seen
 from normswap.sites import Site, find_sites
 from normswap.targets import TARGETS, parse_target
-from normswap.transfer import Moments
-from normswap.weights import LAYERS
 
 FORMAT = 1
 _MOST_STEPS = 16  # conversions of conversions

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from normswap.copies import MODULE_STATE
-from normswap.layers import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
-from normswap.recurrent import LAYER_NORMALIZED
-from normswap.weights import LAYERS, PLAIN
+from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.recurrent import LAYER_NORMALIZED
+from normswap.layers.reparametrized import LAYERS, PLAIN
 
 BATCH_NORMS: dict[type[nn.Module], int | None] = {
     nn.BatchNorm1d: 1,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from normswap.copies import MODULE_STATE
+from normswap.layers.matching import scale_filters_, widen
+from normswap.layers.reparametrized import NORMALIZED, STANDARDIZED, filter_groups
 from normswap.plan import Absorb, Swap
 from normswap.sites import Site, own_attributes
-from normswap.transfer import scale_filters_, widen
-from normswap.weights import NORMALIZED, STANDARDIZED, filter_groups
 
 _CONTENTS = {"_parameters", "_buffers", "_modules"}
 

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.plan import Context, Swap, join_notes
-from normswap.recurrent import LAYER_NORMALIZED
-from normswap.recurrent_transfer import layer_normalized
-from normswap.sites import Site
-from normswap.transfer import filter_moments, widen
-from normswap.weights import (
+from normswap.layers.matching import filter_moments, widen
+from normswap.layers.recurrent import LAYER_NORMALIZED
+from normswap.layers.recurrent_matching import layer_normalized
+from normswap.layers.reparametrized import (
     NORMALIZED,
     PLAIN,
     STANDARDIZE_EPS,
@@ -26,6 +24,8 @@ from normswap.weights import (
     retyped,
     weight_names,
 )
+from normswap.plan import Context, Swap, join_notes
+from normswap.sites import Site
 
 
 def to_standardized(site: Site, context: Context) -> Swap | str:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 import normswap
 from normswap import cli
-from normswap.weights import StandardizedConv2d
+from normswap.layers.reparametrized import StandardizedConv2d
 
 
 def run(*arguments: object) -> Result:

@@ -14,10 +14,10 @@ from zoo import chain, conv_norm, mlp, randomize
 import normswap
 from normswap import ModelError, NormswapError, OptionError
 from normswap.graph import find_flow
+from normswap.layers.reparametrized import StandardizedConv2d
 from normswap.plan import Context, choose_groups
 from normswap.probe import Seen
 from normswap.sites import find_sites
-from normswap.weights import StandardizedConv2d
 
 
 def resnet(**arguments: object) -> nn.Module:

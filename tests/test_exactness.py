@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from zoo import randomize
 
 import normswap
-from normswap.layers import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 
 WIDTH = 8
 TIGHT = 1e-12  # relative L2; float64 rounds at 1e-16

@@ -9,8 +9,8 @@ from torch import nn
 from zoo import randomize
 
 import normswap
-from normswap.layers import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
-from normswap.weights import STANDARDIZED, standardize_weight
+from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.reparametrized import STANDARDIZED, standardize_weight
 
 CONVS = [(nn.Conv1d, (2, 4, 9)), (nn.Conv2d, (2, 4, 9, 9)), (nn.Conv3d, (2, 4, 5, 5, 5))]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
-from normswap.recurrent import (
+from normswap.layers.recurrent import (
     EPS,
     LAYER_NORMALIZED,
     LayerNormGRU,
@@ -22,7 +22,7 @@ from normswap.recurrent import (
     LayerNormLSTM,
     LayerNormLSTMCell,
 )
-from normswap.recurrent_transfer import layer_normalized, measure, merged, typical_moments
+from normswap.layers.recurrent_matching import layer_normalized, measure, merged, typical_moments
 
 INPUT, HIDDEN, STEPS, BATCH = 3, 4, 5, 3
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")

@@ -16,7 +16,7 @@ from zoo import randomize
 
 import normswap
 from normswap.cli import app
-from normswap.layers import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 
 X = torch.randn(48, 3, 10, 10, generator=torch.Generator().manual_seed(0)) + 0.4
 DATA = list(X.split(16))

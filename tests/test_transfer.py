@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import normswap
-from normswap.transfer import Statistics, as_affine, filter_moments, match_groups, rescale_input, scale_filters_
+from normswap.layers.matching import Statistics, as_affine, filter_moments, match_groups, rescale_input, scale_filters_
 
 
 def statistics(channels: int, seed: int = 0) -> Statistics:

@@ -17,7 +17,14 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from zoo import conv_norm, randomize
 
 import normswap
-from normswap.weights import NORMALIZED, PLAIN, STANDARDIZED, normalize_weight, standardize_weight, weight_names
+from normswap.layers.reparametrized import (
+    NORMALIZED,
+    PLAIN,
+    STANDARDIZED,
+    normalize_weight,
+    standardize_weight,
+    weight_names,
+)
 
 FORMS = {"ws": STANDARDIZED, "wn": NORMALIZED}
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}

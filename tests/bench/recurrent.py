@@ -23,8 +23,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normswap.recurrent import LAYER_NORMALIZED
-from normswap.recurrent_transfer import layer_normalized, measure
+from normswap.layers.recurrent import LAYER_NORMALIZED
+from normswap.layers.recurrent_matching import layer_normalized, measure
 
 STEPS, HELD_OUT, EPOCHS, UNITS = 50, 397, 20, 64
 CELLS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell}

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from zoo import randomize
 
 import normswap
-from normswap.layers import EstimatedBatchNorm
-from normswap.weights import PLAIN, normalize_weight, standardize_weight
+from normswap.layers.norms import EstimatedBatchNorm
+from normswap.layers.reparametrized import PLAIN, normalize_weight, standardize_weight
 
 TARGETS = ("gn", "gn-ws", "gn-wn", "bcn-ws", "est", "frozen-ws", "fold")
 DTYPES = {torch.bfloat16: 2**-8, torch.float16: 2**-11}

@@ -18,7 +18,7 @@ from torchvision import models
 from zoo import randomize
 
 import normswap
-from normswap.weights import PLAIN
+from normswap.layers.reparametrized import PLAIN
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

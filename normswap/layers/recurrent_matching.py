@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from normswap.recurrent import (
+from normswap.layers.matching import Affine, widen
+from normswap.layers.recurrent import (
     EPS,
     LAYER_NORMALIZED,
     State,
@@ -23,8 +24,7 @@ from normswap.recurrent import (
     split_steps,
     suffixes,
 )
-from normswap.transfer import Affine, widen
-from normswap.weights import retyped
+from normswap.layers.reparametrized import retyped
 
 
 @dataclass(frozen=True)

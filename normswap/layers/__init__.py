@@ -1,0 +1,25 @@
+"""What a converted model is made of: the layer classes, and the mathematics of moving learnt values into them.
+
+Saved files name these classes as `normswap.layers.NAME`, whichever file here defines them, so that the files outlive moves.
+"""
+
+from __future__ import annotations
+
+from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.recurrent import LAYER_NORMALIZED
+from normswap.layers.reparametrized import NORMALIZED, STANDARDIZED
+
+_CLASSES = (
+    FrozenBatchNorm,
+    EstimatedBatchNorm,
+    BatchChannelNorm,
+    *ACTIVATED.values(),
+    *STANDARDIZED.values(),
+    *NORMALIZED.values(),
+    *LAYER_NORMALIZED.values(),
+)
+for _class in _CLASSES:
+    _class.__module__ = __name__
+    globals()[_class.__name__] = _class
+
+__all__ = sorted(_class.__name__ for _class in _CLASSES)
