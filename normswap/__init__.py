@@ -14,18 +14,33 @@ if TYPE_CHECKING:
     from normswap.errors import FileError, ModelError, NormswapError, OptionError, UnsafeFileError
     from normswap.files import convert_file, load, save
     from normswap.inspect import inspect
-    from normswap.inspection import Inspection
     from normswap.private import register_opacus
-    from normswap.report import Report
+    from normswap.report.inspection import Inspection
+    from normswap.report.report import Report
     from normswap.targets import TARGETS
     from normswap.training import param_groups, remap_optimizer
 
 _HOMES = {
-    "Conversion": "convert", "convert": "convert", "fold": "convert", "diff": "diff", "FileError": "errors", "ModelError": "errors",
-    "NormswapError": "errors", "OptionError": "errors", "UnsafeFileError": "errors", "convert_file": "files", "load": "files",
-    "save": "files", "inspect": "inspect", "Inspection": "inspection", "Report": "report", "TARGETS": "targets",
-    "param_groups": "training", "remap_optimizer": "training", "register_opacus": "private",
-}  # fmt: skip
+    "Conversion": "convert",
+    "convert": "convert",
+    "fold": "convert",
+    "diff": "diff",
+    "FileError": "errors",
+    "ModelError": "errors",
+    "NormswapError": "errors",
+    "OptionError": "errors",
+    "UnsafeFileError": "errors",
+    "convert_file": "files",
+    "load": "files",
+    "save": "files",
+    "inspect": "inspect",
+    "Inspection": "report.inspection",
+    "register_opacus": "private",
+    "Report": "report.report",
+    "TARGETS": "targets",
+    "param_groups": "training",
+    "remap_optimizer": "training",
+}
 
 __all__ = [
     "TARGETS",

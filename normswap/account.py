@@ -16,7 +16,7 @@ from normswap.errors import ModelError, NormswapError
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS
 from normswap.plan import Swap
-from normswap.report import Change, Drift, Left, Node, Totals
+from normswap.report.report import Change, Drift, Left, Node, Totals
 from normswap.sites import Site, find_sites
 from normswap.targets import Target
 

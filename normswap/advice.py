@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from normswap.inspection import Advice, Layer, Outcome
+from normswap.report.inspection import Advice, Layer, Outcome
 
 _MANY = 0.25  # the share of norms from which 1×1 maps shape a choice
 

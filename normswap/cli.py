@@ -134,7 +134,7 @@ def inspect(
         )  # fmt: skip
 
     def view() -> Any:
-        from normswap.render_inspection import InspectionView
+        from normswap.report.terminal_inspection import InspectionView
 
         return InspectionView(found, input, full)
 
@@ -280,21 +280,21 @@ def _importable(allow: list[str] | None) -> list[str]:
 
 def _check_report(path: Path | None, overwrite: bool) -> None:
     if path is not None:
-        from normswap import views
+        from normswap.report import formats
 
-        views.check(path, overwrite)
+        formats.check(path, overwrite)
 
 
 def _write_report(report: Any, source: str, path: Path | None, overwrite: bool) -> None:
     if path is not None:
-        from normswap import views
+        from normswap.report import formats
 
-        views.write(report, source, path, overwrite)
+        formats.write(report, source, path, overwrite)
 
 
 def _print(report: Any, source: str, out: str, as_json: bool, full: bool, quiet: bool) -> None:
     def view() -> Any:
-        from normswap.render import ReportView
+        from normswap.report.terminal import ReportView
 
         return ReportView(report, source, out, full)
 

@@ -40,7 +40,7 @@ from normswap.model_inputs import first_inputs
 from normswap.plan import Context, parse_groups
 from normswap.private import register_if_imported
 from normswap.probe import Seen
-from normswap.report import Calibration, Drift, Report
+from normswap.report.report import Calibration, Drift, Report
 from normswap.selection import Pattern, check_model, copy_of, hidden_layers, select, shared_tensors
 from normswap.sites import find_sites
 from normswap.swap import apply

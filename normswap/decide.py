@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from normswap.account import is_reported
 from normswap.errors import OptionError
 from normswap.plan import Context, Swap, parse_groups
-from normswap.report import Left
+from normswap.report.report import Left
 from normswap.sites import Site
 from normswap.targets import Target, plan_norm, plan_weight
 from normswap.weight_forms import strict_rescaling

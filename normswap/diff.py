@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normswap import checkpoint, entries
 from normswap.disk import release
-from normswap.report import Change, Left, Node, Report, Totals
+from normswap.report.report import Change, Left, Node, Report, Totals
 
 Side = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 TARGET = "diff"

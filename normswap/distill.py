@@ -44,7 +44,7 @@ from normswap.forwards import (
     tensors_of,
 )
 from normswap.probe import count
-from normswap.report import Calibration
+from normswap.report.report import Calibration
 
 TRAINED = ("weight", "bias", "group_weight", "group_bias")
 """What is fitted of each norm."""

@@ -17,7 +17,7 @@ from normswap.entries import Binding, Entry
 from normswap.errors import FileError, NormswapError, OptionError, first_line
 from normswap.fitting import fill, parameters_of, source_of, with_others
 from normswap.optimizer import Parameter
-from normswap.report import Left, Node, Report
+from normswap.report.report import Left, Node, Report
 from normswap.sources import Source
 from normswap.targets import PLAIN_TARGET, Target
 

@@ -20,8 +20,8 @@ from normswap.entry_conversion import EPS, Done, Job, convert_entry, noise_for
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.fitting import fill, source_of
 from normswap.inspect import examine
-from normswap.inspection import Inspection, Layer
-from normswap.report import Change, Cost, Report
+from normswap.report.inspection import Inspection, Layer
+from normswap.report.report import Change, Cost, Report
 from normswap.sources import Source
 from normswap.targets import PLAIN_TARGET, parse_target
 from normswap.training import state_changes

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from normswap.graph import Flow
-from normswap.inspection import Finding
 from normswap.layers.matching import widen
+from normswap.report.inspection import Finding
 from normswap.sites import Site, hidden_modules
 
 _DEAD = 1e-3  # of eps: a variance below is as good as none

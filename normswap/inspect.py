@@ -17,11 +17,11 @@ from normswap.errors import ModelError, NormswapError
 from normswap.findings import Evidence, find, statistics_of
 from normswap.forms import NORMS, WEIGHTS
 from normswap.graph import Flow, find_flow
-from normswap.inspection import Inspection, Layer, Outcome
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import TRANSPOSED
 from normswap.plan import Context
 from normswap.probe import Seen
+from normswap.report.inspection import Inspection, Layer, Outcome
 from normswap.selection import check_model, shared_tensors
 from normswap.sites import Site, find_sites
 from normswap.targets import TARGETS, Target

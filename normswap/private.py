@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 from normswap.errors import NormswapError
 from normswap.layers.norms import FrozenBatchNorm
 from normswap.layers.reparametrized import CONVOLUTIONS, STANDARDIZED, TRANSPOSED, retyped
-from normswap.patterns import places
+from normswap.report.path_patterns import places
 
 CONSTANT: tuple[type[nn.Module], ...] = (
     *(STANDARDIZED[plain] for plain in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)),

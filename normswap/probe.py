@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from normswap.copies import MODULE_STATE, opened
 from normswap.errors import ModelError, OptionError, first_line
-from normswap.report import Drift, LayerDrift
+from normswap.report.report import Drift, LayerDrift
 from normswap.sites import Site
 
 PATIENCE = 10.0

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from normswap.copies import clone
 from normswap.errors import ModelError, OptionError
-from normswap.report import Left
+from normswap.report.report import Left
 from normswap.sites import Site, find_sites, hidden_modules
 
 Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool] | None

@@ -12,7 +12,7 @@ from torch import nn
 
 from normswap.errors import OptionError
 from normswap.optimizer import Carried, Parameter, carry_over
-from normswap.report import Change
+from normswap.report.report import Change
 from normswap.sites import classify
 
 

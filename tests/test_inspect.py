@@ -20,8 +20,8 @@ from zoo import QUIRKS
 import normswap
 from normswap import Inspection, NormswapError, sources
 from normswap.findings import RULES
-from normswap.patterns import fold_tree
-from normswap.render_inspection import InspectionView
+from normswap.report.path_patterns import fold_tree
+from normswap.report.terminal_inspection import InspectionView
 
 GOLDEN = Path(__file__).parent / "golden"
 TARGETS = ("gn", "ln", "in", "est", "bcn", "bn", "frozen", "fold", "ws", "wn")

@@ -13,8 +13,8 @@ from zoo import QUIRKS
 
 import normswap
 from normswap import sources
-from normswap.patterns import fold_paths
-from normswap.render import ReportView
+from normswap.report.path_patterns import fold_paths
+from normswap.report.terminal import ReportView
 
 GOLDEN = Path(__file__).parent / "golden"
 

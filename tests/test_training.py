@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import normswap
 from normswap import FileError, NormswapError, OptionError, checkpoint
-from normswap.report import Report
+from normswap.report.report import Report
 
 TARGETS = ("gn", "gn-ws", "frozen", "fold")
 BARE = ("gn", "ln", "in", "frozen")

@@ -20,9 +20,9 @@ from rich.console import Console
 from torchvision import models
 
 import normswap
-from normswap import views
-from normswap.render import ReportView
-from normswap.render_inspection import InspectionView
+from normswap.report import formats
+from normswap.report.terminal import ReportView
+from normswap.report.terminal_inspection import InspectionView
 
 
 def printed(view: Any) -> str:
@@ -52,7 +52,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
             "terminal": partial(printed, ReportView(report, name)),
             "inspect, terminal": partial(printed, InspectionView(found, name)),
         }
-        runs |= {ending: partial(view, report, name) for ending, view in views.FORMATS.items()}
+        runs |= {ending: partial(view, report, name) for ending, view in formats.FORMATS.items()}
         for view, run in runs.items():
             seconds, text = least(run, arguments.rounds)
             lines = text.count("\n") if "terminal" in view else None

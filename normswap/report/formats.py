@@ -12,10 +12,10 @@ from rich.console import Console
 
 from normswap import disk
 from normswap.errors import OptionError
-from normswap.markdown import markdown
-from normswap.page import page
-from normswap.render import ReportView
-from normswap.report import Report
+from normswap.report.html_page import page
+from normswap.report.markdown import markdown
+from normswap.report.report import Report
+from normswap.report.terminal import ReportView
 
 _SVG_WIDTH = 100  # characters
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from normswap import charts, wording
-from normswap.report import Report
+from normswap.report import charts, wording
+from normswap.report.report import Report
 
 _BAR = 20  # characters of the longest bar
 

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from normswap.patterns import ROOT, fold_paths, ranges
-from normswap.report import Change, Drift
+from normswap.report.path_patterns import ROOT, fold_paths, ranges
+from normswap.report.report import Change, Drift
 
 _MOST_BARS = 12
 

@@ -8,9 +8,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from normswap import charts, wording
-from normswap.patterns import ROOT
-from normswap.report import Report
+from normswap.report import charts, wording
+from normswap.report.path_patterns import ROOT
+from normswap.report.report import Report
 
 _MOST_NOTES = 8
 _BAR = 24  # characters of the longest bar

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from normswap.forms import NORMS
-from normswap.inspection import Inspection, Layer
-from normswap.patterns import Branch, fold_tree, places, span
-from normswap.render import columns, told
-from normswap.wording import plural, verdict
+from normswap.report.inspection import Inspection, Layer
+from normswap.report.path_patterns import Branch, fold_tree, places, span
+from normswap.report.terminal import columns, told
+from normswap.report.wording import plural, verdict
 
 _MOST_LINES = 24  # of the tree, before its deepest branches are summed up
 _MOST_REASONS = 3

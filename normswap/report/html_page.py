@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
-from normswap import charts, wording
-from normswap.patterns import ROOT
-from normswap.report import Change, Left, Node, Report
+from normswap.report import charts, wording
+from normswap.report.path_patterns import ROOT
+from normswap.report.report import Change, Left, Node, Report
 
 _OPEN_DEPTH = 2  # branches of the tree that are open at first
 
