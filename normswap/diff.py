@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap import checkpoint, entries
-from normswap.disk import release
+from normswap.checkpoints import checkpoint, contents
+from normswap.checkpoints.atomic_write import release
 from normswap.report.report import Change, Left, Node, Report, Totals
 
 Side = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
@@ -45,7 +45,7 @@ def _open(side: Side, key: str | None, trust: bool, allow: Iterable[str]) -> Any
     if isinstance(side, nn.Module | Mapping):
         return side
     found = checkpoint.read(side, trust=trust, allow=allow)
-    return entries.find_entries(found.content, key, Path(side))[0].value
+    return contents.find_entries(found.content, key, Path(side))[0].value
 
 
 def _tensors(side: Any) -> dict[str, Tensor]:

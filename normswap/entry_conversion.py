@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap import bare, checkpoint, disk, entries, probe, recipe, sources
-from normswap.checkpoint import RECIPE
+from normswap import bare, probe, recipe, sources
+from normswap.checkpoints import atomic_write, checkpoint, contents
+from normswap.checkpoints.checkpoint import RECIPE
+from normswap.checkpoints.contents import Binding, Entry
 from normswap.convert import Options, Progress, run
-from normswap.entries import Binding, Entry
 from normswap.errors import FileError, NormswapError, OptionError, first_line
 from normswap.fitting import fill, parameters_of, source_of, with_others
 from normswap.optimizer import Parameter
@@ -88,7 +89,7 @@ def _convert_tensors(entry: Entry, model: Source, arguments: Mapping[str, Any], 
     converted = [(binding, *_convert_module(made, job)) for binding, made in filled]
     binding, made, report = converted[0]
     states = [made.state_dict() for _, made, _ in converted]
-    value = entries.rebuild(entry.value, [binding for binding, _, _ in converted], states)
+    value = contents.rebuild(entry.value, [binding for binding, _, _ in converted], states)
     previous = checkpoint.recipe_of(entry.value)
     told = (
         _folded(entry.value) if job.target is PLAIN_TARGET else _with_source(report.recipe, model, arguments, previous)
@@ -107,7 +108,7 @@ def _convert_tensors(entry: Entry, model: Source, arguments: Mapping[str, Any], 
 def _convert_module(model: nn.Module, job: Job) -> tuple[nn.Module, Report]:
     """`run` in place, on noise if there are no inputs, and folded if asked."""
     if job.target is PLAIN_TARGET:
-        return run(model, PLAIN_TARGET, Options(), may_be_idle=True, inplace=True, release=disk.release)
+        return run(model, PLAIN_TARGET, Options(), may_be_idle=True, inplace=True, release=atomic_write.release)
     inputs, name = job.example_inputs, "example inputs"
     probe_only = inputs is None and job.input_shape is None and job.options.calibrate is None
     if inputs is None and job.options.calibrate is None:
@@ -115,7 +116,7 @@ def _convert_module(model: nn.Module, job: Job) -> tuple[nn.Module, Report]:
     previous = vars(model).get(RECIPE)
     model, report = run(
         model, job.target, job.options, inputs, name, probe_only=probe_only, inplace=True, progress=job.progress,
-        release=disk.release,
+        release=atomic_write.release,
     )  # fmt: skip
     if probe_only and is_large(model) and report.drift is None:
         report = replace(
@@ -177,7 +178,7 @@ def _convert_bare(entry: Entry, where: Path, job: Job) -> Done:
         for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         if p + n in entry.value
     }
-    value = entries.rebuild(
+    value = contents.rebuild(
         entry.value,
         [Binding({name: name for name in [n for n in entry.value if n in names]})],
         [converted.state_dict()],

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap import bare, checkpoint, disk, entries, optimizer, samples, sources
-from normswap.checkpoint import RECIPE, Checkpoint
+from normswap import bare, optimizer, samples, sources
+from normswap.checkpoints import atomic_write, checkpoint, contents
+from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
 from normswap.convert import Options, Progress
 from normswap.entry_conversion import EPS, Done, Job, convert_entry, noise_for
 from normswap.errors import FileError, ModelError, OptionError
@@ -125,7 +126,7 @@ def _check_source(path: str | os.PathLike[str], model: Source | None, key: str |
 
 
 def _with_cost(report: Report, started: float) -> Report:
-    return replace(report, cost=Cost(time.monotonic() - started, disk.peak_memory()))
+    return replace(report, cost=Cost(time.monotonic() - started, atomic_write.peak_memory()))
 
 
 def inspect_file(
@@ -151,7 +152,7 @@ def inspect_file(
         made = sources.build(str(path), weights, model_args or {})
         return _examined(made, input_shape, progress)
     found = checkpoint.read(path, trust=trust, allow=allow)
-    entry = entries.find_entries(found.content, key, path)[0]
+    entry = contents.find_entries(found.content, key, path)[0]
     with _naming(path):
         if isinstance(entry.value, nn.Module):
             if model is not None:
@@ -192,18 +193,18 @@ def _convert(found: Checkpoint, key: str | None, job: Job) -> tuple[Checkpoint, 
     dones: list[Done] = []
     copies: list[Change] = []
     made: dict[int, Done] = {}  # one module may stand under two names
-    models = entries.find_entries(content, key, found.path)
+    models = contents.find_entries(content, key, found.path)
     for entry in models:
         place = id(entry.value)
         done = made[place] = made.get(place) or convert_entry(entry, found.path, job)
-        content = entries.put(content, entry, done.value)
+        content = contents.put(content, entry, done.value)
         copied = (entry.name,), "copy", "copy of the model", "converted", "converted like the model", done.report.exact
         copies += [Change(*copied)] if dones else []
         dones.append(done)
     first, report = dones[0], dones[0].report
     content, changes, notices = _mend(content, first, flat=found.kind == "dcp")
     held, more, further = _mend(dict(found.optimizers), first)
-    if others := entries.other_models(found.content, models):
+    if others := contents.other_models(found.content, models):
         further.append(f"not converted, though it looks like a model: {', '.join(others)}; convert it with --key")
     report = replace(
         report, changes=(*report.changes, *copies, *changes, *more), warnings=(*report.warnings, *notices, *further)
@@ -227,7 +228,7 @@ def _mend(content: Any, done: Done, flat: bool = False) -> tuple[Any, list[Chang
 
 def _write(found: Checkpoint, out: Path, form: str | None, key: str | None, overwrite: bool) -> None:
     if form is not None and form != found.kind:
-        alone = entries.find_entries(found.content, key, found.path)[0].value
+        alone = contents.find_entries(found.content, key, found.path)[0].value
         if form == "pt" and not isinstance(alone, nn.Module):
             tensors = OrderedDict((k, v) for k, v in alone.items() if isinstance(v, Tensor))
             checkpoint.set_recipe(tensors, checkpoint.recipe_of(alone))
@@ -303,7 +304,7 @@ def load(
     """
     path = Path(path)
     found = checkpoint.read(path, trust=trust, allow=allow)
-    entry = entries.find_entries(found.content, key, path)[0]
+    entry = contents.find_entries(found.content, key, path)[0]
     if isinstance(entry.value, nn.Module):
         return entry.value
     source, arguments = source_of(entry.value, model, model_args, path)

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap import checkpoint, entries, recipe, sources
+from normswap import recipe, sources
+from normswap.checkpoints import checkpoint, contents
+from normswap.checkpoints.contents import Binding
 from normswap.copies import clone
-from normswap.entries import Binding
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.optimizer import Parameter
 from normswap.sources import Source
@@ -76,7 +77,7 @@ def fill(
             if context is sources.weightless:
                 continue  # it reads its own weights as it is made
             raise
-        bindings = entries.bind(state, first.state_dict(), where)
+        bindings = contents.bind(state, first.state_dict(), where)
         filled = []
         for index, binding in enumerate(bindings):
             with context():

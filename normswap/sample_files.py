@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from normswap import pickles, tensorfiles
+from normswap.checkpoints import pickle_files, safetensors_files
 from normswap.errors import UnsafeFileError, first_line
 from normswap.pictures import Unfit
 
@@ -34,7 +34,7 @@ class Arguments(tuple[Any, ...]):
 
 def _read_torch(path: Path) -> Any:
     try:
-        found = pickles.read(path)
+        found = pickle_files.read(path)
     except UnsafeFileError:
         raise Unfit("holds more than plain data; save tensors, or lists, tuples or dicts of them") from None
     left = _MOST_SHARED * path.stat().st_size
@@ -78,7 +78,7 @@ def _unpacked(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> Any:
-    return _picked(tensorfiles.read(path)[0])
+    return _picked(safetensors_files.read(path)[0])
 
 
 READERS: dict[str, Callable[[Path], Any]] = {

@@ -20,7 +20,7 @@ from zoo import chain, conv_norm, randomize
 
 import normswap
 from normswap import FileError, OptionError, cli, sources
-from normswap.checkpoint import RECIPE
+from normswap.checkpoints.checkpoint import RECIPE
 
 TARGETS = ["gn", "gn-ws", "frozen", "fold"]
 SPEC = ["--model", "torchvision:resnet18", "--model-arg", "num_classes=10"]
@@ -79,9 +79,9 @@ def load_distributed(path: Path) -> State:
 def _raw(path: Path) -> object:
     import io
 
-    from normswap import distributed
+    from normswap.checkpoints import distributed_folders
 
-    return io.BytesIO(distributed.read(path, None)[0][RECIPE].data)
+    return io.BytesIO(distributed_folders.read(path, None)[0][RECIPE].data)
 
 
 def save_to(name: str, **how: object) -> Callable[[State, Path], Path]:

@@ -16,7 +16,8 @@ from torch import nn
 from zoo import FROM_BATCH_NORM, conv_norm
 
 import normswap
-from normswap import FileError, UnsafeFileError, checkpoint, sources
+from normswap import FileError, UnsafeFileError, sources
+from normswap.checkpoints import checkpoint
 from normswap.files import RECIPE
 
 

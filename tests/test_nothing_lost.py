@@ -22,7 +22,8 @@ from test_cli import run
 from torch import Tensor
 
 import normswap
-from normswap import FileError, checkpoint, cli, disk
+from normswap import FileError, cli
+from normswap.checkpoints import atomic_write, checkpoint
 
 KILLS = int(os.environ.get("NORMSWAP_KILLS", "10"))
 FORMS = ("pt", "safetensors", "dcp")
@@ -191,7 +192,7 @@ class Fragile:
 
 
 def killed_after_bytes(source: Path, count: int) -> None:
-    disk.open = lambda *arguments, **named: Fragile(open(*arguments, **named), count)  # noqa: SIM115
+    atomic_write.open = lambda *arguments, **named: Fragile(open(*arguments, **named), count)  # noqa: SIM115
     normswap.convert_file(source, "gn", out_of(source), overwrite=True)
 
 
@@ -263,7 +264,7 @@ def killed_at_event(source: Path, number: int, exchange: bool, overwrite: bool) 
                 os.kill(os.getpid(), signal.SIGKILL)
 
     if not exchange:
-        disk._libc = None
+        atomic_write._libc = None
     sys.addaudithook(hook)
     normswap.convert_file(source, "gn", out_of(source), overwrite=overwrite)
     os._exit(0)
@@ -287,7 +288,7 @@ def test_killed_before_each_change_of_the_folder(tmp_path: Path, form: str, exch
     """
     source = write_source(tmp_path, form)
     old, new = old_and_new(source)
-    disk._remove(out_of(source))
+    atomic_write._remove(out_of(source))
     if overwrite:
         normswap.convert_file(source, "ln", out_of(source), transfer="copy")
     wrong = []
@@ -305,7 +306,7 @@ def test_killed_before_each_change_of_the_folder(tmp_path: Path, form: str, exch
         litter = set(names(tmp_path)) - {source.name, out_of(source).name}
         wrong += [f"{number}: {name} stays" for name in litter]
         for path in [*(tmp_path / name for name in litter), *([] if overwrite else [out_of(source)])]:
-            disk._remove(path)
+            atomic_write._remove(path)
     assert number > 3 and process.exitcode == 0, "no kill at all, or no end"
     assert not wrong, "\n".join(wrong)
 
@@ -514,7 +515,7 @@ def test_two_runs_at_once(tmp_path: Path, form: str, overwrite: bool) -> None:
     normswap.convert_file(source, "gn", out_of(source))
     wanted = tensors(out_of(source))
     for _ in range(6):
-        disk._remove(out_of(source))
+        atomic_write._remove(out_of(source))
         barrier = FORK.Barrier(2)
         arguments = ["convert", source, "--to", "gn", "-o", out_of(source), *(["--overwrite"] if overwrite else [])]
         processes = [
@@ -550,7 +551,7 @@ def test_an_output_that_appears_during_the_write(
     appearing = other / out_of(source).name
     normswap.convert_file(source, "ln", appearing)
     theirs = tensors(appearing)
-    original = disk._rename_new if form == "pt" and not overwrite else os.replace if form == "pt" else os.rename
+    original = atomic_write._rename_new if form == "pt" and not overwrite else os.replace if form == "pt" else os.rename
 
     def late(temporary: Path, target: Path) -> None:
         if Path(target) == out_of(source) and appearing.exists():
@@ -560,7 +561,7 @@ def test_an_output_that_appears_during_the_write(
 
     owner, name = (
         (disk, "_rename_new")
-        if original is disk._rename_new
+        if original is atomic_write._rename_new
         else (os, "replace" if original is os.replace else "rename")
     )
     monkeypatch.setattr(owner, name, late)
@@ -581,7 +582,7 @@ def convert_and_wait(source: Path, begun: Any) -> None:
         begun.send_bytes(b"written")
         time.sleep(600)
 
-    os.replace = disk._exchange = stop
+    os.replace = atomic_write._exchange = stop
     normswap.convert_file(source, "gn", out_of(source), overwrite=True)
 
 
@@ -609,17 +610,17 @@ def test_a_temporary_file_that_another_run_takes_for_a_dead_ones(
 ) -> None:
     """It is removed after it was made and before it is locked, or just before the lock is had: another one is made."""
     source = write_source(tmp_path, form)
-    lock, taken = disk._lock, []
+    lock, taken = atomic_write._lock, []
 
     def late(path: Path, wait: bool = True) -> int | None:
         first = wait and not taken
         if first:
             taken.append(path)
         if first and not opened:
-            disk._remove(path)
+            atomic_write._remove(path)
         held = lock(path, wait)
         if first and opened:
-            disk._remove(path)
+            atomic_write._remove(path)
         return held
 
     monkeypatch.setattr(disk, "_lock", late)

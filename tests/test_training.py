@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import normswap
-from normswap import FileError, NormswapError, OptionError, checkpoint
+from normswap import FileError, NormswapError, OptionError
+from normswap.checkpoints import checkpoint
 from normswap.report.report import Report
 
 TARGETS = ("gn", "gn-ws", "frozen", "fold")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from normswap import disk
+from normswap.checkpoints import atomic_write
 from normswap.errors import OptionError
 from normswap.report.html_page import page
 from normswap.report.markdown import markdown
@@ -40,10 +40,10 @@ def check(path: Path, overwrite: bool) -> None:
     """Raise, before any work, where no report can be written to `path`."""
     if path.suffix.lower() not in FORMATS:
         raise OptionError(f"--report {path}: give a name that ends in one of {', '.join(FORMATS)}")
-    disk.check_writable(path, overwrite)
+    atomic_write.check_writable(path, overwrite)
 
 
 def write(report: Report, source: str, path: Path, overwrite: bool) -> None:
     """Write the report on a conversion of `source`; raises `FileError`, with nothing written."""
     text = FORMATS[path.suffix.lower()](report, source)
-    disk.write_file(path, lambda file: file.write(text.encode("utf-8")), overwrite=overwrite)
+    atomic_write.write_file(path, lambda file: file.write(text.encode("utf-8")), overwrite=overwrite)

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from normswap import disk, pickles, tensorfiles
-from normswap.entries import Raw
+from normswap.checkpoints import atomic_write, pickle_files, safetensors_files
+from normswap.checkpoints.contents import Raw
 from normswap.errors import FileError, OptionError, first_line
 
 RECIPE = "normswap_recipe"
@@ -90,7 +90,7 @@ def check_input(path: Path) -> None:
     """Raise `FileError` for a file that is none of a kind that can be read, by its first bytes."""
     try:
         if path.is_file() and not path.name.endswith(_INDEX) and not _has_tensors(path):
-            pickles.check_kind(path)
+            pickle_files.check_kind(path)
         os.stat(path)
     except (OSError, ValueError) as error:
         raise FileError(f"{path}: {getattr(error, 'strerror', None) or error}; check the name and the folder") from None
@@ -99,14 +99,14 @@ def check_input(path: Path) -> None:
 def _has_tensors(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(16)
-    return tensorfiles.is_safetensors(head) and (path.suffix == ".safetensors" or head[8:10] == b'{"')
+    return safetensors_files.is_safetensors(head) and (path.suffix == ".safetensors" or head[8:10] == b'{"')
 
 
 def _read_file(path: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
     if _has_tensors(path):
-        tensors, header = tensorfiles.read(path)
+        tensors, header = safetensors_files.read(path)
         return Checkpoint(path, "safetensors", _stated(tensors, path, header.pop(RECIPE, None)), header)
-    found = pickles.read(path, trust=trust, allow=allow)
+    found = pickle_files.read(path, trust=trust, allow=allow)
     for model in _modules_in(found):
         if _paths(model, path, {}) > _MOST_PATHS:
             raise FileError(f"{path}: holds a {type(model).__name__} with more paths to its parts than can be followed")
@@ -117,9 +117,9 @@ def _read_file(path: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
 def _read_folder(path: Path, trust: bool, allow: tuple[str, ...], scratch: Path | None) -> Checkpoint:
     if (path / ".metadata").is_file():
         # Not at the top: what it needs of torch takes longer to import than most files to read.
-        from normswap import distributed
+        from normswap.checkpoints import distributed_folders
 
-        state, nested = distributed.read(path, scratch)
+        state, nested = distributed_folders.read(path, scratch)
         recipe = state.pop(RECIPE, None)
         text = _unpacked(recipe.data) if isinstance(recipe, Raw) else None
         nested = {name: where for name, where in nested.items() if name != RECIPE}
@@ -172,7 +172,7 @@ def _read_shards(index: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint
 
 
 def _optimizers(folder: Path, trust: bool, allow: tuple[str, ...]) -> dict[str, Any]:
-    return {file.name: pickles.read(file, trust=trust, allow=allow) for file in sorted(folder.glob(_OPTIMIZERS))}
+    return {file.name: pickle_files.read(file, trust=trust, allow=allow) for file in sorted(folder.glob(_OPTIMIZERS))}
 
 
 def _stated(tensors: Mapping[str, Any], path: Path, recipe: str | None) -> OrderedDict[str, Any]:
@@ -275,7 +275,7 @@ def check_format(out: Path, form: str | None, overwrite: bool) -> None:
     """Raise before any work where `out` cannot be written, or its name does not fit `form`."""
     if form is not None and form not in FORMATS:
         raise OptionError(f"format: {form!r} is not one of {', '.join(FORMATS)}")
-    disk.check_writable(out, overwrite)
+    atomic_write.check_writable(out, overwrite)
     if out.suffix in _NO_MODELS or (form == "pt" and out.suffix == ".safetensors"):
         raise FileError(f"{out}: a model is not written as {out.suffix}; give a name that ends in .pt or .safetensors")
 
@@ -289,29 +289,31 @@ def write(
     """
     kind = form or found.kind
     if kind == "pt":
-        return disk.write_file(out, lambda file: _save(found.content, file, out, mapped), overwrite=overwrite)
+        return atomic_write.write_file(out, lambda file: _save(found.content, file, out, mapped), overwrite=overwrite)
     if kind == "safetensors":
         tensors = _tensors(found.content, out)
         told = {k: v for k, v in found.header.items() if isinstance(v, str)}
         header = (told or {"format": "pt"}) | _recipe_text(
             found.content
         )  # without a format transformers refuses a file
-        return disk.write_file(out, lambda f: tensorfiles.write(tensors, f, header, mapped=mapped), overwrite=overwrite)
+        return atomic_write.write_file(
+            out, lambda f: safetensors_files.write(tensors, f, header, mapped=mapped), overwrite=overwrite
+        )
     if kind == "dcp":
-        from normswap import distributed
+        from normswap.checkpoints import distributed_folders
 
         text = _recipe_text(found.content)
         extra = {name: Raw(_packed(value)) for name, value in text.items()}
         state = {**_entries(found.content, out), **extra}
-        return disk.write_folder(
-            out, lambda folder: distributed.write(state, folder, found.nested), overwrite=overwrite
+        return atomic_write.write_folder(
+            out, lambda folder: distributed_folders.write(state, folder, found.nested), overwrite=overwrite
         )
-    return disk.write_folder(out, lambda folder: _write_shards(found, folder, mapped), overwrite=overwrite)
+    return atomic_write.write_folder(out, lambda folder: _write_shards(found, folder, mapped), overwrite=overwrite)
 
 
 def _save(content: Any, file: BinaryIO, out: Path, mapped: bool) -> None:
     try:
-        torch.save(content, disk.Releasing(file) if mapped else file)  # type: ignore[arg-type]
+        torch.save(content, atomic_write.Releasing(file) if mapped else file)  # type: ignore[arg-type]
     except (AttributeError, TypeError, pickle.PicklingError) as error:
         raise FileError(
             f"{out}: the model cannot be saved whole ({first_line(error)}); save its state dict, or name what it holds "
@@ -358,7 +360,7 @@ def _write_shards(found: Checkpoint, folder: Path, mapped: bool) -> None:
                 header = (
                     {"format": "pt"} if found.index else {k: v for k, v in found.header.items() if isinstance(v, str)}
                 )
-                tensorfiles.write(_tensors(part, folder / name), file, header | recipe, mapped=mapped)
+                safetensors_files.write(_tensors(part, folder / name), file, header | recipe, mapped=mapped)
             else:
                 part._metadata = getattr(found.content, "_metadata", None)  # type: ignore[attr-defined]
                 _save(part, file, folder / name, mapped)

@@ -34,8 +34,8 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from normswap.disk import release, scratch_tensor
-from normswap.entries import Raw
+from normswap.checkpoints.atomic_write import release, scratch_tensor
+from normswap.checkpoints.contents import Raw
 from normswap.errors import FileError, UnsafeFileError, first_line
 
 _ALONE: dict[str, Any] = {"no_dist": True} if "no_dist" in inspect.signature(save).parameters else {}  # torch >= 2.7
