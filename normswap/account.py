@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap import probe
+from normswap.analysis import running
+from normswap.analysis.sites import Site, find_sites
 from normswap.errors import ModelError, NormswapError
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS
 from normswap.plan import Swap
 from normswap.report.report import Change, Drift, Left, Node, Totals
-from normswap.sites import Site, find_sites
 from normswap.targets import Target
 
 _EXACT = 1e5  # times the rounding of the coarsest parameter: more than any chain of layers adds up to
@@ -87,15 +87,15 @@ def drift_of(
     inputs: Any,
     name: str,
     exact: bool,
-    sketches: probe.Sketches,
+    sketches: running.Sketches,
     changed: Container[str],
 ) -> Drift:
     """The measured drift, also that of the changed layers among the `sketches` of before; raises `ModelError` where a model does not run any more, or moved though it should not have."""
     try:
         taps = [path for path in sketches if path in changed]
-        now: probe.Sketches = {}
-        output, _ = probe.run(model, inputs, sketches=now, taps=taps)
-        moved = probe.drift(before, output, name)
+        now: running.Sketches = {}
+        output, _ = running.run(model, inputs, sketches=now, taps=taps)
+        moved = running.drift(before, output, name)
     except ModelError as error:
         raise ModelError(f"after conversion {error}; leave what it needs with exclude=") from error
     precision = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
@@ -105,7 +105,7 @@ def drift_of(
             "forward does something that could not be seen; leave the layers concerned with exclude=, and please report it"
         )
     old = {path: sketches[path] for path in taps}
-    return replace(moved, layers=tuple(probe.layer_drifts(old, now)))
+    return replace(moved, layers=tuple(running.layer_drifts(old, now)))
 
 
 def recipe_of(target: Target, options: object, changes: Sequence[Change]) -> dict[str, Any]:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normswap import probe
+from normswap.analysis import running
+from normswap.analysis.running import Seen
+from normswap.analysis.sites import Site, eps_of
 from normswap.errors import ModelError
 from normswap.layers import recurrent_matching
 from normswap.layers.matching import Moments, Statistics, as_affine, match_groups, widen
 from normswap.layers.norms import EstimatedBatchNorm
 from normswap.layers.recurrent_matching import Moments as VectorMoments
-from normswap.probe import Seen
-from normswap.sites import Site, eps_of
 
 AUTO_GROUPS, AUTO_CHANNELS = 8, 4
 """`groups="auto"`: at most so many groups, with at least so many channels in each."""
@@ -93,7 +93,7 @@ def measure(
     handles = [watch(site) for site in sites]
     try:
         for batch in batches:
-            for path, now in probe.run(model, batch, sites, name=_DATA)[1].items():
+            for path, now in running.run(model, batch, sites, name=_DATA)[1].items():
                 least = min(now.elements, seen[path].elements) if path in seen else now.elements
                 seen[path] = Seen(now.dims, least)
     finally:
@@ -163,7 +163,7 @@ def measure_vectors(
     handles = [watch(site) for site in sites]
     try:
         for batch in batches:
-            probe.run(model, batch, name=_DATA)
+            running.run(model, batch, name=_DATA)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normswap import probe, ranks, samples
+from normswap import ranks, samples
 from normswap.account import (
     changes_of,
     count_elements,
@@ -26,23 +26,24 @@ from normswap.account import (
     recipe_of,
     totals_of,
 )  # fmt: skip
+from normswap.analysis import running
+from normswap.analysis.copies import clone
+from normswap.analysis.dataflow import find_flow
+from normswap.analysis.running import Seen
+from normswap.analysis.selection import Pattern, check_model, copy_of, hidden_layers, select, shared_tensors
+from normswap.analysis.sites import find_sites
 from normswap.calibrate import Measured, measure, measure_vectors
-from normswap.copies import clone
 from normswap.decide import check_groups, decide
 from normswap.distill import distill
 from normswap.errors import ModelError, OptionError
 from normswap.findings import is_untrained
 from normswap.forms import RECURRENT
-from normswap.graph import find_flow
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS
 from normswap.model_inputs import first_inputs
 from normswap.plan import Context, parse_groups
 from normswap.private import register_if_imported
-from normswap.probe import Seen
 from normswap.report.report import Calibration, Drift, Report
-from normswap.selection import Pattern, check_model, copy_of, hidden_layers, select, shared_tensors
-from normswap.sites import find_sites
 from normswap.swap import apply
 from normswap.targets import PLAIN_TARGET, Target, parse_target
 
@@ -206,10 +207,10 @@ def run(
     progress("tracing what feeds what")
     flow = find_flow(work, sites)
     names, before = names_of(work), None
-    sketches: probe.Sketches = {}
+    sketches: running.Sketches = {}
     sizes, measured = dict(seen or {}), dict(measured or {})
     problem = ""
-    batches = [probe.fitted(work, first_inputs(work, batch)) for batch in options.calibrate or ()]
+    batches = [running.fitted(work, first_inputs(work, batch)) for batch in options.calibrate or ()]
     if batches and example_inputs is None:
         example_inputs, probe_name = batches[0], f"the calibration data's first batch of {probe.count(batches[0])}"
     if example_inputs is not None:
@@ -217,8 +218,8 @@ def run(
         try:
             watched = [site for site in sites if probe_only or site.kind == "norm"]
             tapped = [site.path for site in sites if site.kind == ("norm" if target.norm else "weight")]
-            before, found = probe.run(
-                work, example_inputs, watched, probe.PATIENCE if probe_only else None, sketches=sketches, taps=tapped
+            before, found = running.run(
+                work, example_inputs, watched, running.PATIENCE if probe_only else None, sketches=sketches, taps=tapped
             )
             sizes |= {} if probe_only else found
         except ModelError as error:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from normswap.account import is_reported
+from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.plan import Context, Swap, parse_groups
 from normswap.report.report import Left
-from normswap.sites import Site
 from normswap.targets import Target, plan_norm, plan_weight
 from normswap.weight_forms import strict_rescaling
 

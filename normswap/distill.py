@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from normswap.analysis.running import count
 from normswap.errors import first_line
 from normswap.forwards import (
     Change,
@@ -43,7 +44,6 @@ from normswap.forwards import (
     same_randomness,
     tensors_of,
 )
-from normswap.probe import count
 from normswap.report.report import Calibration
 
 TRAINED = ("weight", "bias", "group_weight", "group_bias")

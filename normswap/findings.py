@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from normswap.graph import Flow
+from normswap.analysis.dataflow import Flow
+from normswap.analysis.sites import Site, hidden_modules
 from normswap.layers.matching import widen
 from normswap.report.inspection import Finding
-from normswap.sites import Site, hidden_modules
 
 _DEAD = 1e-3  # of eps: a variance below is as good as none
 _MOSTLY = 3  # times as many norms before the non-linearity as after it make the latter look like slips

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap import recipe, sources
+from normswap.analysis.copies import clone
 from normswap.checkpoints import checkpoint, contents
 from normswap.checkpoints.contents import Binding
-from normswap.copies import clone
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.optimizer import Parameter
 from normswap.sources import Source

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from normswap.probe import arguments, evaluating
+from normswap.analysis.running import arguments, evaluating
 
 _SEED = 0
 

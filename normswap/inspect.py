@@ -9,21 +9,21 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normswap import probe
 from normswap.account import changes_of, count_elements
 from normswap.advice import Facts, advise
+from normswap.analysis import running
+from normswap.analysis.dataflow import Flow, find_flow
+from normswap.analysis.running import Seen
+from normswap.analysis.selection import check_model, shared_tensors
+from normswap.analysis.sites import Site, find_sites
 from normswap.decide import decide
 from normswap.errors import ModelError, NormswapError
 from normswap.findings import Evidence, find, statistics_of
 from normswap.forms import NORMS, WEIGHTS
-from normswap.graph import Flow, find_flow
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import TRANSPOSED
 from normswap.plan import Context
-from normswap.probe import Seen
 from normswap.report.inspection import Inspection, Layer, Outcome
-from normswap.selection import check_model, shared_tensors
-from normswap.sites import Site, find_sites
 from normswap.targets import TARGETS, Target
 
 
@@ -55,7 +55,7 @@ def examine(
     if inputs is not None:
         progress("running the model")
         try:
-            seen = probe.run(model, inputs, sites, probe.PATIENCE if probe_only else None, name)[1]
+            seen = running.run(model, inputs, sites, running.PATIENCE if probe_only else None, name)[1]
         except ModelError:
             if not probe_only:
                 raise

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from normswap.analysis.sites import Site, eps_of
 from normswap.errors import OptionError
 from normswap.layers.matching import Statistics, as_affine, match_output
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
@@ -27,7 +28,6 @@ from normswap.plan import (
     place,
     read_statistics,
 )
-from normswap.sites import Site, eps_of
 
 NO_STATISTICS = "has no running statistics: they need data (calibrate)"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normswap.analysis.sites import Site, eps_of
 from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import (
@@ -19,7 +20,6 @@ from normswap.layers.reparametrized import (
 )
 from normswap.norm_forms import to_folded
 from normswap.plan import Context, Swap
-from normswap.sites import Site, eps_of
 
 
 def to_plain_norm(site: Site, context: Context) -> Swap | str:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from normswap.analysis.dataflow import Flow
+from normswap.analysis.running import Seen
+from normswap.analysis.sites import Site, eps_of
 from normswap.calibrate import AUTO_CHANNELS, AUTO_GROUPS, Measured, affine_of
 from normswap.errors import OptionError
-from normswap.graph import Flow
 from normswap.layers.matching import (
     Affine,
     Statistics,
@@ -23,8 +25,6 @@ from normswap.layers.matching import (
 )
 from normswap.layers.norms import BatchChannelNorm
 from normswap.layers.recurrent_matching import Moments
-from normswap.probe import Seen
-from normswap.sites import Site, eps_of
 
 AUTO_ELEMENTS = 16
 """`groups="auto"`: at least so many elements in each group, beside at most `AUTO_GROUPS` of at least `AUTO_CHANNELS` channels."""

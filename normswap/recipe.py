@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap.analysis.running import Seen
+from normswap.analysis.sites import Site, find_sites
 from normswap.calibrate import Measured
 from normswap.convert import Options, fold, run
 from normswap.errors import FileError
 from normswap.layers.matching import Moments
 from normswap.layers.reparametrized import LAYERS
-from normswap.probe import Seen
-from normswap.sites import Site, find_sites
 from normswap.targets import TARGETS, parse_target
 
 FORMAT = 1

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.copies import MODULE_STATE
+from normswap.analysis.copies import MODULE_STATE
+from normswap.analysis.sites import Site, own_attributes
 from normswap.layers.matching import scale_filters_, widen
 from normswap.layers.reparametrized import NORMALIZED, STANDARDIZED, filter_groups
 from normswap.plan import Absorb, Swap
-from normswap.sites import Site, own_attributes
 
 _CONTENTS = {"_parameters", "_buffers", "_modules"}
 

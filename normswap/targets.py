@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from normswap import norm_forms, plain_forms, weight_forms
+from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.forms import PLAIN_NORM, PLAIN_WEIGHT, RECURRENT, TARGET_FORMS, Form
 from normswap.layers.matching import widen
 from normswap.layers.norms import ACTIVATED
 from normswap.plan import Context, Swap
-from normswap.sites import Site
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap.analysis.sites import classify
 from normswap.errors import OptionError
 from normswap.optimizer import Carried, Parameter, carry_over
 from normswap.report.report import Change
-from normswap.sites import classify
 
 
 def remap_optimizer(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.analysis.sites import Site
 from normswap.layers.matching import filter_moments, widen
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.recurrent_matching import layer_normalized
@@ -25,7 +26,6 @@ from normswap.layers.reparametrized import (
     weight_names,
 )
 from normswap.plan import Context, Swap, join_notes
-from normswap.sites import Site
 
 
 def to_standardized(site: Site, context: Context) -> Swap | str:

@@ -13,11 +13,11 @@ from zoo import chain, conv_norm, mlp, randomize
 
 import normswap
 from normswap import ModelError, NormswapError, OptionError
-from normswap.graph import find_flow
+from normswap.analysis.dataflow import find_flow
+from normswap.analysis.running import Seen
+from normswap.analysis.sites import find_sites
 from normswap.layers.reparametrized import StandardizedConv2d
 from normswap.plan import Context, choose_groups
-from normswap.probe import Seen
-from normswap.sites import find_sites
 
 
 def resnet(**arguments: object) -> nn.Module:

@@ -5,9 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import QUIRKS, Forward, conv_norm
 
-from normswap.graph import Flow, find_flow
-from normswap.sites import find_sites
-from normswap.trace import trace
+from normswap.analysis.dataflow import Flow, find_flow
+from normswap.analysis.sites import find_sites
+from normswap.analysis.tracing import trace
 
 
 def flow_of(model: nn.Module) -> Flow:

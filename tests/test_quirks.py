@@ -17,7 +17,7 @@ from zoo import FROM_BATCH_NORM, QUIRKS, Quirk, randomize
 
 import normswap
 from normswap import ModelError
-from normswap.copies import clone
+from normswap.analysis.copies import clone
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 

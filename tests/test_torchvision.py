@@ -9,7 +9,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from zoo import randomize
 
 import normswap
-from normswap import probe, sources
+from normswap import sources
+from normswap.analysis import running
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
 TARGETS = ["gn", "gn-ws", "fold"]
@@ -37,13 +38,13 @@ def inputs_for(name: str, model: nn.Module) -> object:
     if is_detection(model):
         size = (1, 3, 96, 96)
         model.transform.min_size, model.transform.max_size = (128,), 160
-    guess = probe.guess_inputs(model, size)
+    guess = running.guess_inputs(model, size)
     assert guess is not None
     return guess[0]
 
 
 def finite(output: object) -> bool:
-    tensors = probe._tensors(output)
+    tensors = running._tensors(output)
     return bool(tensors) and all(t.isfinite().all() for t in tensors)
 
 
@@ -53,7 +54,7 @@ def train_step(name: str, model: nn.Module, inputs: object) -> object:
         target["masks"] = torch.ones(1, 96, 96, dtype=torch.uint8)
         target["keypoints"] = torch.tensor([[[20.0, 20.0, 1.0]] * 17])
         return model(inputs[0], [target])
-    return probe.call(model, inputs)
+    return running.call(model, inputs)
 
 
 def test_there_are_over_80() -> None:
@@ -77,7 +78,7 @@ def test_zoo(name: str) -> None:
         if target != "fold":
             assert not still, "every batch norm of torchvision becomes a GroupNorm"
         with torch.no_grad():
-            assert finite(probe.call(converted.eval(), inputs))
+            assert finite(running.call(converted.eval(), inputs))
             if target == "fold":
                 check_equal(before, features(converted, inputs))
             assert finite(train_step(name, converted.train(), inputs))
@@ -92,8 +93,8 @@ def check_untouched(model: nn.Module, state: dict[str, torch.Tensor], norms: set
 
 def features(model: nn.Module, inputs: object) -> object:
     """What to compare: the output; for detection the features, since boxes of equal score may change places."""
-    with probe.evaluating(model):
-        return model.backbone(inputs[0][0][None]) if is_detection(model) else probe.call(model, inputs)
+    with running.evaluating(model):
+        return model.backbone(inputs[0][0][None]) if is_detection(model) else running.call(model, inputs)
 
 
 def is_detection(model: nn.Module) -> bool:
@@ -101,7 +102,7 @@ def is_detection(model: nn.Module) -> bool:
 
 
 def check_equal(before: object, after: object) -> None:
-    old, new = probe._tensors(before), probe._tensors(after)
+    old, new = running._tensors(before), running._tensors(after)
     assert [t.shape for t in old] == [t.shape for t in new]
     for a, b in zip(old, new, strict=True):
         assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6

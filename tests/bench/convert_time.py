@@ -36,8 +36,8 @@ from torch import fx, nn
 from torchvision import models
 
 import normswap
-from normswap.graph import find_flow
-from normswap.sites import find_sites
+from normswap.analysis.dataflow import find_flow
+from normswap.analysis.sites import find_sites
 
 MADE = "10,000 norms"
 BARE = (

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normswap.copies import MODULE_STATE, opened
+from normswap.analysis.copies import MODULE_STATE, opened
 
 _MAX_RUNS = 32  # runs of one forward; a forward with more branches than these cover counts as incomplete
 _MAX_FAILURES = 4  # runs that end in an error at one and the same place, before any that ends well

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normswap.copies import clone
+from normswap.analysis.copies import clone
+from normswap.analysis.sites import Site, find_sites, hidden_modules
 from normswap.errors import ModelError, OptionError
 from normswap.report.report import Left
-from normswap.sites import Site, find_sites, hidden_modules
 
 Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 

@@ -13,11 +13,11 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from normswap.copies import skeleton
+from normswap.analysis.bytecode import reaches_into
+from normswap.analysis.copies import skeleton
+from normswap.analysis.sites import WEIGHTS, Site
+from normswap.analysis.tracing import trace
 from normswap.layers.reparametrized import LAYERS, TRANSPOSED
-from normswap.reach import reaches_into
-from normswap.sites import WEIGHTS, Site
-from normswap.trace import trace
 
 _LINEAR_MAPS = (*WEIGHTS, nn.Bilinear, nn.MultiheadAttention, nn.Embedding)
 _FUNCTIONAL_NORMS = {F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, torch.batch_norm, torch.group_norm}

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from normswap.copies import MODULE_STATE, opened
+from normswap.analysis.copies import MODULE_STATE, opened
+from normswap.analysis.sites import Site
 from normswap.errors import ModelError, OptionError, first_line
 from normswap.report.report import Drift, LayerDrift
-from normswap.sites import Site
 
 PATIENCE = 10.0
 """Seconds that a run on noise may take which nobody asked for."""
