@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from normswap.errors import FileError, ModelError, NormswapError, OptionError, UnsafeFileError
     from normswap.files import convert_file, load, save
     from normswap.inspect import inspect
-    from normswap.private import register_opacus
     from normswap.report.inspection import Inspection
     from normswap.report.report import Report
     from normswap.targets import TARGETS
-    from normswap.training import param_groups, remap_optimizer
+    from normswap.training.opacus import register_opacus
+    from normswap.training.optimizers import param_groups, remap_optimizer
 
 _HOMES = {
     "Conversion": "convert",
@@ -34,12 +34,12 @@ _HOMES = {
     "load": "files",
     "save": "files",
     "inspect": "inspect",
-    "register_opacus": "private",
+    "register_opacus": "training.opacus",
     "Inspection": "report.inspection",
     "Report": "report.report",
     "TARGETS": "targets",
-    "param_groups": "training",
-    "remap_optimizer": "training",
+    "param_groups": "training.optimizers",
+    "remap_optimizer": "training.optimizers",
 }
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.optimizer import Parameter
+from normswap.training.optimizer_states import Parameter
 
 _STATISTICS = ("running_mean", "running_var")
 _AFFINE = ("weight", "bias")

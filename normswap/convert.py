@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normswap import ranks, samples
 from normswap.account import (
     changes_of,
     count_elements,
@@ -32,20 +31,21 @@ from normswap.analysis.dataflow import find_flow
 from normswap.analysis.running import Seen
 from normswap.analysis.selection import Pattern, check_model, copy_of, hidden_layers, select, shared_tensors
 from normswap.analysis.sites import find_sites
-from normswap.calibrate import Measured, measure, measure_vectors
+from normswap.calibration import batches, processes
+from normswap.calibration.distillation import distill
+from normswap.calibration.measuring import Measured, measure, measure_vectors
+from normswap.calibration.model_inputs import first_inputs
 from normswap.decide import check_groups, decide
-from normswap.distill import distill
 from normswap.errors import ModelError, OptionError
 from normswap.findings import is_untrained
 from normswap.forms import RECURRENT
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS
-from normswap.model_inputs import first_inputs
 from normswap.plan import Context, parse_groups
-from normswap.private import register_if_imported
 from normswap.report.report import Calibration, Drift, Report
 from normswap.swap import apply
 from normswap.targets import PLAIN_TARGET, Target, parse_target
+from normswap.training.opacus import register_if_imported
 
 Progress = Callable[[str], None]
 
@@ -144,8 +144,8 @@ def convert(
     """
     batches = None
     if calibrate is not None:
-        share = math.ceil(samples.LIMIT / ranks.number())  # at least one sample of each process
-        batches = ranks.of_all(samples.batches(calibrate, limit=share))
+        share = math.ceil(batches.LIMIT / processes.number())  # at least one sample of each process
+        batches = processes.of_all(batches.batches(calibrate, limit=share))
     options = Options(groups, transfer, ws, ws_scope, layers, recurrent, include, exclude, batches, calibrate_seconds)
     return run(model, parse_target(to), options, example_inputs, inplace=inplace, together=True)
 
@@ -294,7 +294,7 @@ def run(
                 progress=lambda share: progress(f"calibrating: {share:.0%}"),
             )  # fmt: skip
 
-        calibration = ranks.by_first(fit, work, fitted) if together else fit()
+        calibration = processes.by_first(fit, work, fitted) if together else fit()
 
     moved = None
     if example_inputs is not None:

@@ -18,10 +18,10 @@ from normswap.checkpoints.contents import Binding, Entry
 from normswap.convert import Options, Progress, run
 from normswap.errors import FileError, NormswapError, OptionError, first_line
 from normswap.fitting import fill, parameters_of, source_of, with_others
-from normswap.optimizer import Parameter
 from normswap.report.report import Left, Node, Report
 from normswap.sources import Source
 from normswap.targets import PLAIN_TARGET, Target
+from normswap.training.optimizer_states import Parameter
 
 EPS = 1e-5
 """Assumed of a norm in a file without its model: torch's default."""

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap import bare, optimizer, samples, sources
+from normswap import bare, sources
+from normswap.calibration import batches
 from normswap.checkpoints import atomic_write, checkpoint, contents
 from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
 from normswap.convert import Options, Progress
@@ -25,7 +26,8 @@ from normswap.report.inspection import Inspection, Layer
 from normswap.report.report import Change, Cost, Report
 from normswap.sources import Source
 from normswap.targets import PLAIN_TARGET, parse_target
-from normswap.training import state_changes
+from normswap.training import optimizer_states
+from normswap.training.optimizers import state_changes
 
 
 def convert_file(
@@ -93,11 +95,11 @@ def convert_file(
     if isinstance(calibrate, str | os.PathLike):
         progress(f"reading {calibrate}")
         known = next((str(s) for s in (path, model) if isinstance(s, str) and sources.is_spec(s)), None)
-        calibrate = samples.read_samples(
+        calibrate = batches.read_samples(
             calibrate, spec=known, weights=weights, input_size=input_size, mean=mean, std=std
         )  # fmt: skip
     elif calibrate is not None:
-        calibrate = samples.batches(calibrate)
+        calibrate = batches.batches(calibrate)
     elif input_size or mean or std:
         raise OptionError("--input-size, --mean and --std are for the pictures of --calibrate")
     asked = replace(asked, calibrate=calibrate)
@@ -217,7 +219,7 @@ def _convert(found: Checkpoint, key: str | None, job: Job) -> tuple[Checkpoint, 
 
 def _mend(content: Any, done: Done, flat: bool = False) -> tuple[Any, list[Change], list[str]]:
     """`content` with its optimizers' states carried over, a change for each parameter, and what could not be done."""
-    mended, carried, lost = (optimizer.mend_flat if flat else optimizer.mend)(content, done.ways)
+    mended, carried, lost = (optimizer_states.mend_flat if flat else optimizer_states.mend)(content, done.ways)
     changes = [change for name, state in carried.items() for change in state_changes(name, state)]
     reason = "dropped, since nothing tells which parameter each of its states belongs to; start it anew"
     return mended, changes, [f"{name}: {reason}" for name in lost]

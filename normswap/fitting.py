@@ -16,8 +16,8 @@ from normswap.analysis.copies import clone
 from normswap.checkpoints import checkpoint, contents
 from normswap.checkpoints.contents import Binding
 from normswap.errors import FileError, ModelError, OptionError
-from normswap.optimizer import Parameter
 from normswap.sources import Source
+from normswap.training.optimizer_states import Parameter
 
 
 def source_of(

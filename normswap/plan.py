@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normswap.analysis.dataflow import Flow
 from normswap.analysis.running import Seen
 from normswap.analysis.sites import Site, eps_of
-from normswap.calibrate import AUTO_CHANNELS, AUTO_GROUPS, Measured, affine_of
+from normswap.calibration.measuring import AUTO_CHANNELS, AUTO_GROUPS, Measured, affine_of
 from normswap.errors import OptionError
 from normswap.layers.matching import (
     Affine,

@@ -14,8 +14,8 @@ from test_render import printed
 from torch import Tensor, nn
 
 import normswap
-from normswap import distill as distilling
-from normswap.distill import distill, split
+from normswap.calibration import distillation as distilling
+from normswap.calibration.distillation import distill, split
 from normswap.report.report import Calibration
 
 X = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 2, 60).view(-1, 1, 1, 1)

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision import models
 
 from normswap.analysis.running import call
+from normswap.calibration.batches import batches, read_samples
+from normswap.calibration.model_inputs import first_inputs
 from normswap.errors import FileError, OptionError
-from normswap.model_inputs import first_inputs
-from normswap.samples import batches, read_samples
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 

@@ -21,7 +21,7 @@ from common import Row, main
 from digits import NETS, accuracy, digits, trained
 
 import normswap
-from normswap.distill import distill
+from normswap.calibration.distillation import distill
 
 SAMPLES = 256
 STEMS = ["conv1", "features.0", "features.conv0", "features.0.0"]

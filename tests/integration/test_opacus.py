@@ -128,7 +128,7 @@ def test_private_training_runs_and_learns(target: str) -> None:
 def test_an_empty_batch() -> None:
     model = normswap.convert(trained(), "gn-ws").model
     layer = model.features[0]
-    from normswap.private import sample_gradients
+    from normswap.training.opacus import sample_gradients
 
     found = sample_gradients(layer, [torch.zeros(0, 3, 9, 9)], torch.zeros(0, 8, 9, 9))
     assert {tuple(value.shape) for value in found.values()} == {(1, 8, 3, 3, 3)}

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from zoo import randomize
 
 import normswap
-from normswap.samples import read_samples
+from normswap.calibration.batches import read_samples
 
 timm = pytest.importorskip("timm")
 from timm.layers import BatchNormAct2d, GroupNormAct  # noqa: E402

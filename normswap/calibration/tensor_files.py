@@ -12,9 +12,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from normswap.calibration.pictures import Unfit
 from normswap.checkpoints import pickle_files, safetensors_files
 from normswap.errors import UnsafeFileError, first_line
-from normswap.pictures import Unfit
 
 _MOST_SHARED = 64  # times its size that a file's tensors may claim: some repeat their elements
 _MOST_PACKED = 100  # times its size that an archive may claim

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normswap.analysis.running import count
-from normswap.errors import first_line
-from normswap.forwards import (
+from normswap.calibration.paired_runs import (
     Change,
     Error,
     Outputs,
@@ -44,6 +43,7 @@ from normswap.forwards import (
     same_randomness,
     tensors_of,
 )
+from normswap.errors import first_line
 from normswap.report.report import Calibration
 
 TRAINED = ("weight", "bias", "group_weight", "group_bias")

@@ -12,8 +12,8 @@ from torch import nn
 
 from normswap.analysis.sites import classify
 from normswap.errors import OptionError
-from normswap.optimizer import Carried, Parameter, carry_over
 from normswap.report.report import Change
+from normswap.training.optimizer_states import Carried, Parameter, carry_over
 
 
 def remap_optimizer(

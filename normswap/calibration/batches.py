@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from normswap import pictures
+from normswap.calibration import pictures
+from normswap.calibration.pictures import Unfit
+from normswap.calibration.tensor_files import NUMBERS, READERS, Arguments, arrays_in, is_integer
 from normswap.errors import FileError, OptionError, first_line
-from normswap.pictures import Unfit
-from normswap.sample_files import NUMBERS, READERS, Arguments, arrays_in, is_integer
 
 _SEED = 0
 LIMIT = 512

@@ -10,7 +10,7 @@ import numpy
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normswap.sample_files import INPUTS, is_integer
+from normswap.calibration.tensor_files import INPUTS, is_integer
 
 
 def first_inputs(model: nn.Module, item: Any) -> Any:
