@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from normswap.inspect import inspect
     from normswap.report.inspection import Inspection
     from normswap.report.report import Report
-    from normswap.targets import TARGETS
+    from normswap.targets.target import TARGETS
     from normswap.training.opacus import register_opacus
     from normswap.training.optimizers import param_groups, remap_optimizer
 
@@ -34,10 +34,10 @@ _HOMES = {
     "load": "files",
     "save": "files",
     "inspect": "inspect",
-    "register_opacus": "training.opacus",
     "Inspection": "report.inspection",
     "Report": "report.report",
-    "TARGETS": "targets",
+    "TARGETS": "targets.target",
+    "register_opacus": "training.opacus",
     "param_groups": "training.optimizers",
     "remap_optimizer": "training.optimizers",
 }

@@ -16,9 +16,9 @@ from normswap.analysis.sites import Site, find_sites
 from normswap.errors import ModelError, NormswapError
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS
-from normswap.plan import Swap
 from normswap.report.report import Change, Drift, Left, Node, Totals
-from normswap.targets import Target
+from normswap.targets.context import Swap
+from normswap.targets.target import Target
 
 _EXACT = 1e5  # times the rounding of the coarsest parameter: more than any chain of layers adds up to
 

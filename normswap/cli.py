@@ -21,7 +21,7 @@ from rich.table import Table
 
 from normswap import options as opt
 from normswap.errors import NormswapError, OptionError
-from normswap.forms import NORMS, RECURRENT, TARGET_FORMS, WEIGHTS
+from normswap.target_table import NORMS, RECURRENT, TARGET_FORMS, WEIGHTS
 
 _PHASES = 9  # words of progress that a conversion gives: the length of the bar
 _PATIENCE = 1.0  # seconds before the bar shows

@@ -31,20 +31,21 @@ from normswap.analysis.dataflow import find_flow
 from normswap.analysis.running import Seen
 from normswap.analysis.selection import Pattern, check_model, copy_of, hidden_layers, select, shared_tensors
 from normswap.analysis.sites import find_sites
-from normswap.calibration import batches, processes
+from normswap.calibration import batches as sample_batches
+from normswap.calibration import processes
 from normswap.calibration.distillation import distill
 from normswap.calibration.measuring import Measured, measure, measure_vectors
 from normswap.calibration.model_inputs import first_inputs
 from normswap.decide import check_groups, decide
 from normswap.errors import ModelError, OptionError
 from normswap.findings import is_untrained
-from normswap.forms import RECURRENT
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS
-from normswap.plan import Context, parse_groups
 from normswap.report.report import Calibration, Drift, Report
 from normswap.swap import apply
-from normswap.targets import PLAIN_TARGET, Target, parse_target
+from normswap.target_table import RECURRENT
+from normswap.targets.context import Context, parse_groups
+from normswap.targets.target import PLAIN_TARGET, Target, parse_target
 from normswap.training.opacus import register_if_imported
 
 Progress = Callable[[str], None]
@@ -144,8 +145,8 @@ def convert(
     """
     batches = None
     if calibrate is not None:
-        share = math.ceil(batches.LIMIT / processes.number())  # at least one sample of each process
-        batches = processes.of_all(batches.batches(calibrate, limit=share))
+        share = math.ceil(sample_batches.LIMIT / processes.number())  # at least one sample of each process
+        batches = processes.of_all(sample_batches.batches(calibrate, limit=share))
     options = Options(groups, transfer, ws, ws_scope, layers, recurrent, include, exclude, batches, calibrate_seconds)
     return run(model, parse_target(to), options, example_inputs, inplace=inplace, together=True)
 
@@ -212,7 +213,7 @@ def run(
     problem = ""
     batches = [running.fitted(work, first_inputs(work, batch)) for batch in options.calibrate or ()]
     if batches and example_inputs is None:
-        example_inputs, probe_name = batches[0], f"the calibration data's first batch of {probe.count(batches[0])}"
+        example_inputs, probe_name = batches[0], f"the calibration data's first batch of {running.count(batches[0])}"
     if example_inputs is not None:
         progress("running the model before")
         try:

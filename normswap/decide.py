@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from normswap.account import is_reported
 from normswap.analysis.sites import Site
 from normswap.errors import OptionError
-from normswap.plan import Context, Swap, parse_groups
 from normswap.report.report import Left
-from normswap.targets import Target, plan_norm, plan_weight
-from normswap.weight_forms import strict_rescaling
+from normswap.targets.context import Context, Swap, parse_groups
+from normswap.targets.target import Target, plan_norm, plan_weight
+from normswap.targets.weights import strict_rescaling
 
 
 def decide(sites: Sequence[Site], chosen: set[Site], target: Target, context: Context) -> tuple[list[Swap], list[Left]]:

@@ -20,7 +20,7 @@ from normswap.errors import FileError, NormswapError, OptionError, first_line
 from normswap.fitting import fill, parameters_of, source_of, with_others
 from normswap.report.report import Left, Node, Report
 from normswap.sources import Source
-from normswap.targets import PLAIN_TARGET, Target
+from normswap.targets.target import PLAIN_TARGET, Target
 from normswap.training.optimizer_states import Parameter
 
 EPS = 1e-5

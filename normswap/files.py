@@ -25,7 +25,7 @@ from normswap.inspect import examine
 from normswap.report.inspection import Inspection, Layer
 from normswap.report.report import Change, Cost, Report
 from normswap.sources import Source
-from normswap.targets import PLAIN_TARGET, parse_target
+from normswap.targets.target import PLAIN_TARGET, parse_target
 from normswap.training import optimizer_states
 from normswap.training.optimizers import state_changes
 

@@ -19,12 +19,12 @@ from normswap.analysis.sites import Site, find_sites
 from normswap.decide import decide
 from normswap.errors import ModelError, NormswapError
 from normswap.findings import Evidence, find, statistics_of
-from normswap.forms import NORMS, WEIGHTS
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import TRANSPOSED
-from normswap.plan import Context
 from normswap.report.inspection import Inspection, Layer, Outcome
-from normswap.targets import TARGETS, Target
+from normswap.target_table import NORMS, WEIGHTS
+from normswap.targets.context import Context
+from normswap.targets.target import TARGETS, Target
 
 
 def inspect(model: nn.Module, *, example_inputs: Any = None) -> Inspection:

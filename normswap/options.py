@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from normswap.forms import TARGET_FORMS
+from normswap.target_table import TARGET_FORMS
 
 CONVERSION, READING, DATA, WRITING, SHOWING = "Conversion", "Reading", "Data", "Writing", "Report"
 """The panels of `--help`."""

@@ -15,7 +15,7 @@ from normswap.convert import Options, fold, run
 from normswap.errors import FileError
 from normswap.layers.matching import Moments
 from normswap.layers.reparametrized import LAYERS
-from normswap.targets import TARGETS, parse_target
+from normswap.targets.target import TARGETS, parse_target
 
 FORMAT = 1
 _MOST_STEPS = 16  # conversions of conversions

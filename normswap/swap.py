@@ -12,7 +12,7 @@ from normswap.analysis.copies import MODULE_STATE
 from normswap.analysis.sites import Site, own_attributes
 from normswap.layers.matching import scale_filters_, widen
 from normswap.layers.reparametrized import NORMALIZED, STANDARDIZED, filter_groups
-from normswap.plan import Absorb, Swap
+from normswap.targets.context import Absorb, Swap
 
 _CONTENTS = {"_parameters", "_buffers", "_modules"}
 

@@ -17,7 +17,7 @@ from normswap.analysis.dataflow import find_flow
 from normswap.analysis.running import Seen
 from normswap.analysis.sites import find_sites
 from normswap.layers.reparametrized import StandardizedConv2d
-from normswap.plan import Context, choose_groups
+from normswap.targets.context import Context, choose_groups
 
 
 def resnet(**arguments: object) -> nn.Module:

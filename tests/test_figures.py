@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from normswap import forms
+from normswap import target_table
 
 BENCH = Path(__file__).parent / "bench"
 sys.path.insert(0, str(BENCH))
@@ -95,7 +95,7 @@ def test_the_report_tells_the_slowdown_that_was_measured() -> None:
         rows = [row for row in steps if row["variant"] == f"{weight}, ours" and row["what"].startswith("step")]
         measured[weight] = [row["times"] for row in rows]
     for name, times in measured.items():
-        slower = {**forms.NORMS, **forms.WEIGHTS}[name].slower
+        slower = {**target_table.NORMS, **target_table.WEIGHTS}[name].slower
         if slower is None:
             assert max(times) < 1.05, name
         else:

@@ -4,7 +4,8 @@ import ast
 from pathlib import Path
 
 import normswap
-from normswap import forms, targets
+from normswap import target_table
+from normswap.targets import target
 
 FLOORS = [
     {"errors", "copies", "report", "transfer", "layers", "weights", "optimizer", "patterns", "inspection", "forms"},
@@ -73,12 +74,12 @@ def test_imports_point_downwards() -> None:
 
 def test_every_row_has_its_function_and_every_target_its_name() -> None:
     rows = [
-        *forms.NORMS.values(),
-        *forms.WEIGHTS.values(),
-        *forms.RECURRENT.values(),
-        forms.PLAIN_NORM,
-        forms.PLAIN_WEIGHT,
+        *target_table.NORMS.values(),
+        *target_table.WEIGHTS.values(),
+        *target_table.RECURRENT.values(),
+        target_table.PLAIN_NORM,
+        target_table.PLAIN_WEIGHT,
     ]
     for row in rows:
-        assert callable(targets._FUNCTIONS[row.function])
-    assert list(forms.TARGET_FORMS) == list(normswap.TARGETS)
+        assert callable(target._FUNCTIONS[row.function])
+    assert list(target_table.TARGET_FORMS) == list(normswap.TARGETS)

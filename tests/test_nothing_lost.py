@@ -210,7 +210,7 @@ def test_killed_after_so_many_bytes(tmp_path: Path, form: str) -> None:
 
 def killed_at(source: Path, place: str, name: str, after: bool, overwrite: bool) -> None:
     """Convert, and die as one function is called, or as it has returned."""
-    owner = getattr(disk, place) if place else disk
+    owner = getattr(atomic_write, place) if place else atomic_write
     original = getattr(owner, name)
 
     def fatal(*arguments: Any, **named: Any) -> Any:
@@ -560,7 +560,7 @@ def test_an_output_that_appears_during_the_write(
         original(temporary, target)
 
     owner, name = (
-        (disk, "_rename_new")
+        (atomic_write, "_rename_new")
         if original is atomic_write._rename_new
         else (os, "replace" if original is os.replace else "rename")
     )
@@ -623,7 +623,7 @@ def test_a_temporary_file_that_another_run_takes_for_a_dead_ones(
             atomic_write._remove(path)
         return held
 
-    monkeypatch.setattr(disk, "_lock", late)
+    monkeypatch.setattr(atomic_write, "_lock", late)
     normswap.convert_file(source, "gn", out_of(source))
     assert taken and names(tmp_path) == sorted([source.name, out_of(source).name])
 

@@ -10,11 +10,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from normswap.forms import NORMS
 from normswap.report.inspection import Inspection, Layer
 from normswap.report.path_patterns import Branch, fold_tree, places, span
 from normswap.report.terminal import columns, told
 from normswap.report.wording import plural, verdict
+from normswap.target_table import NORMS
 
 _MOST_LINES = 24  # of the tree, before its deepest branches are summed up
 _MOST_REASONS = 3

@@ -7,9 +7,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from normswap.forms import slowdown
 from normswap.report.path_patterns import ROOT, grouped, places, span
 from normswap.report.report import Calibration, Change, Cost, Drift, Left, Report, Totals
+from normswap.target_table import slowdown
 
 JUDGED = ("norm", "weight", "copy")
 """Kinds of changes that keep a function, or do not."""

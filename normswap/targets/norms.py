@@ -15,7 +15,7 @@ from normswap.analysis.sites import Site, eps_of
 from normswap.errors import OptionError
 from normswap.layers.matching import Statistics, as_affine, match_output
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
-from normswap.plan import (
+from normswap.targets.context import (
     LEAST_ELEMENTS,
     Absorb,
     Context,

@@ -18,8 +18,8 @@ from normswap.layers.reparametrized import (
     retyped,
     weight_names,
 )
-from normswap.norm_forms import to_folded
-from normswap.plan import Context, Swap
+from normswap.targets.context import Context, Swap
+from normswap.targets.norms import to_folded
 
 
 def to_plain_norm(site: Site, context: Context) -> Swap | str:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from normswap import norm_forms, plain_forms, weight_forms
 from normswap.analysis.sites import Site
 from normswap.errors import OptionError
-from normswap.forms import PLAIN_NORM, PLAIN_WEIGHT, RECURRENT, TARGET_FORMS, Form
 from normswap.layers.matching import widen
 from normswap.layers.norms import ACTIVATED
-from normswap.plan import Context, Swap
+from normswap.target_table import PLAIN_NORM, PLAIN_WEIGHT, RECURRENT, TARGET_FORMS, Form
+from normswap.targets import norms, plain, weights
+from normswap.targets.context import Context, Swap
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ PLAIN_TARGET = Target("plain torch", PLAIN_NORM, PLAIN_WEIGHT)
 """What `normswap.fold` converts to; it is no target that a user names."""
 
 _FUNCTIONS: dict[str, Callable[[Site, Context], Swap | str]] = {
-    **vars(norm_forms),
-    **vars(weight_forms),
-    **vars(plain_forms),
+    **vars(norms),
+    **vars(weights),
+    **vars(plain),
 }
 
 
@@ -67,9 +67,7 @@ def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:
         plan = _FUNCTIONS[target.norm.function](site, context)
         return _activated(site, plan, target) if isinstance(plan, Swap) and site.is_activated else plan
     return (
-        norm_forms.rescale_statistics(site, context)
-        if site.path in context.rescaled
-        else f"{target.name} changes no norms"
+        norms.rescale_statistics(site, context) if site.path in context.rescaled else f"{target.name} changes no norms"
     )
 
 

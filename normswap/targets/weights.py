@@ -25,7 +25,7 @@ from normswap.layers.reparametrized import (
     retyped,
     weight_names,
 )
-from normswap.plan import Context, Swap, join_notes
+from normswap.targets.context import Context, Swap, join_notes
 
 
 def to_standardized(site: Site, context: Context) -> Swap | str:
