@@ -9,7 +9,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normswap.convert import Conversion, convert, fold
+    from normswap.conversion.convert import Conversion, convert, fold
     from normswap.diff import diff
     from normswap.errors import FileError, ModelError, NormswapError, OptionError, UnsafeFileError
     from normswap.files import convert_file, load, save
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from normswap.training.optimizers import param_groups, remap_optimizer
 
 _HOMES = {
-    "Conversion": "convert",
-    "convert": "convert",
-    "fold": "convert",
+    "Conversion": "conversion.convert",
+    "convert": "conversion.convert",
+    "fold": "conversion.convert",
     "diff": "diff",
     "FileError": "errors",
     "ModelError": "errors",

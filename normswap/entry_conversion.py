@@ -15,7 +15,7 @@ from normswap.analysis import running
 from normswap.checkpoints import atomic_write, checkpoint, contents
 from normswap.checkpoints.checkpoint import RECIPE
 from normswap.checkpoints.contents import Binding, Entry
-from normswap.convert import Options, Progress, run
+from normswap.conversion.convert import Options, Progress, run
 from normswap.errors import FileError, NormswapError, OptionError, first_line
 from normswap.fitting import fill, parameters_of, source_of, with_others
 from normswap.report.report import Left, Node, Report

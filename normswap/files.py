@@ -17,7 +17,7 @@ from normswap import bare, sources
 from normswap.calibration import batches
 from normswap.checkpoints import atomic_write, checkpoint, contents
 from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
-from normswap.convert import Options, Progress
+from normswap.conversion.convert import Options, Progress
 from normswap.entry_conversion import EPS, Done, Job, convert_entry, noise_for
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.fitting import fill, source_of

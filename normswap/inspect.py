@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normswap.account import changes_of, count_elements
 from normswap.advice import Facts, advise
 from normswap.analysis import running
 from normswap.analysis.dataflow import Flow, find_flow
 from normswap.analysis.running import Seen
 from normswap.analysis.selection import check_model, shared_tensors
 from normswap.analysis.sites import Site, find_sites
-from normswap.decide import decide
+from normswap.conversion.accounting import changes_of, count_elements
+from normswap.conversion.planning import decide
 from normswap.errors import ModelError, NormswapError
 from normswap.findings import Evidence, find, statistics_of
 from normswap.layers.recurrent import LAYER_NORMALIZED

@@ -11,7 +11,7 @@ from torch import nn
 from normswap.analysis.running import Seen
 from normswap.analysis.sites import Site, find_sites
 from normswap.calibration.measuring import Measured
-from normswap.convert import Options, fold, run
+from normswap.conversion.convert import Options, fold, run
 from normswap.errors import FileError
 from normswap.layers.matching import Moments
 from normswap.layers.reparametrized import LAYERS

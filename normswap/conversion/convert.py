@@ -13,18 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normswap.account import (
-    changes_of,
-    count_elements,
-    drift_of,
-    left_unasked,
-    modules_of,
-    names_of,
-    nothing_to_convert,
-    prove,
-    recipe_of,
-    totals_of,
-)  # fmt: skip
 from normswap.analysis import running
 from normswap.analysis.copies import clone
 from normswap.analysis.dataflow import find_flow
@@ -36,13 +24,25 @@ from normswap.calibration import processes
 from normswap.calibration.distillation import distill
 from normswap.calibration.measuring import Measured, measure, measure_vectors
 from normswap.calibration.model_inputs import first_inputs
-from normswap.decide import check_groups, decide
+from normswap.conversion.accounting import (
+    changes_of,
+    count_elements,
+    drift_of,
+    left_unasked,
+    modules_of,
+    names_of,
+    nothing_to_convert,
+    prove,
+    recipe_of,
+    totals_of,
+)  # fmt: skip
+from normswap.conversion.planning import check_groups, decide
+from normswap.conversion.surgery import apply
 from normswap.errors import ModelError, OptionError
 from normswap.findings import is_untrained
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS
 from normswap.report.report import Calibration, Drift, Report
-from normswap.swap import apply
 from normswap.target_table import RECURRENT
 from normswap.targets.context import Context, parse_groups
 from normswap.targets.target import PLAIN_TARGET, Target, parse_target

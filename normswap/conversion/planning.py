@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from normswap.account import is_reported
 from normswap.analysis.sites import Site
+from normswap.conversion.accounting import is_reported
 from normswap.errors import OptionError
 from normswap.report.report import Left
 from normswap.targets.context import Context, Swap, parse_groups

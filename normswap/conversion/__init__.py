@@ -1,0 +1,1 @@
+"""The story of a conversion: survey, evidence, plan, replace, calibrate, drift; read `pipeline` first."""
