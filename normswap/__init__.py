@@ -4,16 +4,14 @@ model, report = normswap.convert(model, "gn-ws")
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normswap.conversion.convert import Conversion, convert, fold
-    from normswap.diff import diff
     from normswap.errors import FileError, ModelError, NormswapError, OptionError, UnsafeFileError
-    from normswap.files import convert_file, load, save
-    from normswap.inspect import inspect
+    from normswap.files.convert_file import convert_file, load, save
+    from normswap.files.diff import diff
+    from normswap.inspection.examine import inspect
     from normswap.report.inspection import Inspection
     from normswap.report.report import Report
     from normswap.targets.target import TARGETS
@@ -24,16 +22,16 @@ _HOMES = {
     "Conversion": "conversion.convert",
     "convert": "conversion.convert",
     "fold": "conversion.convert",
-    "diff": "diff",
+    "diff": "files.diff",
     "FileError": "errors",
     "ModelError": "errors",
     "NormswapError": "errors",
     "OptionError": "errors",
     "UnsafeFileError": "errors",
-    "convert_file": "files",
-    "load": "files",
-    "save": "files",
-    "inspect": "inspect",
+    "convert_file": "files.convert_file",
+    "load": "files.convert_file",
+    "save": "files.convert_file",
+    "inspect": "inspection.examine",
     "Inspection": "report.inspection",
     "Report": "report.report",
     "TARGETS": "targets.target",
@@ -65,24 +63,13 @@ __all__ = [
 ]
 
 
-class _Package(types.ModuleType):
+def __getattr__(name: str) -> Any:
     """Public names are imported when they are asked for: `normswap --help` does without torch, which takes seconds."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{self.__name__}.{_HOMES[name]}"), name)
-        super().__setattr__(name, value)
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (
-            name in _HOMES and isinstance(value, types.ModuleType)
-        ):  # the file `convert` is not to hide the function
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,5 @@
 """`python -m normswap`."""
 
-from normswap.cli import main
+from normswap.cli.commands import main
 
 main()

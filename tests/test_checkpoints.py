@@ -19,8 +19,10 @@ from typer.testing import CliRunner
 from zoo import chain, conv_norm, randomize
 
 import normswap
-from normswap import FileError, OptionError, cli, sources
+from normswap import FileError, OptionError
 from normswap.checkpoints.checkpoint import RECIPE
+from normswap.cli import commands
+from normswap.files import model_specs
 
 TARGETS = ["gn", "gn-ws", "frozen", "fold"]
 SPEC = ["--model", "torchvision:resnet18", "--model-arg", "num_classes=10"]
@@ -136,7 +138,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 def run(*arguments: object) -> str:
     with warnings.catch_warnings():
-        result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+        result = CliRunner().invoke(commands.app, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -280,11 +282,11 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_model_arguments() -> None:
-    parsed = sources.parse_arguments(["a=1", "b=1e-3", "c=[1, 2]", "d=True", "e=text", "f=", "g=x=y"])
+    parsed = model_specs.parse_arguments(["a=1", "b=1e-3", "c=[1, 2]", "d=True", "e=text", "f=", "g=x=y"])
     assert parsed == {"a": 1, "b": 1e-3, "c": [1, 2], "d": True, "e": "text", "f": "", "g": "x=y"}
     for wrong in ("a", "=1", "a b=1"):
         with pytest.raises(OptionError, match="write NAME=VALUE"):
-            sources.parse_arguments([wrong])
+            model_specs.parse_arguments([wrong])
 
 
 # ---- recipes ----

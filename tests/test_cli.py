@@ -16,12 +16,12 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import normswap
-from normswap import cli
+from normswap.cli import commands
 from normswap.layers.reparametrized import StandardizedConv2d
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    return CliRunner().invoke(commands.app, [str(a) for a in arguments])
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_class_beside_the_command_can_be_allowed(tmp_path: Path) -> None:
 
 
 # A short run shows no bar; this one does, however fast the machine.
-IMPATIENT = "from normswap import cli; cli._PATIENCE = 0; cli.app(prog_name='normswap')"
+IMPATIENT = "from normswap.cli import commands; commands._PATIENCE = 0; commands.app(prog_name='normswap')"
 
 
 def on_a_terminal(folder: Path, *arguments: str, **environment: str) -> str:
@@ -219,15 +219,15 @@ def test_every_command_has_help_with_an_example() -> None:
 def test_completion_knows_the_targets() -> None:
     """As bash asks for it."""
     asked = {"_NORMSWAP_COMPLETE": "complete_bash", "COMP_WORDS": "normswap convert --to gn", "COMP_CWORD": "3"}
-    done = CliRunner().invoke(cli.app, [], env=asked, prog_name="normswap")
+    done = CliRunner().invoke(commands.app, [], env=asked, prog_name="normswap")
     assert done.stdout.split() == ["gn", "gn-ws", "gn-wn"]
 
 
 LIGHT = """
 import sys
 from typer.testing import CliRunner
-from normswap import cli
-done = CliRunner().invoke(cli.app, {arguments!r})
+from normswap.cli import commands
+done = CliRunner().invoke(commands.app, {arguments!r})
 assert done.exit_code == 0, done.output
 heavy = {{"torch", "torchvision", "timm", "numpy"}} & set(sys.modules)
 assert not heavy, heavy
@@ -241,7 +241,12 @@ def test_what_needs_no_torch_does_not_import_it(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "first",
-    ["import normswap.convert", "from normswap.convert import run", "from normswap import files", "import normswap"],
+    [
+        "import normswap.conversion.convert",
+        "from normswap.files import diff as module",
+        "import normswap.inspection",
+        "import normswap",
+    ],
 )
 def test_functions_are_not_hidden_by_files_of_their_name(first: str) -> None:
     code = f"{first}\nimport normswap\nfrom normswap import convert, diff, inspect\n"

@@ -16,9 +16,10 @@ from torch import nn
 from zoo import FROM_BATCH_NORM, conv_norm
 
 import normswap
-from normswap import FileError, UnsafeFileError, sources
+from normswap import FileError, UnsafeFileError
 from normswap.checkpoints import checkpoint
-from normswap.files import RECIPE
+from normswap.files import model_specs
+from normswap.files.convert_file import RECIPE
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_every_model_of_torchvision_loads_back_safely(tmp_path: Path) -> None:
 
     names = [name for name in models.list_models() if not name.startswith("regnet")]
     with torch.device("meta"):
-        everything = nn.ModuleList(sources.build(f"torchvision:{name}") for name in names)
+        everything = nn.ModuleList(model_specs.build(f"torchvision:{name}") for name in names)
     for tensor in (*everything.parameters(), *everything.buffers()):
         assert tensor.is_meta
     torch.save(everything, tmp_path / "zoo.pt")
@@ -263,9 +264,9 @@ def test_torchvision_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_unknown_models_and_weights() -> None:
     with pytest.raises(normswap.OptionError, match="did you mean resnet50"):
-        sources.build("torchvision:resnet5")
+        model_specs.build("torchvision:resnet5")
     with pytest.raises(normswap.OptionError, match="it has IMAGENET1K_V1"):
-        sources.build("torchvision:resnet18", "BEST")
+        model_specs.build("torchvision:resnet18", "BEST")
 
 
 def test_published_weights_up_to_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +286,7 @@ def test_published_weights_up_to_the_download(monkeypatch: pytest.MonkeyPatch) -
         return resnet18()
 
     monkeypatch.setattr(_api, "load_state_dict_from_url", download)
-    model = sources.build("torchvision:resnet18", "IMAGENET1K_V1")
+    model = model_specs.build("torchvision:resnet18", "IMAGENET1K_V1")
     assert asked and asked[0].endswith("resnet18-f37072fd.pth")
     assert torch.equal(model.fc.weight, resnet_1000().fc.weight)
 
@@ -294,7 +295,7 @@ def test_published_weights_up_to_the_download(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(_api, "load_state_dict_from_url", offline)
     with pytest.raises(normswap.ModelError, match="cannot be fetched: no route"):
-        sources.build("torchvision:resnet18", "IMAGENET1K_V1")
+        model_specs.build("torchvision:resnet18", "IMAGENET1K_V1")
 
 
 def test_safetensors_say_what_framework_they_are_for(tmp_path: Path) -> None:

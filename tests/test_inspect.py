@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from zoo import QUIRKS
 
 import normswap
-from normswap import Inspection, NormswapError, sources
-from normswap.findings import RULES
+from normswap import Inspection, NormswapError
+from normswap.files import model_specs
+from normswap.inspection.findings import RULES
 from normswap.report.path_patterns import fold_tree
 from normswap.report.terminal_inspection import InspectionView
 
@@ -34,7 +35,7 @@ def printed(found: Inspection, width: int = 200, full: bool = False) -> str:
 
 
 def model_of(name: str) -> nn.Module:
-    return QUIRKS[name].make() if name in QUIRKS else sources.build(f"torchvision:{name}")
+    return QUIRKS[name].make() if name in QUIRKS else model_specs.build(f"torchvision:{name}")
 
 
 @pytest.mark.parametrize("name", [*QUIRKS, "resnet18", "mobilenet_v3_small", "densenet121", "vit_b_16"])
@@ -61,7 +62,7 @@ def test_outcomes_are_what_conversions_do(name: str) -> None:
 
 
 def test_nothing_is_changed() -> None:
-    model = sources.build("torchvision:resnet18").train()
+    model = model_specs.build("torchvision:resnet18").train()
     model.layer1.eval()
     before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     state = torch.get_rng_state()
@@ -104,9 +105,9 @@ ODD: dict[str, Callable[[], nn.Module]] = {
     "half": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).half(),
     "without statistics": lambda: nn.Sequential(nn.BatchNorm2d(8, affine=False, track_running_stats=False)),
     "converted": lambda: normswap.convert(Net(), "bcn-ws").model,
-    "detection": lambda: sources.build("torchvision:ssdlite320_mobilenet_v3_large"),
-    "timm": lambda: sources.build("timm:resnetv2_50"),
-    "timm, layer norms": lambda: sources.build("timm:convnext_atto"),
+    "detection": lambda: model_specs.build("torchvision:ssdlite320_mobilenet_v3_large"),
+    "timm": lambda: model_specs.build("timm:resnetv2_50"),
+    "timm, layer norms": lambda: model_specs.build("timm:convnext_atto"),
 }
 
 
@@ -268,7 +269,7 @@ def test_advice() -> None:
     assert chosen["large batches"] == "keep BatchNorm" and chosen["deployment"] == "fold"
     assert not {"recurrent layers", "many 1×1 maps", "a mobile net that is used without training"} & set(chosen)
     assert choices(normswap.inspect(nn.Sequential(nn.LSTM(4, 8))))["recurrent layers"] == "--recurrent ln"
-    mobile = choices(normswap.inspect(sources.build("torchvision:mobilenet_v2")))
+    mobile = choices(normswap.inspect(model_specs.build("torchvision:mobilenet_v2")))
     assert mobile["a mobile net that is used without training"] == "--groups 1, or --calibrate"
     flat = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     assert choices(normswap.inspect(flat))["small batches (1 to 8)"] == "gn"
@@ -293,7 +294,7 @@ def test_a_norm_that_is_used_again_and_again() -> None:
 
 @pytest.mark.parametrize(("name", "width"), [("resnet18", 80), ("efficientnet_v2_l", 80), ("mobilenet_v2", 140)])
 def test_golden(name: str, width: int) -> None:
-    text = printed(normswap.inspect(sources.build(f"torchvision:{name}")), width)
+    text = printed(normswap.inspect(model_specs.build(f"torchvision:{name}")), width)
     file = GOLDEN / f"inspect.{name}.{width}.txt"
     assert file.exists(), f"{file.name} is missing; it would be:\n{text}"
     assert text == file.read_text()
@@ -331,7 +332,7 @@ def whole(folder: Path) -> Path:
 
 
 def test_inputs_of_every_kind(tmp_path: Path) -> None:
-    model = sources.build("torchvision:resnet18")
+    model = model_specs.build("torchvision:resnet18")
     torch.save(model, tmp_path / "whole.pt")
     torch.save(model.state_dict(), tmp_path / "state.pt")
     torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "training.pt")

@@ -22,8 +22,9 @@ from test_cli import run
 from torch import Tensor
 
 import normswap
-from normswap import FileError, cli
+from normswap import FileError
 from normswap.checkpoints import atomic_write, checkpoint
+from normswap.cli import commands
 
 KILLS = int(os.environ.get("NORMSWAP_KILLS", "10"))
 FORMS = ("pt", "safetensors", "dcp")
@@ -101,7 +102,7 @@ def command(errors: Path, *arguments: object, before: Callable[[], object] = lam
     code = 70
     try:
         before()
-        cli.app([str(a) for a in arguments])
+        commands.app([str(a) for a in arguments])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
     except BaseException:

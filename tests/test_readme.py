@@ -13,7 +13,7 @@ from test_cli import run
 from torch import nn
 
 import normswap
-from normswap import sources
+from normswap.files import model_specs
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = [(found[1], found[2]) for found in re.finditer(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)]
@@ -32,16 +32,16 @@ def prepare(folder: Path) -> dict[str, Any]:
     (folder / "pictures").mkdir()
     for index in range(4):
         Image.effect_noise((50, 40), 90).convert("RGB").save(folder / "pictures" / f"{index}.png")
-    model = sources.build("torchvision:resnet18", arguments={"num_classes": 10})
+    model = model_specs.build("torchvision:resnet18", arguments={"num_classes": 10})
     torch.save(model, folder / "model.pt")
     torch.save(model.state_dict(), folder / "weights.pt")
     torch.save({"state_dict": model.state_dict(), "epoch": 3}, folder / "last.ckpt")
     save_file(
-        sources.build("torchvision:resnet50", arguments={"num_classes": 10}).state_dict(),
+        model_specs.build("torchvision:resnet50", arguments={"num_classes": 10}).state_dict(),
         folder / "weights.safetensors",
     )
     torch.save(nn.Sequential(nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.LSTM(8, 16)), folder / "reader.pt")
-    net = sources.build("torchvision:resnet18")
+    net = model_specs.build("torchvision:resnet18")
     names: dict[str, Any] = {"model": model, "net": net, "torch": torch, "normswap": normswap}
     exec(NET, names)
     return names

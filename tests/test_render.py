@@ -12,7 +12,7 @@ from test_quirks import quiet
 from zoo import QUIRKS
 
 import normswap
-from normswap import sources
+from normswap.files import model_specs
 from normswap.report.path_patterns import fold_paths
 from normswap.report.terminal import ReportView
 
@@ -29,7 +29,7 @@ def report_of(name: str, target: str) -> normswap.Report:
     if name in QUIRKS:
         with quiet():
             return normswap.convert(QUIRKS[name].make(), target).report
-    return normswap.convert(sources.build(f"torchvision:{name}"), target).report
+    return normswap.convert(model_specs.build(f"torchvision:{name}"), target).report
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from test_cli import run
 from torch import nn
 
 import normswap
-from normswap import sources
+from normswap.files import model_specs
 from normswap.report import formats
 from normswap.report.terminal import ReportView
 
@@ -42,7 +42,7 @@ def converted(target: str = "gn-ws", **options: Any) -> normswap.Report:
 
 
 def of(name: str, target: str) -> normswap.Report:
-    return normswap.convert(sources.build(f"torchvision:{name}"), target).report
+    return normswap.convert(model_specs.build(f"torchvision:{name}"), target).report
 
 
 def compared() -> normswap.Report:
@@ -173,7 +173,7 @@ def test_each_changed_layer_has_its_drift() -> None:
 
 def test_bars_stand_for_every_changed_layer() -> None:
     report = normswap.convert(
-        sources.build("torchvision:resnet50"), "gn", example_inputs=torch.randn(1, 3, 32, 32)
+        model_specs.build("torchvision:resnet50"), "gn", example_inputs=torch.randn(1, 3, 32, 32)
     ).report
     text = terminal(report)
     part = text[text.index("drift of each layer") :].split("\n\n")[0].splitlines()[1:]
@@ -255,7 +255,7 @@ def test_ascii_terminals(width: int) -> None:
 
 def test_the_largest_model_of_torchvision_is_a_page_at_most() -> None:
     report = normswap.convert(
-        sources.build("torchvision:efficientnet_v2_l"), "gn", example_inputs=torch.randn(1, 3, 32, 32)
+        model_specs.build("torchvision:efficientnet_v2_l"), "gn", example_inputs=torch.randn(1, 3, 32, 32)
     ).report
     assert len(terminal(report, 80).splitlines()) < 60
 

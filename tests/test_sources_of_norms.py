@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from zoo import randomize
 
 import normswap
-from normswap.cli import app
+from normswap.cli.commands import app
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 
 X = torch.randn(48, 3, 10, 10, generator=torch.Generator().manual_seed(0)) + 0.4

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from typer.testing import CliRunner
 
 import normswap
-from normswap.cli import app
+from normswap.cli.commands import app
 from normswap.errors import first_line
 
 sys.path.insert(0, str(Path(__file__).parent / "threats"))

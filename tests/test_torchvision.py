@@ -9,8 +9,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from zoo import randomize
 
 import normswap
-from normswap import sources
 from normswap.analysis import running
+from normswap.files import model_specs
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
 TARGETS = ["gn", "gn-ws", "fold"]
@@ -27,7 +27,7 @@ def builds(name: str) -> bool:
 
 def skeleton(name: str) -> nn.Module:
     # torchvision's RegNet computes a number from a tensor as it is built, which meta cannot.
-    return sources.build(f"torchvision:{name}")
+    return model_specs.build(f"torchvision:{name}")
 
 
 NAMES = [n for n in models.list_models() if n.startswith("regnet") or builds(n)]
@@ -64,7 +64,7 @@ def test_there_are_over_80() -> None:
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
 def test_zoo(name: str) -> None:
     torch.manual_seed(0)
-    model = randomize(sources.build(f"torchvision:{name}"))
+    model = randomize(model_specs.build(f"torchvision:{name}"))
     inputs = inputs_for(name, model)
     before = features(model, inputs)
     state = {k: v.clone() for k, v in model.state_dict().items()}

@@ -39,7 +39,7 @@ from normswap.conversion.accounting import (
 from normswap.conversion.planning import check_groups, decide
 from normswap.conversion.surgery import apply
 from normswap.errors import ModelError, OptionError
-from normswap.findings import is_untrained
+from normswap.inspection.findings import is_untrained
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS
 from normswap.report.report import Calibration, Drift, Report

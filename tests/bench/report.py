@@ -16,7 +16,7 @@ from digits import digits
 from nets import trained
 from typer.testing import CliRunner
 
-from normswap import cli
+from normswap.cli import commands
 
 PICTURE = Path(__file__).parent / "results" / "report.svg"
 
@@ -29,7 +29,7 @@ def draw(cache: Path | None) -> None:
         asked = ["convert", model.name, "--to", "gn-ws", "--calibrate", data.name, "--report", picture.name]
         here = Path.cwd()
         os.chdir(folder)  # the picture names files without their folder
-        done = CliRunner().invoke(cli.app, [*asked, "--dry-run", "--quiet"])
+        done = CliRunner().invoke(commands.app, [*asked, "--dry-run", "--quiet"])
         os.chdir(here)
         if done.exit_code:
             raise SystemExit(done.stderr)

@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap import bare, recipe, sources
 from normswap.analysis import running
 from normswap.checkpoints import atomic_write, checkpoint, contents
 from normswap.checkpoints.checkpoint import RECIPE
 from normswap.checkpoints.contents import Binding, Entry
 from normswap.conversion.convert import Options, Progress, run
 from normswap.errors import FileError, NormswapError, OptionError, first_line
-from normswap.fitting import fill, parameters_of, source_of, with_others
+from normswap.files import model_specs, norms_by_keys, recipe
+from normswap.files.model_for_state import fill, parameters_of, source_of, with_others
+from normswap.files.model_specs import Source
 from normswap.report.report import Left, Node, Report
-from normswap.sources import Source
 from normswap.targets.target import PLAIN_TARGET, Target
 from normswap.training.optimizer_states import Parameter
 
@@ -67,7 +67,7 @@ def convert_entry(entry: Entry, where: Path, job: Job) -> Done:
 
 def _convert_whole(model: nn.Module, where: Path, job: Job) -> Done:
     """A module."""
-    if job.model is not None or (job.arguments and not sources.is_spec(str(where))):
+    if job.model is not None or (job.arguments and not model_specs.is_spec(str(where))):
         raise OptionError(f"--model is for files without their model; {where} holds a {type(model).__name__}")
     if job.eps is not None:
         raise OptionError(f"--eps is for files without their model; {where} has the eps of each norm")
@@ -75,7 +75,7 @@ def _convert_whole(model: nn.Module, where: Path, job: Job) -> Done:
     try:
         converted, report = _convert_module(model, job)
     except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, NormswapError) or sources.is_spec(str(where)):
+        if isinstance(error, NormswapError) or model_specs.is_spec(str(where)):
             raise
         raise FileError(f"{where}: its module is damaged, or of another version ({first_line(error)})") from error
     checkpoint.set_recipe(converted, folded if job.target is PLAIN_TARGET else report.recipe)
@@ -171,11 +171,11 @@ def _convert_bare(entry: Entry, where: Path, job: Job) -> Done:
     previous = checkpoint.recipe_of(entry.value)
     if previous is not None:
         recipe.check(previous, where)
-    norms = bare.norms_of(entry.value, eps)
+    norms = norms_by_keys.norms_of(entry.value, eps)
     converted, report = run(norms, job.target, job.options, inplace=True, progress=job.progress)
     names = {
         p + n
-        for p in bare.norm_prefixes(entry.value)
+        for p in norms_by_keys.norm_prefixes(entry.value)
         for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         if p + n in entry.value
     }
@@ -185,7 +185,7 @@ def _convert_bare(entry: Entry, where: Path, job: Job) -> Done:
         [converted.state_dict()],
     )
     reason = f"{job.target.name} changes no weights of this kind"
-    left = [Left(path, "weight", "convolution", reason) for path in bare.convolution_keys(entry.value)]
+    left = [Left(path, "weight", "convolution", reason) for path in norms_by_keys.convolution_keys(entry.value)]
     notices = (f"eps is not in the file: {eps:g} is assumed (--eps); nor are the sizes of maps, and what follows what",)
     made = _with_source(report.recipe, None, {}, previous)
     checkpoint.set_recipe(value, made)
@@ -193,8 +193,11 @@ def _convert_bare(entry: Entry, where: Path, job: Job) -> Done:
     report = replace(
         report, left=(*report.left, *left), warnings=(*report.warnings, *notices), totals=totals, recipe=made
     )
-    every = bare.parameters(entry.value), bare.parameters(value)
-    inner = bare.within_norms_prefix(entry.value, every[0]), bare.within_norms_prefix(entry.value, every[1])
+    every = norms_by_keys.parameters(entry.value), norms_by_keys.parameters(value)
+    inner = (
+        norms_by_keys.within_norms_prefix(entry.value, every[0]),
+        norms_by_keys.within_norms_prefix(entry.value, every[1]),
+    )
     return Done(value, report, (every, inner))
 
 
@@ -202,7 +205,7 @@ def _counts(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, in
     counts = {}
     for when, state in (("before", before), ("after", after)):
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        buffers = sum(value.numel() for name, value in tensors.items() if bare.is_statistic(name))
+        buffers = sum(value.numel() for name, value in tensors.items() if norms_by_keys.is_statistic(name))
         counts[f"parameters_{when}"] = sum(value.numel() for value in tensors.values()) - buffers
         counts[f"buffers_{when}"] = buffers
     return counts
@@ -212,7 +215,7 @@ def _with_source(
     made: Mapping[str, Any], model: Source | None, arguments: Mapping[str, Any], previous: Any
 ) -> dict[str, Any]:
     """A recipe with the spec of its model, where that is a library's, and the conversion before it."""
-    spec = model if isinstance(model, str) and sources.is_spec(model) else None
+    spec = model if isinstance(model, str) and model_specs.is_spec(model) else None
     source = {"model": spec, "model_args": dict(arguments)} if spec else {}
     return {**made, **source} | ({"previous": previous} if previous else {})
 

@@ -13,18 +13,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap import bare, sources
 from normswap.calibration import batches
 from normswap.checkpoints import atomic_write, checkpoint, contents
 from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
 from normswap.conversion.convert import Options, Progress
-from normswap.entry_conversion import EPS, Done, Job, convert_entry, noise_for
 from normswap.errors import FileError, ModelError, OptionError
-from normswap.fitting import fill, source_of
-from normswap.inspect import examine
+from normswap.files import model_specs, norms_by_keys
+from normswap.files.model_for_state import fill, source_of
+from normswap.files.model_specs import Source
+from normswap.files.one_model import EPS, Done, Job, convert_entry, noise_for
+from normswap.inspection.examine import examine
 from normswap.report.inspection import Inspection, Layer
 from normswap.report.report import Change, Cost, Report
-from normswap.sources import Source
 from normswap.targets.target import PLAIN_TARGET, parse_target
 from normswap.training import optimizer_states
 from normswap.training.optimizers import state_changes
@@ -86,7 +86,7 @@ def convert_file(
     """
     started = time.monotonic()
     asked, target = Options(**options), parse_target(to)
-    if not sources.is_spec(str(path)):
+    if not model_specs.is_spec(str(path)):
         checkpoint.check_input(Path(path))
     out = default_out(path, to, format) if out is None else Path(out)
     form = _form(out, format)
@@ -94,7 +94,7 @@ def convert_file(
         checkpoint.check_format(out, form, overwrite)
     if isinstance(calibrate, str | os.PathLike):
         progress(f"reading {calibrate}")
-        known = next((str(s) for s in (path, model) if isinstance(s, str) and sources.is_spec(s)), None)
+        known = next((str(s) for s in (path, model) if isinstance(s, str) and model_specs.is_spec(s)), None)
         calibrate = batches.read_samples(
             calibrate, spec=known, weights=weights, input_size=input_size, mean=mean, std=std
         )  # fmt: skip
@@ -106,8 +106,8 @@ def convert_file(
     job = Job(target, asked, model, model_args or {}, eps, input_shape, example_inputs, fold, progress)
     progress(f"reading {path}")
     _check_source(path, model, key, weights)
-    if sources.is_spec(str(path)):
-        found = Checkpoint(Path(str(path)), "pt", sources.build(str(path), weights, job.arguments))
+    if model_specs.is_spec(str(path)):
+        found = Checkpoint(Path(str(path)), "pt", model_specs.build(str(path), weights, job.arguments))
     else:
         found = checkpoint.read(path, trust=trust, allow=allow, scratch=None if dry_run else out.resolve().parent)
     with _naming(path):
@@ -120,7 +120,7 @@ def convert_file(
 
 def _check_source(path: str | os.PathLike[str], model: Source | None, key: str | None, weights: str | None) -> None:
     """Options that do not go with what is converted."""
-    if not sources.is_spec(str(path)):
+    if not model_specs.is_spec(str(path)):
         if weights is not None:
             raise OptionError(f"--weights {weights} is for a model of a library; {path} has its own")
     elif model is not None or key is not None:
@@ -150,8 +150,8 @@ def inspect_file(
     progress(f"reading {path}")
     _check_source(path, model, key, weights)
     path = Path(path)
-    if sources.is_spec(str(path)):
-        made = sources.build(str(path), weights, model_args or {})
+    if model_specs.is_spec(str(path)):
+        made = model_specs.build(str(path), weights, model_args or {})
         return _examined(made, input_shape, progress)
     found = checkpoint.read(path, trust=trust, allow=allow)
     entry = contents.find_entries(found.content, key, path)[0]
@@ -163,10 +163,10 @@ def inspect_file(
                 )
             return _examined(entry.value, input_shape, progress)
         if model is None and checkpoint.recipe_of(entry.value) is None:
-            seen = examine(bare.norms_of(entry.value, EPS), progress=progress)
+            seen = examine(norms_by_keys.norms_of(entry.value, EPS), progress=progress)
             extra = [
                 Layer((p,), "weight", "convolution", "", None, None, None, None, "", "")
-                for p in bare.convolution_keys(entry.value)
+                for p in norms_by_keys.convolution_keys(entry.value)
             ]
             return replace(seen, model="tensors without their model", layers=(*seen.layers, *extra))
         source, arguments = source_of(entry.value, model, model_args or {}, path)
@@ -238,7 +238,7 @@ def _write(found: Checkpoint, out: Path, form: str | None, key: str | None, over
         elif isinstance(alone, nn.Module):
             alone = _state_of(alone)
         found = replace(found, kind=form, content=alone)
-    checkpoint.write(found, out, form, overwrite=overwrite, mapped=not sources.is_spec(str(found.path)))
+    checkpoint.write(found, out, form, overwrite=overwrite, mapped=not model_specs.is_spec(str(found.path)))
 
 
 def _state_of(model: nn.Module) -> Any:
@@ -254,8 +254,8 @@ def _form(out: Path, form: str | None) -> str | None:
 
 def default_out(path: str | os.PathLike[str], suffix: str, form: str | None = None) -> Path:
     """`model.gn-ws.pt` beside `model.pt`; `resnet50.gn-ws.pt` in this folder for `torchvision:resnet50`."""
-    if sources.is_spec(str(path)):
-        return checkpoint.default_out(f"{sources.short_name(str(path))}.pt", suffix, form)
+    if model_specs.is_spec(str(path)):
+        return checkpoint.default_out(f"{model_specs.short_name(str(path))}.pt", suffix, form)
     return checkpoint.default_out(path, suffix, form)
 
 
@@ -271,7 +271,7 @@ def fold_file(
     overwrite: bool = False,
 ) -> Report:
     """Fold the converted model in a file into plain torch layers and save it; `model.fold.pt` by default."""
-    if sources.is_spec(str(path)):
+    if model_specs.is_spec(str(path)):
         raise OptionError(f"{path} is a model, not a converted file; convert it first: --to fold, or --to gn-ws --fold")
     started = time.monotonic()
     out = default_out(path, "fold") if out is None else Path(out)

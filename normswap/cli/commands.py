@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from normswap import options as opt
+from normswap.cli import options as opt
 from normswap.errors import NormswapError, OptionError
 from normswap.target_table import NORMS, RECURRENT, TARGET_FORMS, WEIGHTS
 
@@ -88,14 +88,14 @@ def convert(
 
     [bold]normswap convert torchvision:resnet50 --to gn --calibrate pictures/ --report report.html[/]
     """
-    from normswap import files, sources
+    from normswap.files import convert_file, model_specs
 
     form = format.value if format else None
     with _speaking(_PHASES, quiet or as_json) as progress:
         _check_report(report, overwrite)
-        shape, arguments = _parse_shape(input_shape), sources.parse_arguments(model_arg or [])
+        shape, arguments = _parse_shape(input_shape), model_specs.parse_arguments(model_arg or [])
         size = _numbers("--input-size", input_size, int)
-        done = files.convert_file(
+        done = convert_file.convert_file(
             input, to, out, model=model, model_args=arguments, weights=weights, key=key, eps=eps, input_shape=shape,
             fold=fold, format=form, allow=_importable(allow), trust=trust, overwrite=overwrite, dry_run=dry_run,
             progress=progress, groups=groups, transfer=transfer.value, ws=ws.value, ws_scope=ws_scope.value,
@@ -104,7 +104,7 @@ def convert(
             layers=tuple(layers.split(",")), recurrent=recurrent, include=include or None, exclude=exclude or None,
         )  # fmt: skip
         _write_report(done, input, report, overwrite)
-    _print(done, input, "" if dry_run else str(out or files.default_out(input, to, form)), as_json, full, quiet)
+    _print(done, input, "" if dry_run else str(out or convert_file.default_out(input, to, form)), as_json, full, quiet)
 
 
 @app.command()
@@ -125,11 +125,11 @@ def inspect(
 
     [bold]normswap inspect torchvision:mobilenet_v2[/]
     """
-    from normswap import files, sources
+    from normswap.files import convert_file, model_specs
 
     with _speaking(5, quiet or as_json) as progress:
-        found = files.inspect_file(
-            input, model=model, model_args=sources.parse_arguments(model_arg or []), weights=weights, key=key,
+        found = convert_file.inspect_file(
+            input, model=model, model_args=model_specs.parse_arguments(model_arg or []), weights=weights, key=key,
             input_shape=_parse_shape(input_shape), allow=_importable(allow), trust=trust, progress=progress,
         )  # fmt: skip
 
@@ -160,17 +160,17 @@ def fold(
 
     [bold]normswap fold resnet50.gn-ws.pt[/]
     """
-    from normswap import files, sources
+    from normswap.files import convert_file, model_specs
 
     with _speaking(2, quiet or as_json) as progress:
         _check_report(report, overwrite)
         progress(f"folding {input}")
-        done = files.fold_file(
-            input, out, model=model, model_args=sources.parse_arguments(model_arg or []), key=key,
+        done = convert_file.fold_file(
+            input, out, model=model, model_args=model_specs.parse_arguments(model_arg or []), key=key,
             allow=_importable(allow), trust=trust, overwrite=overwrite,
         )  # fmt: skip
         _write_report(done, input, report, overwrite)
-    _print(done, input, str(out or files.default_out(input, "fold")), as_json, full, quiet)
+    _print(done, input, str(out or convert_file.default_out(input, "fold")), as_json, full, quiet)
 
 
 @app.command()
@@ -190,7 +190,7 @@ def diff(
 
     [bold]normswap diff model.pt model.gn-ws.pt[/]
     """
-    from normswap.diff import diff as compare
+    from normswap.files.diff import diff as compare
 
     with _speaking(2, quiet or as_json) as progress:
         _check_report(report, overwrite)

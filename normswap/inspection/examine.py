@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normswap.advice import Facts, advise
 from normswap.analysis import running
 from normswap.analysis.dataflow import Flow, find_flow
 from normswap.analysis.running import Seen
@@ -18,7 +17,8 @@ from normswap.analysis.sites import Site, find_sites
 from normswap.conversion.accounting import changes_of, count_elements
 from normswap.conversion.planning import decide
 from normswap.errors import ModelError, NormswapError
-from normswap.findings import Evidence, find, statistics_of
+from normswap.inspection.advice import Facts, advise
+from normswap.inspection.findings import Evidence, find, statistics_of
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import TRANSPOSED
 from normswap.report.inspection import Inspection, Layer, Outcome

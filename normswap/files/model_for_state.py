@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap import recipe, sources
 from normswap.analysis.copies import clone
 from normswap.checkpoints import checkpoint, contents
 from normswap.checkpoints.contents import Binding
 from normswap.errors import FileError, ModelError, OptionError
-from normswap.sources import Source
+from normswap.files import model_specs, recipe
+from normswap.files.model_specs import Source
 from normswap.training.optimizer_states import Parameter
 
 
@@ -28,7 +28,7 @@ def source_of(
         return model, arguments or {}
     made = checkpoint.recipe_of(state)
     spec = made.get("model") if isinstance(made, Mapping) else None
-    if isinstance(spec, str) and sources.is_spec(spec):
+    if isinstance(spec, str) and model_specs.is_spec(spec):
         return spec, _harmless(made.get("model_args"), where)
     raise FileError(
         f"{where}: holds a state dict: tensors without their model; give it: load(path, model=factory), or --model SPEC"
@@ -64,17 +64,17 @@ def fill(
     made = checkpoint.recipe_of(state)
 
     def build() -> nn.Module:
-        built = clone(model) if isinstance(model, nn.Module) else sources.make(model, arguments)
+        built = clone(model) if isinstance(model, nn.Module) else model_specs.make(model, arguments)
         return built if made is None else recipe.replay(built, made, where)
 
-    for context in (nullcontext,) if isinstance(model, nn.Module) else (sources.weightless, nullcontext):
+    for context in (nullcontext,) if isinstance(model, nn.Module) else (model_specs.weightless, nullcontext):
         try:
             with context():
                 first = build()
         except (OptionError, FileError):
             raise
         except Exception:
-            if context is sources.weightless:
+            if context is model_specs.weightless:
                 continue  # it reads its own weights as it is made
             raise
         bindings = contents.bind(state, first.state_dict(), where)
@@ -84,7 +84,7 @@ def fill(
                 fresh = first if index == 0 else build()
             _assign(fresh, state, binding, where)
             filled.append((binding, fresh))
-        if not any(sources.is_weightless(m) for _, m in filled):
+        if not any(model_specs.is_weightless(m) for _, m in filled):
             return filled
     raise ModelError(f"{where}: the model that was given has tensors on meta that the file does not hold")
 

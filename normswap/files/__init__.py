@@ -1,0 +1,1 @@
+"""The story for files: find the model in one, convert, inspect, load and save it."""
