@@ -19,6 +19,7 @@ from normswap.analysis.dataflow import find_flow
 from normswap.analysis.running import Seen
 from normswap.analysis.selection import Pattern, check_model, copy_of, hidden_layers, select, shared_tensors
 from normswap.analysis.sites import find_sites
+from normswap.analysis.statistics import is_untrained
 from normswap.calibration import batches as sample_batches
 from normswap.calibration import processes
 from normswap.calibration.distillation import distill
@@ -39,7 +40,6 @@ from normswap.conversion.accounting import (
 from normswap.conversion.planning import check_groups, decide
 from normswap.conversion.surgery import apply
 from normswap.errors import ModelError, OptionError
-from normswap.inspection.findings import is_untrained
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS
 from normswap.report.report import Calibration, Drift, Report

@@ -14,11 +14,12 @@ from normswap.analysis.dataflow import Flow, find_flow
 from normswap.analysis.running import Seen
 from normswap.analysis.selection import check_model, shared_tensors
 from normswap.analysis.sites import Site, find_sites
+from normswap.analysis.statistics import statistics_of
 from normswap.conversion.accounting import changes_of, count_elements
 from normswap.conversion.planning import decide
 from normswap.errors import ModelError, NormswapError
 from normswap.inspection.advice import Facts, advise
-from normswap.inspection.findings import Evidence, find, statistics_of
+from normswap.inspection.findings import Evidence, find
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import TRANSPOSED
 from normswap.report.inspection import Inspection, Layer, Outcome

@@ -1,0 +1,38 @@
+"""The state of a norm's running statistics: healthy, never trained, dead channels, or broken."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from normswap.layers.matching import widen
+
+_DEAD = 1e-3  # of eps: a variance below is as good as none
+
+
+def statistics_of(norm: nn.Module) -> str:
+    """The state of a norm's running statistics: "healthy", what is wrong, or "" where it keeps none."""
+    mean, var = (getattr(norm, name, None) for name in ("running_mean", "running_var"))
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        return ""
+    if mean.is_meta or var.is_meta:
+        return "without values"
+    mean, var = widen(mean), widen(var)
+    if not (mean.isfinite().all() and var.isfinite().all()):
+        return "not finite"
+    if (var < 0).any():
+        return "negative variance"
+    if is_untrained(norm):
+        return "never trained"
+    dead = int((var < _DEAD * _eps(norm)).sum())
+    return f"{dead} dead channel{'s' * (dead != 1)}" if dead else "healthy"
+
+
+def is_untrained(norm: nn.Module) -> bool:
+    """Whether a norm's running statistics are those it was made with."""
+    seen, mean = (norm._buffers.get(name) for name in ("num_batches_tracked", "running_mean"))
+    return seen is not None and mean is not None and not seen.is_meta and not seen.any() and not mean.any()
+
+
+def _eps(norm: nn.Module) -> float:
+    eps = getattr(norm, "eps", 1e-5)
+    return float(eps) if isinstance(eps, int | float) else 0.0
