@@ -280,16 +280,16 @@ def _importable(allow: list[str] | None) -> list[str]:
 
 def _check_report(path: Path | None, overwrite: bool) -> None:
     if path is not None:
-        from normswap.report import formats
+        from normswap.files.report_file import check_report_file
 
-        formats.check(path, overwrite)
+        check_report_file(path, overwrite)
 
 
 def _write_report(report: Any, source: str, path: Path | None, overwrite: bool) -> None:
     if path is not None:
-        from normswap.report import formats
+        from normswap.files.report_file import write_report_file
 
-        formats.write(report, source, path, overwrite)
+        write_report_file(report, source, path, overwrite)
 
 
 def _print(report: Any, source: str, out: str, as_json: bool, full: bool, quiet: bool) -> None:

@@ -1,0 +1,26 @@
+"""The file of a report: `--report FILE`, checked before any work and written after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from normswap.checkpoints import atomic_write
+from normswap.errors import OptionError
+from normswap.report.formats import FORMATS
+from normswap.report.report import Report
+
+
+def check_report_file(path: Path, overwrite: bool) -> None:
+    """Raise `OptionError` or `FileError` where no report can be written to `path`."""
+    if path.suffix.lower() not in FORMATS:
+        raise OptionError(f"--report {path}: give a name that ends in one of {', '.join(FORMATS)}")
+    atomic_write.check_writable(path, overwrite)
+
+
+def write_report_file(report: Report, source: str, path: Path, overwrite: bool) -> None:
+    """Write the report on a conversion of `source`, in the format that the ending of `path` names.
+
+    Raises `FileError`; nothing is written then.
+    """
+    text = FORMATS[path.suffix.lower()](report, source)
+    atomic_write.write_file(path, lambda file: file.write(text.encode("utf-8")), overwrite=overwrite)
