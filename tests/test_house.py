@@ -1,6 +1,7 @@
 """The house: a package imports only from lines below its own, and no circle runs inside one."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -63,3 +64,11 @@ def test_every_row_has_its_function_and_every_target_its_name() -> None:
     for row in rows:
         assert callable(target._FUNCTIONS[row.function])
     assert list(target_table.TARGET_FORMS) == list(normswap.TARGETS)
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share lies in tests/helpers."""
+    tests = {path.stem: path.read_text() for path in Path(__file__).parent.rglob("test_*.py")}
+    for name, text in tests.items():
+        others = set(re.findall(r"^\s*(?:from|import)\s+[\w.]*?(test_\w+)", text, re.MULTILINE))
+        assert not others & tests.keys(), f"{name} imports {others}"

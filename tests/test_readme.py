@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.command import run
 from PIL import Image
 from safetensors.torch import save_file
-from test_cli import run
 from torch import nn
 
 import normswap

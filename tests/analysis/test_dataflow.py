@@ -1,9 +1,10 @@
 """What feeds what."""
 
 import torch
+from helpers.nets import Forward, conv_norm
+from helpers.quirks import QUIRKS
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import QUIRKS, Forward, conv_norm
 
 from normswap.analysis.dataflow import Flow, find_flow
 from normswap.analysis.sites import find_sites

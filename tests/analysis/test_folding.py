@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_quirks import distance
+from helpers.checks import distance
+from helpers.nets import randomize
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
-from zoo import randomize
 
 import normswap
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.pictures import picture
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,12 +30,6 @@ from normswap.calibration.model_inputs import first_inputs
 from normswap.errors import FileError, OptionError
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
-
-def picture(mode: str = "RGB", size: tuple[int, int] = (40, 30), seed: int = 0) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    rgb = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    return rgb.convert(mode)
 
 
 def flat(color: int, mode: str = "L", size: tuple[int, int] = (16, 16)) -> Image.Image:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_render import printed
+from helpers.terminal import printed
 from torch import Tensor, nn
 
 import normswap

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.command import run
 from safetensors.torch import save_file
-from test_cli import run
 from torch import Tensor
 
 import normswap

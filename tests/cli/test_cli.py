@@ -9,19 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert import X, resnet
-from test_files import listing
-from test_quirks import distance
+from helpers.checks import distance, listing
+from helpers.command import run
+from helpers.nets import X, resnet
 from torch import nn
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 import normswap
 from normswap.cli import commands
 from normswap.layers.reparametrized import StandardizedConv2d
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(commands.app, [str(a) for a in arguments])
 
 
 @pytest.fixture

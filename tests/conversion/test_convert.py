@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from helpers.checks import distance, fingerprint, same
+from helpers.nets import X, chain, conv_norm, mlp, randomize, resnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_quirks import distance, fingerprint, same
 from torch import nn
 from torch.nn import functional as F
-from zoo import chain, conv_norm, mlp, randomize
 
 import normswap
 from normswap import ModelError, NormswapError, OptionError
@@ -18,17 +18,6 @@ from normswap.analysis.running import Seen
 from normswap.analysis.sites import find_sites
 from normswap.layers.reparametrized import StandardizedConv2d
 from normswap.targets.context import Context, choose_groups
-
-
-def resnet(**arguments: object) -> nn.Module:
-    from torchvision.models import resnet18
-
-    torch.manual_seed(0)
-    return randomize(resnet18(num_classes=10, **arguments)).eval()
-
-
-X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-
 
 # ---- exactness ----
 

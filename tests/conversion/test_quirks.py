@@ -6,14 +6,15 @@ import contextlib
 import copy
 import io
 import pickle
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.checks import check_named, distance, fingerprint, quiet, same
+from helpers.nets import randomize
+from helpers.quirks import FROM_BATCH_NORM, QUIRKS, Quirk
 from torch import Tensor, nn
-from zoo import FROM_BATCH_NORM, QUIRKS, Quirk, randomize
 
 import normswap
 from normswap import ModelError
@@ -32,22 +33,6 @@ def output(model: nn.Module, quirk: Quirk) -> torch.Tensor:
     x = torch.randn(quirk.shape, generator=torch.Generator().manual_seed(1)).to(quirk.dtype) + 0.3
     with torch.no_grad():
         return clone(model).eval()(x)
-
-
-def fingerprint(model: nn.Module) -> list[object]:
-    modules = [(path, type(m), m.training) for path, m in model.named_modules(remove_duplicate=False)]
-    tensors = [(k, v.clone(), v.dtype, v.stride()) for k, v in model.state_dict().items()]
-    return [modules, tensors, [(n, p.requires_grad) for n, p in model.named_parameters()]]
-
-
-def same(a: list[object], b: list[object]) -> bool:
-    tensors = zip(a[1], b[1], strict=True)
-    equal = all(x[0] == y[0] and torch.equal(x[1], y[1]) and x[2:] == y[2:] for x, y in tensors)
-    return equal and a[0] == b[0] and a[2] == b[2]
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.double() - b.double()).norm() / a.double().norm()).item()
 
 
 @pytest.mark.parametrize("target", normswap.TARGETS)
@@ -82,23 +67,6 @@ def test_quirk(name: str, target: str) -> None:
     assert [type(m).__name__ for m in fresh.modules()] == [type(m).__name__ for m in converted.modules()]
     assert not any(type(m).__module__.startswith("normswap") for m in folded.modules())
     assert distance(result, output(folded, quirk)) < TOLERANCE[quirk.dtype]
-
-
-@contextlib.contextmanager
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def check_named(model: nn.Module, report: normswap.Report) -> None:
-    """Each path of a norm or convolution is in the report, once."""
-    named = [path for change in report.changes for path in change.paths] + [left.path for left in report.left]
-    layers = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.conv._ConvNd)
-    paths = [path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, layers)]
-    assert set(paths) <= set(named)
-    assert len(named) == len(set(named))
-    assert all(left.reason for left in report.left)
 
 
 def check_kept(before: nn.Module, after: nn.Module) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_quirks import distance
+from helpers.checks import distance
 from torch import Tensor, nn
 
 import normswap

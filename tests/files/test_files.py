@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checks import distance, listing
+from helpers.nets import X, conv_norm, resnet
+from helpers.quirks import FROM_BATCH_NORM
 from safetensors import safe_open
-from test_convert import X, resnet
-from test_quirks import distance
 from torch import nn
-from zoo import FROM_BATCH_NORM, conv_norm
 
 import normswap
 from normswap import FileError, UnsafeFileError
@@ -26,10 +26,6 @@ from normswap.files.convert_file import RECIPE
 def saved(tmp_path: Path) -> Path:
     torch.save(resnet(), tmp_path / "model.pt")
     return tmp_path / "model.pt"
-
-
-def listing(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
 @pytest.mark.parametrize("target", FROM_BATCH_NORM)

@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers.checks import listing, quiet
+from helpers.nets import X, chain, conv_norm, randomize, resnet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_convert import X, resnet
-from test_files import listing
-from test_quirks import quiet
 from torch import nn
 from torchvision.models import resnet18
 from typer.testing import CliRunner
-from zoo import chain, conv_norm, randomize
 
 import normswap
 from normswap import FileError, OptionError

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checks import quiet
+from helpers.command import run
+from helpers.quirks import QUIRKS
 from rich.console import Console
 from safetensors.torch import save_file
-from test_cli import run
-from test_quirks import quiet
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import QUIRKS
 
 import normswap
 from normswap import Inspection, NormswapError

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.nets import randomize
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
-from zoo import randomize
 
 import normswap
 from normswap.layers.norms import EstimatedBatchNorm

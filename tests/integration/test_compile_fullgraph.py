@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers.nets import randomize
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision import models
-from zoo import randomize
 
 import normswap
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.nets import randomize
 from torch import Tensor, nn
 from torchvision import models
-from zoo import randomize
 
 import normswap
 from normswap.layers.reparametrized import PLAIN

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import run
+from helpers.command import run
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset

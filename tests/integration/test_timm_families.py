@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_cli import run
-from test_quirks import check_named, distance
-from test_samples import picture
+from helpers.checks import check_named, distance
+from helpers.command import run
+from helpers.nets import randomize
+from helpers.pictures import picture
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from zoo import randomize
 
 import normswap
 from normswap.calibration.batches import read_samples

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_quirks import check_named, distance
+from helpers.checks import check_named, distance
+from helpers.nets import randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
@@ -16,7 +17,6 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
-from zoo import randomize
 
 import normswap
 

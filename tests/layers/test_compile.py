@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_exactness import KINDS
+from helpers.layer_kinds import KINDS
+from helpers.torch_versions import skip_where_torch_cannot
 from torch import fx, nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -28,11 +29,6 @@ NAMES = (
 RECURRENT: dict[str, Callable[[], nn.Module]] = {
     "RNN": lambda: nn.RNN(3, 4, bidirectional=True), "LSTM": lambda: nn.LSTM(3, 4, 2, batch_first=True), "GRU": lambda: nn.GRU(3, 4),
 }  # fmt: skip
-
-
-def skip_where_torch_cannot(name: str) -> None:
-    if torch.__version__.startswith("2.6.") and any(kind in name for kind in ("RNN", "LSTM", "GRU")):
-        pytest.skip("torch 2.6 does not follow what recurrent layers call")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.nets import randomize
 from torch import nn
-from zoo import randomize
 
 import normswap
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.torch_versions import skip_where_torch_cannot
 from sklearn.datasets import load_digits
-from test_compile import skip_where_torch_cannot
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence

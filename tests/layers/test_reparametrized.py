@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_quirks import distance
+from helpers.checks import distance
+from helpers.nets import conv_norm, randomize
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from zoo import conv_norm, randomize
 
 import normswap
 from normswap.layers.reparametrized import (

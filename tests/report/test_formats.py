@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 import torch
+from helpers.command import run
 from rich.console import Console
-from test_cli import run
 from torch import nn
 
 import normswap

@@ -1,28 +1,20 @@
 """The report in the terminal: golden files, totals recomputed, patterns of paths."""
 
-import io
 import re
 from pathlib import Path
 
 import pytest
+from helpers.checks import quiet
+from helpers.quirks import QUIRKS
+from helpers.terminal import printed
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
-from test_quirks import quiet
-from zoo import QUIRKS
 
 import normswap
 from normswap.files import model_specs
 from normswap.report.path_patterns import fold_paths
-from normswap.report.terminal import ReportView
 
 GOLDEN = Path(__file__).parent / "golden"
-
-
-def printed(report: normswap.Report, width: int = 100, full: bool = False, out: str = "") -> str:
-    stream = io.StringIO()
-    Console(file=stream, width=width).print(ReportView(report, "model.pt", out, full))
-    return re.sub(r" +$", "", stream.getvalue(), flags=re.MULTILINE)
 
 
 def report_of(name: str, target: str) -> normswap.Report:

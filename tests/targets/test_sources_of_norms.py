@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_quirks import distance
+from helpers.checks import distance
+from helpers.nets import randomize
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 from typer.testing import CliRunner
-from zoo import randomize
 
 import normswap
 from normswap.cli.commands import app

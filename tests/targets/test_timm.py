@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_quirks import check_named, distance
+from helpers.checks import check_named, distance
+from helpers.nets import randomize
 from torch import nn
-from zoo import randomize
 
 import normswap
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_quirks import check_named
+from helpers.checks import check_named
+from helpers.nets import randomize
 from torch import nn
 from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
-from zoo import randomize
 
 import normswap
 from normswap.analysis import running

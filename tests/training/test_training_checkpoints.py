@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.checks import listing
+from helpers.command import run
 from safetensors.torch import save_file
-from test_cli import run
-from test_files import listing
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

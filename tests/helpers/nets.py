@@ -1,0 +1,77 @@
+"""Small networks that many tests use, and values as training leaves them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill statistics, gains, biases and convolutions as a trained model has them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor: Tensor | None, low: float, high: float) -> None:
+        if tensor is not None and not tensor.is_meta:
+            with torch.no_grad():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            uniform(module.running_mean, -0.5, 0.5)
+            uniform(module.running_var, 0.5, 2)
+            uniform(module.weight, 0.5, 1.5)
+            uniform(module.bias, -0.3, 0.3)
+        elif isinstance(module, nn.modules.conv._ConvNd) and module.bias is not None:
+            uniform(module.bias, -0.3, 0.3)
+    return model
+
+
+def touched(model: nn.Module, change: Callable[[nn.Module], object]) -> nn.Module:
+    change(model)
+    return model
+
+
+def conv_norm(
+    channels: int = 8, conv: Callable[[], nn.Module] | None = None, norm: nn.Module | None = None
+) -> nn.Sequential:
+    first = conv() if conv else nn.Conv2d(3, channels, 3)
+    return nn.Sequential(OrderedDict(conv=first, norm=norm or nn.BatchNorm2d(channels), act=nn.ReLU()))
+
+
+def chain(*channels: int) -> nn.Sequential:
+    blocks = [
+        nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o))
+        for i, o in zip((3, *channels), channels, strict=False)
+    ]
+    return nn.Sequential(*blocks)
+
+
+def mlp(channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, channels), nn.BatchNorm1d(channels), nn.ReLU(), nn.Linear(channels, 5))
+
+
+class Forward(nn.Module):
+    """A model from named layers and a function of (self, x)."""
+
+    def __init__(self, run: Callable[[nn.Module, Tensor], Tensor], **layers: nn.Module):
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def resnet(**arguments: object) -> nn.Module:
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    return randomize(resnet18(num_classes=10, **arguments)).eval()
+
+
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+"""Two pictures for `resnet`."""
