@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from normswap.analysis.bytecode import reaches_into
 from normswap.analysis.copies import skeleton
-from normswap.analysis.sites import WEIGHTS, Site
+from normswap.analysis.known_norms import WEIGHT_LAYERS
+from normswap.analysis.sites import Site
 from normswap.analysis.tracing import trace
 from normswap.layers.reparametrized import LAYERS, TRANSPOSED
 
-_LINEAR_MAPS = (*WEIGHTS, nn.Bilinear, nn.MultiheadAttention, nn.Embedding)
+_LINEAR_MAPS = (*WEIGHT_LAYERS, nn.Bilinear, nn.MultiheadAttention, nn.Embedding)
 _FUNCTIONAL_NORMS = {F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, torch.batch_norm, torch.group_norm}
 _FUNCTIONAL_MAPS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,

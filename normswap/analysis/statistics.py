@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from normswap.analysis.known_norms import eps_of
 from normswap.layers.matching import widen
 
 _DEAD = 1e-3  # of eps: a variance below is as good as none
@@ -23,7 +24,8 @@ def statistics_of(norm: nn.Module) -> str:
         return "negative variance"
     if is_untrained(norm):
         return "never trained"
-    dead = int((var < _DEAD * _eps(norm)).sum())
+    eps = eps_of(norm) if isinstance(getattr(norm, "eps", 0), int | float) else 0.0  # a file may hold anything
+    dead = int((var < _DEAD * eps).sum())
     return f"{dead} dead channel{'s' * (dead != 1)}" if dead else "healthy"
 
 
@@ -31,8 +33,3 @@ def is_untrained(norm: nn.Module) -> bool:
     """Whether a norm's running statistics are those it was made with."""
     seen, mean = (norm._buffers.get(name) for name in ("num_batches_tracked", "running_mean"))
     return seen is not None and mean is not None and not seen.is_meta and not seen.any() and not mean.any()
-
-
-def _eps(norm: nn.Module) -> float:
-    eps = getattr(norm, "eps", 1e-5)
-    return float(eps) if isinstance(eps, int | float) else 0.0

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normswap.analysis import running
+from normswap.analysis.known_norms import eps_of
 from normswap.analysis.running import Seen
-from normswap.analysis.sites import Site, eps_of
+from normswap.analysis.sites import Site
 from normswap.errors import ModelError
 from normswap.layers import recurrent_matching
 from normswap.layers.matching import Moments, Statistics, as_affine, match_groups, widen

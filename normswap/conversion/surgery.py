@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from normswap.analysis.copies import MODULE_STATE
-from normswap.analysis.sites import Site, own_attributes
+from normswap.analysis.known_norms import own_attributes
+from normswap.analysis.sites import Site
 from normswap.layers.matching import scale_filters_, widen
 from normswap.layers.reparametrized import NORMALIZED, STANDARDIZED, filter_groups
 from normswap.targets.context import Absorb, Swap

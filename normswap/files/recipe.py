@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS
 from normswap.analysis.running import Seen
 from normswap.analysis.sites import Site, find_sites
 from normswap.calibration.measuring import Measured
@@ -21,7 +22,7 @@ FORMAT = 1
 _MOST_STEPS = 16  # conversions of conversions
 _DEEPEST = 16  # parts of a prefix
 _MISSED = 3  # names in a message
-_DIMS = {"BatchNorm1d": 3, "BatchNorm2d": 4, "BatchNorm3d": 5}
+_DIMS = {cls.__name__: dims + 2 for dims, cls in BATCH_NORM_BY_DIMS.items()}
 _MANY = 1 << 20  # elements a channel: no reason for fewer groups than the recipe tells
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.analysis.dataflow import Flow
+from normswap.analysis.known_norms import eps_of
 from normswap.analysis.running import Seen
-from normswap.analysis.sites import Site, eps_of
+from normswap.analysis.sites import Site
 from normswap.calibration.measuring import AUTO_CHANNELS, AUTO_GROUPS, Measured, affine_of
 from normswap.errors import OptionError
 from normswap.layers.matching import (

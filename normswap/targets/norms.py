@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from normswap.analysis.sites import Site, eps_of
+from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS, INSTANCE_NORM_BY_DIMS, eps_of
+from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.layers.matching import Statistics, as_affine, match_output
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
@@ -60,12 +61,12 @@ def to_instance_norm(site: Site, context: Context) -> Swap | str:
         if isinstance(chosen, str):
             return chosen
         return _group_norm(site, context, chosen[0], f"{chosen[0]} groups, not {site.channels}: one element a channel")
-    norms = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
-    if site.base in norms.values() and site.form != "data":
+    if site.base in INSTANCE_NORM_BY_DIMS.values() and site.form != "data":
         return "is an instance norm already"
-    if site.spatial_dims not in norms:
+    if site.spatial_dims not in INSTANCE_NORM_BY_DIMS:
         return _group_norm(site, context, site.channels, "")
-    new = norms[site.spatial_dims](site.channels, eps=eps_of(site.module), affine=True, device="meta")
+    cls = INSTANCE_NORM_BY_DIMS[site.spatial_dims]
+    new = cls(site.channels, eps=eps_of(site.module), affine=True, device="meta")
     new.affine = site.module.weight is not None or context.transfer == "match"  # type: ignore[assignment]
     return carry(site, new, read_statistics(site, context), site.channels, context, "")
 
@@ -92,8 +93,7 @@ def to_batch_norm(site: Site, context: Context) -> Swap | str:
             f"{site.path or 'the model'} ({site.name}) has no statistics of a batch, which bn needs: give data with calibrate= "
             "(--calibrate) that reach it, or leave it with exclude="
         )
-    classes: dict[int | None, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-    cls = classes.get(dims_of(site, context), nn.SyncBatchNorm)
+    cls = BATCH_NORM_BY_DIMS.get(dims_of(site, context) or 0, nn.SyncBatchNorm)
     new = cls(site.channels, eps=eps_of(site.module), momentum=_rate(site), device="meta")
     kept = _keep_statistics(site, context, new, "statistics follow the batches again")
     for name, parameter in new._parameters.items():

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.analysis.sites import Site, eps_of
+from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS, eps_of
+from normswap.analysis.sites import Site
 from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import (
@@ -30,8 +31,7 @@ def to_plain_norm(site: Site, context: Context) -> Swap | str:
     channels = _channel_half(old) if isinstance(old, BatchChannelNorm) else None
     if isinstance(folded, Swap):
         return folded if channels is None else replace(folded, module=channels, after=f"GroupNorm({old.num_groups})")
-    classes = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-    cls = classes.get(site.spatial_dims or 0, nn.SyncBatchNorm)
+    cls = BATCH_NORM_BY_DIMS.get(site.spatial_dims or 0, nn.SyncBatchNorm)
     new = cls(site.channels, eps=eps_of(old), momentum=0.0, device="meta").eval()
     new._parameters.update({name: old._parameters[name] for name in ("weight", "bias")})
     new._buffers.update(old._buffers)

@@ -1,0 +1,119 @@
+"""The classes of norms and weight layers that normswap knows, torch's and those of libraries, and facts about them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.recurrent import LAYER_NORMALIZED
+from normswap.layers.reparametrized import LAYERS, PLAIN
+
+BATCH_NORM_BY_DIMS: dict[int, type[nn.modules.batchnorm._BatchNorm]] = {
+    1: nn.BatchNorm1d,
+    2: nn.BatchNorm2d,
+    3: nn.BatchNorm3d,
+}
+"""torch's batch norm for each number of spatial dimensions."""
+INSTANCE_NORM_BY_DIMS: dict[int, type[nn.modules.instancenorm._InstanceNorm]] = {
+    1: nn.InstanceNorm1d,
+    2: nn.InstanceNorm2d,
+    3: nn.InstanceNorm3d,
+}
+"""torch's instance norm, likewise."""
+BATCH_NORMS: dict[type[nn.Module], int | None] = {
+    **{cls: dims for dims, cls in BATCH_NORM_BY_DIMS.items()},
+    nn.SyncBatchNorm: None,
+    FrozenBatchNorm: None,
+    EstimatedBatchNorm: None,
+}
+"""Norms by running statistics, and how many spatial dimensions each takes (None: any)."""
+SAMPLE_NORMS: dict[type[nn.Module], int | None] = {
+    BatchChannelNorm: None,
+    nn.GroupNorm: None,
+    nn.LayerNorm: 0,
+    **{cls: dims for dims, cls in INSTANCE_NORM_BY_DIMS.items()},
+}
+"""Norms by the statistics of each sample, likewise."""
+OTHER_NORMS = (nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
+"""Norms that a report names and that nothing is converted from."""
+WEIGHT_LAYERS: tuple[type[nn.Module], ...] = (
+    *PLAIN, *LAYER_NORMALIZED.values(), *(cls for classes in LAYERS.values() for cls in classes),
+)  # fmt: skip
+"""torch's layers with weights that a conversion may re-parametrize, and what they become here."""
+_FROZEN = ("weight", "bias", "running_mean", "running_var")  # the buffers of a FrozenBatchNorm2d
+
+
+def batch_norms() -> dict[type[nn.Module], int | None]:
+    """`BATCH_NORMS` with those of libraries; a model can hold these only if the library is imported."""
+    found = dict(BATCH_NORMS)
+    if (misc := sys.modules.get("torchvision.ops.misc")) is not None:
+        found[misc.FrozenBatchNorm2d] = 2
+    if (acts := sys.modules.get("timm.layers.norm_act")) is not None:
+        found[acts.FrozenBatchNormAct2d] = 2
+    return found
+
+
+def _of_libraries(*names: str) -> set[type[nn.Module]]:
+    """Those norms of timm and torchvision that the model can hold: a library that is not imported has none in it."""
+    places = ("timm.layers.norm_act", "timm.layers.norm", "torchvision.models.convnext")
+    found = (getattr(sys.modules.get(place), name, None) for place in places for name in names)
+    return {cls for cls in found if cls is not None}
+
+
+def activated() -> set[type[nn.Module]]:
+    """Norms with children `drop` and `act` that run behind them: timm's, and what they become here."""
+    return {*ACTIVATED.values()} | _of_libraries(
+        "BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d", "GroupNormAct", "GroupNorm1Act", "LayerNormAct", "LayerNormAct2d"
+    )  # fmt: skip
+
+
+def positional() -> set[type[nn.Module]]:
+    """Layer norms over the channels at each position of (N, C, H, W)."""
+    return _of_libraries("LayerNorm2d", "LayerNormAct2d")
+
+
+def known_forwards() -> set[type[nn.Module]]:
+    """Subclasses whose forward is their base's in another spelling, with an activation or moved axes at most."""
+    return activated() | positional() | _of_libraries("GroupNorm", "GroupNorm1", "LayerNorm")
+
+
+def eps_of(norm: nn.Module) -> float:
+    """What a norm adds to the variance; a frozen copy without `eps` has torch's default in its code."""
+    return float(getattr(norm, "eps", 1e-5))
+
+
+@functools.cache
+def own_attributes(base: Any) -> dict[str, frozenset[str]]:
+    """The names that an instance of a norm's class has by itself, as attributes, parameters, buffers and children."""
+    fresh = base(1, 1) if issubclass(base, BatchChannelNorm | nn.GroupNorm) else base(1)
+    tensors = {kind: frozenset(getattr(fresh, kind)) for kind in ("_parameters", "_buffers")}
+    return {"": frozenset(vars(fresh)), "_modules": frozenset()} | tensors  # an activation in a norm is carried over
+
+
+def is_frozen_copy(module: nn.Module) -> bool:
+    """Whether a module is one of the copies of torchvision's FrozenBatchNorm2d that libraries keep: transformers' detectors, detectron2."""
+    cls: Any = type(module)
+    held = {*module._buffers} - {"num_batches_tracked"}
+    bare = held == {*_FROZEN} and not module._parameters and not module._modules
+    return bare and cls.__name__.endswith("FrozenBatchNorm2d") and _acts_frozen(cls)
+
+
+@functools.cache
+def _acts_frozen(cls: Any) -> bool:
+    """Whether instances of a class compute what its name says: told by one of three channels, since the code is anybody's."""
+    try:
+        with torch.device("cpu"), torch.no_grad():  # the caller may be building on `meta`, where nothing can be told
+            norm = cls(3)
+            given = {name: torch.linspace(0.5 + i, 1.5, 3) for i, name in enumerate(_FROZEN)}
+            norm.load_state_dict(given, strict=False)
+            x = torch.linspace(-2, 2, 12).view(1, 3, 2, 2)
+            weight, bias, mean, var = (value.view(1, -1, 1, 1) for value in given.values())
+            wanted = (x - mean) / (var + eps_of(norm)).sqrt() * weight + bias
+            return all(torch.allclose(norm.train(mode)(x), wanted, atol=1e-5) for mode in (False, True))
+    except Exception:  # whatever it raises means that it is something else
+        return False

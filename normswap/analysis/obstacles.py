@@ -1,0 +1,53 @@
+"""Why a layer of a known class must not be converted."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from normswap.analysis.known_norms import known_forwards
+from normswap.layers.reparametrized import PLAIN
+
+
+def obstacle_of(module: nn.Module, base: type[nn.Module]) -> str:
+    for method in ("forward", "_conv_forward", "__call__", "_call_impl"):
+        own = getattr(type(module), method, None) is not getattr(base, method, None)
+        if method in vars(module) or (own and not (method == "forward" and type(module) in known_forwards())):
+            return f"has a {method} of its own, so it may do more than {base.__name__}"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "belongs to an attention layer, which reads its weight directly"
+    if extra := sorted(_own_names(type(module), base)):
+        return f"has methods of its own ({', '.join(extra[:3])}) beyond {base.__name__}"
+    if any("__slots__" in vars(cls) and vars(cls)["__slots__"] for cls in type(module).__mro__):
+        return "has __slots__, so its class cannot be exchanged"
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and tensor.is_inference():
+            return "was made in inference mode, so its tensors cannot be changed"
+        if tensor is not None and torch._debug_has_internal_overlap(tensor) == 1:
+            return "has a tensor whose elements share memory (expand)"
+    if parametrize.is_parametrized(module):
+        normalized = any("WeightNorm" in type(p).__name__ for ps in module.parametrizations.values() for p in ps)  # type: ignore[union-attr, operator]
+        return (
+            "is weight-normalized already, by torch's parametrization" if normalized else "has a parametrization on it"
+        )
+    if any("WeightNorm" in type(hook).__name__ for hook in module._forward_pre_hooks.values()):
+        return "is weight-normalized already, by torch's old weight_norm"
+    if base in PLAIN:
+        return ""
+    for name in ("weight", "bias"):
+        held = name in module._parameters or name in module._buffers
+        if not held and isinstance(getattr(module, name, None), torch.Tensor):
+            return f"has a {name} that is computed (weight_norm, spectral_norm or a pruning mask)"
+    return ""
+
+
+def _own_names(cls: type[nn.Module], base: type[nn.Module]) -> set[str]:
+    """Public methods that a subclass adds to a known class, and that an exchanged class would lose."""
+    above = cls.__mro__[: cls.__mro__.index(base)]
+    return {
+        name
+        for c in above
+        for name, value in vars(c).items()
+        if callable(value) and name[0] != "_" and not hasattr(base, name)
+    }
