@@ -22,12 +22,12 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from normswap.calibration import pictures
-from normswap.calibration.pictures import Unfit
+from normswap.calibration.pictures import UnusableData
 from normswap.calibration.tensor_files import NUMBERS, READERS, Arguments, arrays_in, is_integer
 from normswap.errors import FileError, OptionError, first_line
 
 _SEED = 0
-LIMIT = 512
+MOST_SAMPLES = 512
 """Most samples that are taken."""
 
 
@@ -39,7 +39,7 @@ def read_samples(
     input_size: int | Sequence[int] | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
-    limit: int = LIMIT,
+    limit: int = MOST_SAMPLES,
     batch: int = 32,
 ) -> list[Any]:
     """Input batches from a folder of pictures or a file of tensors, the same ones each time, floats as float32.
@@ -74,7 +74,7 @@ def read_samples(
     """
     path = Path(path)
     _check_counts(limit, batch)
-    look = pictures.asked(input_size, mean, std)
+    look = pictures.picture_options(input_size, mean, std)
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -98,14 +98,14 @@ def read_samples(
                 "leave --input-size, --mean and --std (input_size, mean, std) out"
             )
         _check_finite(read)
-    except Unfit as error:
+    except UnusableData as error:
         raise FileError(f"{path}: {error}") from None
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or first_line(error)}") from None
     return read
 
 
-def batches(data: Any, *, limit: int = LIMIT, batch: int = 32) -> list[Any]:
+def input_batches(data: Any, *, limit: int = MOST_SAMPLES, batch: int = 32) -> list[Any]:
     """Input batches of at most `limit` samples in all, from whatever holds inputs.
 
     A tensor, a numpy array (floats become float32), a dict of them (keyword inputs) and a map-style `Dataset`, whose
@@ -122,7 +122,7 @@ def batches(data: Any, *, limit: int = LIMIT, batch: int = 32) -> list[Any]:
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             return _collated(data, limit, batch)
         return _batches_in(data, limit, batch)
-    except Unfit as error:
+    except UnusableData as error:
         raise OptionError(f"calibrate: {error}") from None
 
 
@@ -150,7 +150,7 @@ def _batches_in(data: Any, limit: int, batch: int, uint8: Callable[[Tensor], Ten
     if isinstance(data, list | tuple) and uint8 is not None:
         return _taken((_converted(item, uint8) for item in _spread(data, limit)), limit)
     if isinstance(data, nn.Module) or not isinstance(data, Iterable):
-        raise Unfit(f"a {type(data).__name__} holds no inputs; give a tensor, or batches of inputs")
+        raise UnusableData(f"a {type(data).__name__} holds no inputs; give a tensor, or batches of inputs")
     return _taken((_converted(item, None) for item in data), limit)
 
 
@@ -169,15 +169,15 @@ def _size_of(data: Any) -> int:
     sizes = {}
     for name, value in parts:
         if not isinstance(value, Tensor | numpy.ndarray):
-            raise Unfit(f"{name} is a {type(value).__name__}, not a tensor")
+            raise UnusableData(f"{name} is a {type(value).__name__}, not a tensor")
         if value.ndim == 0:
-            raise Unfit("is a single number; the first dimension is that of the samples")
+            raise UnusableData("is a single number; the first dimension is that of the samples")
         if 0 in value.shape:
-            raise Unfit(f"holds no samples: a tensor of shape {tuple(value.shape)}")
+            raise UnusableData(f"holds no samples: a tensor of shape {tuple(value.shape)}")
         sizes[name] = int(value.shape[0])
     if len(set(sizes.values())) != 1:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items()) or "nothing"
-        raise Unfit(f"inputs need one common first dimension, that of the samples; here: {listed}")
+        raise UnusableData(f"inputs need one common first dimension, that of the samples; here: {listed}")
     return next(iter(sizes.values()))
 
 
@@ -234,7 +234,7 @@ def _converted(item: Any, uint8: Callable[[Tensor], Tensor] | None, depth: int =
 def _tensor(array: numpy.ndarray[Any, Any]) -> Tensor:
     """A copy of an array of numbers; float64 becomes float32."""
     if array.dtype.kind not in NUMBERS:
-        raise Unfit(f"holds {array.dtype}, not numbers; save floats or integers")
+        raise UnusableData(f"holds {array.dtype}, not numbers; save floats or integers")
     if array.dtype.kind == "f" and array.dtype.itemsize > 4:
         return torch.from_numpy(array.astype(numpy.float32))
     return torch.from_numpy(numpy.array(array, dtype=array.dtype.newbyteorder("=")))
@@ -245,13 +245,13 @@ def _collated(data: Dataset[Any], limit: int, batch: int) -> list[Any]:
     try:
         size = len(data)  # type: ignore[arg-type]
     except TypeError:
-        raise Unfit(f"a {type(data).__name__} without a length; give a DataLoader") from None
+        raise UnusableData(f"a {type(data).__name__} without a length; give a DataLoader") from None
     if not size:
-        raise Unfit("the dataset is empty")
+        raise UnusableData("the dataset is empty")
     try:
         return [default_collate([data[i] for i in indices]) for indices in _deal(size, limit, batch)]
     except Exception as error:  # the dataset is anybody's code
-        raise Unfit(
+        raise UnusableData(
             f"the samples of {type(data).__name__} cannot be stacked ({first_line(error)}); give a DataLoader"
         ) from error
 
@@ -272,15 +272,15 @@ def _taken(items: Iterator[Any], limit: int) -> list[Any]:
             item = next(items)
         except StopIteration:
             break
-        except Unfit:
+        except UnusableData:
             raise
         except Exception as error:  # a loader is anybody's code
-            raise Unfit(f"item {len(found)} cannot be had: {first_line(error)}") from error
+            raise UnusableData(f"item {len(found)} cannot be had: {first_line(error)}") from error
         count = _count(item, len(found))
         found.append(_cut(item, left) if count > left else item)
         left -= count
     if not found:
-        raise Unfit("holds no samples: it ended before its first item")
+        raise UnusableData("holds no samples: it ended before its first item")
     return found
 
 
@@ -300,11 +300,11 @@ def _count(item: Any, index: int) -> int:
     elif isinstance(first, list | tuple):
         count = len(first)
     else:
-        raise Unfit(
+        raise UnusableData(
             f"item {index} is a {type(item).__name__} without a tensor in front; an item is a tensor, a tuple or a dict of them"
         )
     if count == 0:
-        raise Unfit(f"item {index} holds no samples")
+        raise UnusableData(f"item {index} holds no samples")
     return count
 
 
@@ -330,4 +330,4 @@ def _length(part: Any) -> int:
 def _check_finite(read: list[Any]) -> None:
     for array in arrays_in(read):
         if isinstance(array, Tensor) and not array.isfinite().all():
-            raise Unfit("holds values that are not finite (NaN or infinity); calibration would spread them")
+            raise UnusableData("holds values that are not finite (NaN or infinity); calibration would spread them")

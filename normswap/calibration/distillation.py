@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from normswap.analysis.running import count
 from normswap.calibration.paired_runs import (
-    Change,
+    ChangeOutput,
     Error,
     Outputs,
     Tap,
@@ -283,7 +283,7 @@ class _Fit:
             self.cache[index] = outputs
         return outputs
 
-    def converted(self, batch: Any, change: Change | None = None) -> Outputs:
+    def converted(self, batch: Any, change: ChangeOutput | None = None) -> Outputs:
         """The student's outputs on a batch, with the values as they now are, norms' outputs as `change` makes them."""
         values = {name: value.to(self.own[name].dtype) for name, value in self.values.items()}
         return forward(self.student, {**self.fixed, **values}, batch, self.paths, change)

@@ -18,7 +18,7 @@ from normswap.errors import ModelError
 from normswap.layers import recurrent_matching
 from normswap.layers.matching import Moments, Statistics, as_affine, match_groups, widen
 from normswap.layers.norms import EstimatedBatchNorm
-from normswap.layers.recurrent_matching import Moments as VectorMoments
+from normswap.layers.recurrent_matching import VectorMoments
 
 AUTO_GROUPS, AUTO_CHANNELS = 8, 4
 """`groups="auto"`: at most so many groups, with at least so many channels in each."""
@@ -60,7 +60,7 @@ class _Gatherer:
         return self.squares / self.count
 
 
-def measure(
+def measure_norms(
     model: nn.Module, batches: Sequence[Any], sites: Sequence[Site], compare_groups: bool = True
 ) -> dict[str, Measured]:
     """Run `model` in eval mode on `batches` and gather, by path, what passes through each norm of `sites`.
@@ -147,7 +147,7 @@ def _group_errors(site: Site, values: Tensor) -> Iterator[tuple[int, float]]:
             yield groups, float((given - wanted).square().sum())
 
 
-def measure_vectors(
+def measure_recurrent(
     model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]
 ) -> dict[str, dict[str, VectorMoments]]:
     """Run `model` in eval mode on `batches` and gather, by path, what layer norms inside its LSTMs and GRUs would see."""
@@ -155,8 +155,8 @@ def measure_vectors(
 
     def watch(site: Site) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[site.path] = recurrent_matching.merged(
-                found.get(site.path, {}), recurrent_matching.measure(module, *args, **kwargs)
+            found[site.path] = recurrent_matching.merge_moments(
+                found.get(site.path, {}), recurrent_matching.measured_moments(module, *args, **kwargs)
             )
 
         return site.module.register_forward_pre_hook(note, with_kwargs=True)

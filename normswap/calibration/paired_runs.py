@@ -17,7 +17,7 @@ from normswap.analysis.running import arguments, evaluating
 
 _SEED = 0
 
-Change = Callable[[str, Tensor], Tensor]
+ChangeOutput = Callable[[str, Tensor], Tensor]
 Tap = tuple[str, int]  # the path of a norm, and how many times it had been called before
 
 
@@ -62,7 +62,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def forward(
-    model: nn.Module, tensors: dict[str, Tensor], batch: Any, paths: Sequence[str], change: Change | None = None
+    model: nn.Module, tensors: dict[str, Tensor], batch: Any, paths: Sequence[str], change: ChangeOutput | None = None
 ) -> Outputs:
     taps: dict[Tap, Tensor] = {}
     calls = dict.fromkeys(paths, 0)

@@ -26,12 +26,12 @@ _LARGEST_SIDE = 1 << 14
 _CHANNELS = (1, 3, 4)
 
 
-class Unfit(Exception):
+class UnusableData(Exception):
     """What is wrong with data; whoever knows where it came from makes the whole message of it."""
 
 
 @dataclass(frozen=True)
-class Look:
+class PictureOptions:
     """Options for pictures, checked: `size` (height, width), `mean` and `std` on the scale 0 to 1; None where not given."""
 
     size: tuple[int, int] | None = None
@@ -55,7 +55,7 @@ class Preparation:
     listed: bool = False
 
 
-def asked(input_size: Any, mean: Any, std: Any) -> Look:
+def picture_options(input_size: Any, mean: Any, std: Any) -> PictureOptions:
     """The options, checked. Raises `OptionError`."""
     size = None
     if input_size is not None:
@@ -66,7 +66,7 @@ def asked(input_size: Any, mean: Any, std: Any) -> Look:
             )
     if (mean is None) != (std is None):
         raise OptionError("--mean and --std belong together; give both")
-    return Look(size, _numbers("--mean", mean), _numbers("--std", std))
+    return PictureOptions(size, _numbers("--mean", mean), _numbers("--std", std))
 
 
 def _numbers(option: str, value: Any) -> tuple[float, ...] | None:
@@ -93,12 +93,12 @@ def _each(numbers: tuple[float, ...] | None, channels: int) -> tuple[float, ...]
 # ---- what a picture goes through ----
 
 
-def preparation(spec: str | None, weights: str | None, look: Look) -> Preparation:
+def preparation(spec: str | None, weights: str | None, look: PictureOptions) -> Preparation:
     """The recipe of the model that `spec` names, changed as `look` says, or a plain one. Raises `OptionError`."""
     for option, numbers in (("--mean", look.mean), ("--std", look.std)):
         if numbers is not None and len(numbers) not in (1, 3):
             raise OptionError(f"{option}: has {len(numbers)} numbers; pictures are read in RGB, so give 1 or 3")
-    look = Look(look.size, _each(look.mean, 3), _each(look.std, 3))
+    look = PictureOptions(look.size, _each(look.mean, 3), _each(look.std, 3))
     known = _known(spec, weights, look)
     if known is not None:
         return known
@@ -109,14 +109,14 @@ def preparation(spec: str | None, weights: str | None, look: Look) -> Preparatio
     return Preparation(lambda picture: _normalized(_scaled(_fitted(picture, size, _CROP)), mean, std), mean, std)
 
 
-def _known(spec: str | None, weights: str | None, look: Look) -> Preparation | None:
+def _known(spec: str | None, weights: str | None, look: PictureOptions) -> Preparation | None:
     """The recipe of a library's model, changed as asked; None where there is none."""
     library, _, name = (spec or "").partition(":")
     makers = {"torchvision": _of_torchvision, "timm": _of_timm}
     return makers[library](name, weights, look) if library in makers else None
 
 
-def _of_torchvision(name: str, weights: str | None, look: Look) -> Preparation | None:
+def _of_torchvision(name: str, weights: str | None, look: PictureOptions) -> Preparation | None:
     from torchvision import models
 
     if name not in models.list_models():
@@ -156,7 +156,7 @@ def _of_torchvision(name: str, weights: str | None, look: Look) -> Preparation |
     return Preparation(transform, tuple(preset.mean), tuple(preset.std))
 
 
-def _of_timm(name: str, weights: str | None, look: Look) -> Preparation | None:
+def _of_timm(name: str, weights: str | None, look: PictureOptions) -> Preparation | None:
     try:
         import timm
     except ImportError:
@@ -282,7 +282,7 @@ def _rgb(picture: Any) -> Any:
 class Uint8:
     """Makes inputs of uint8 pictures; `met` says whether there were any."""
 
-    def __init__(self, spec: str | None, weights: str | None, look: Look):
+    def __init__(self, spec: str | None, weights: str | None, look: PictureOptions):
         self.spec, self.weights, self.look, self.met = spec, weights, look, False
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ class Uint8:
         x = x.float() / 255
         mean, std = _each(look.mean, channels), _each(look.std, channels)
         if mean is None or std is None:
-            known = _known(self.spec, self.weights, Look())
+            known = _known(self.spec, self.weights, PictureOptions())
             if known is not None and known.listed:
                 return x
             mean, std = (known.mean, known.std) if known is not None else (_MEAN, _STD)
@@ -317,7 +317,7 @@ def _channels_first(x: Tensor) -> Tensor:
         return x
     if x.dim() == 3 and shape[2] not in _CHANNELS:
         return x.unsqueeze(1)
-    raise Unfit(
+    raise UnusableData(
         f"uint8 of shape {shape} are no pictures (N, H, W, C), (N, C, H, W) or (N, H, W); "
         "save inputs as float32, tokens as int64"
     )

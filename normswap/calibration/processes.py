@@ -14,29 +14,29 @@ from torch.utils import _pytree as pytree
 Result = TypeVar("Result")
 
 
-def number() -> int:
+def world_size() -> int:
     """How many processes there are: 1 where torch.distributed does not run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def of_all(batches: Sequence[Any]) -> list[Any]:
+def gather_batches(batches: Sequence[Any]) -> list[Any]:
     """The batches of all processes, in turns: the same list in each.
 
     What is measured on them is then the same everywhere, and what one process with all the data would measure.
     """
-    if number() == 1:
+    if world_size() == 1:
         return list(batches)
-    held: list[Any] = [None] * number()
+    held: list[Any] = [None] * world_size()
     dist.all_gather_object(held, pytree.tree_map_only(Tensor, lambda tensor: tensor.cpu(), list(batches)))
     return [batch for batch in chain.from_iterable(zip_longest(*held)) if batch is not None]
 
 
-def by_first(fit: Callable[[], Result], model: nn.Module, paths: Collection[str]) -> Result:
+def fit_in_first(fit: Callable[[], Result], model: nn.Module, paths: Collection[str]) -> Result:
     """Run `fit`, which changes the parameters of layers at `paths`, in the first process; every other gets them and its result.
 
     What fits by the clock would end elsewhere in each process.
     """
-    if number() == 1:
+    if world_size() == 1:
         return fit()
     own = {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in paths}
     box: list[Any] = [None]

@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from normswap.calibration.pictures import Unfit
+from normswap.calibration.pictures import UnusableData
 from normswap.checkpoints import pickle_files, safetensors_files
 from normswap.errors import UnsafeFileError, first_line
 
@@ -36,15 +36,15 @@ def _read_torch(path: Path) -> Any:
     try:
         found = pickle_files.read(path)
     except UnsafeFileError:
-        raise Unfit("holds more than plain data; save tensors, or lists, tuples or dicts of them") from None
+        raise UnusableData("holds more than plain data; save tensors, or lists, tuples or dicts of them") from None
     left = _MOST_SHARED * path.stat().st_size
     for tensor in arrays_in(found):
         if isinstance(tensor, Tensor):
             if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
-                raise Unfit("holds a sparse, quantized or empty tensor; save dense ones")
+                raise UnusableData("holds a sparse, quantized or empty tensor; save dense ones")
             left -= tensor.numel() * tensor.itemsize
             if left < 0:
-                raise Unfit(f"a tensor of shape {tuple(tensor.shape)} claims more than the file holds")
+                raise UnusableData(f"a tensor of shape {tuple(tensor.shape)} claims more than the file holds")
     return _picked(found) if isinstance(found, Mapping) else found
 
 
@@ -54,17 +54,17 @@ def _read_numpy(path: Path) -> Any:
         if zipfile.is_zipfile(path):
             return _picked(_unpacked(path))
         return numpy.load(path, mmap_mode="r", allow_pickle=False)
-    except (Unfit, OSError):
+    except (UnusableData, OSError):
         raise
     except Exception as error:  # whatever a broken header or archive raises
-        raise Unfit(f"is damaged, or holds other than plain numbers ({first_line(error)})") from None
+        raise UnusableData(f"is damaged, or holds other than plain numbers ({first_line(error)})") from None
 
 
 def _unpacked(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:
         claimed, size = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
     if claimed > max(_MOST_PACKED * size, 1 << 28):
-        raise Unfit(f"unpacks to {claimed:,} bytes from {size:,}; save it unpacked, with numpy.savez")
+        raise UnusableData(f"unpacks to {claimed:,} bytes from {size:,}; save it unpacked, with numpy.savez")
     found: dict[str, Any] = {}
     with numpy.load(path, allow_pickle=False) as arrays:
         for name in arrays.files:
@@ -103,7 +103,7 @@ def _picked(named: Mapping[Any, Any]) -> Any:
     arrays = {str(k): v for k, v in named.items() if _is_numbers(v)}
     if not arrays:
         listed = ", ".join(map(str, named)) or "nothing"
-        raise Unfit(f"holds no tensor of numbers at its top level, but {listed[:200]}")
+        raise UnusableData(f"holds no tensor of numbers at its top level, but {listed[:200]}")
     if len(arrays) > 1:
         arrays = _of_one_split(arrays)
         arrays = {name: value for name, value in arrays.items() if name.lower() not in _LABELS} or arrays
@@ -111,7 +111,7 @@ def _picked(named: Mapping[Any, Any]) -> Any:
         inputs = [name for name in arrays if name.lower() in INPUTS]
         if len(inputs) != 1:
             shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in arrays.items())
-            raise Unfit(
+            raise UnusableData(
                 f"holds tensors of different first dimensions, where samples would be: {shapes[:300]}; "
                 "save the inputs alone, or name them x"
             )
@@ -121,7 +121,7 @@ def _picked(named: Mapping[Any, Any]) -> Any:
     if all(re.fullmatch(r"arr_\d+", name) for name in arrays):
         return Arguments(arrays[name] for name in sorted(arrays, key=lambda name: int(name[4:])))
     if not all(map(str.isidentifier, arrays)):
-        raise Unfit(f"holds tensors under names that no model takes: {', '.join(arrays)[:200]}; save its inputs")
+        raise UnusableData(f"holds tensors under names that no model takes: {', '.join(arrays)[:200]}; save its inputs")
     return arrays
 
 

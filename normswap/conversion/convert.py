@@ -20,10 +20,10 @@ from normswap.analysis.running import Seen
 from normswap.analysis.selection import Pattern, check_model, copy_of, hidden_layers, select, shared_tensors
 from normswap.analysis.sites import find_sites
 from normswap.analysis.statistics import is_untrained
-from normswap.calibration import batches as sample_batches
 from normswap.calibration import processes
+from normswap.calibration.batches import MOST_SAMPLES, input_batches
 from normswap.calibration.distillation import distill
-from normswap.calibration.measuring import Measured, measure, measure_vectors
+from normswap.calibration.measuring import Measured, measure_norms, measure_recurrent
 from normswap.calibration.model_inputs import first_inputs
 from normswap.conversion.accounting import (
     changes_of,
@@ -145,8 +145,8 @@ def convert(
     """
     batches = None
     if calibrate is not None:
-        share = math.ceil(sample_batches.LIMIT / processes.number())  # at least one sample of each process
-        batches = processes.of_all(sample_batches.batches(calibrate, limit=share))
+        share = math.ceil(MOST_SAMPLES / processes.world_size())  # at least one sample of each process
+        batches = processes.gather_batches(input_batches(calibrate, limit=share))
     options = Options(groups, transfer, ws, ws_scope, layers, recurrent, include, exclude, batches, calibrate_seconds)
     return run(model, parse_target(to), options, example_inputs, inplace=inplace, together=True)
 
@@ -232,10 +232,10 @@ def run(
         progress("measuring on the calibration data")
         norms = [site for site in sites if site.kind == "norm" and site.form and not site.obstacle]
         grouped = options.groups == "auto" and target.norm is not None and target.norm.name in ("gn", "in", "bcn")
-        measured |= measure(work, batches, norms, grouped)
+        measured |= measure_norms(work, batches, norms, grouped)
         if options.recurrent:
             inner = [site for site in chosen if site.base in LAYER_NORMALIZED and not site.obstacle]
-            vectors = measure_vectors(work, batches, inner)
+            vectors = measure_recurrent(work, batches, inner)
         sizes = {path: m.seen for path, m in measured.items()} | sizes
     context = Context(
         groups=options.groups, transfer=options.transfer, ws=options.ws, ws_scope=options.ws_scope,
@@ -295,7 +295,7 @@ def run(
                 progress=lambda share: progress(f"calibrating: {share:.0%}"),
             )  # fmt: skip
 
-        calibration = processes.by_first(fit, work, fitted) if together else fit()
+        calibration = processes.fit_in_first(fit, work, fitted) if together else fit()
 
     moved = None
     if example_inputs is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.calibration import batches
+from normswap.calibration.batches import input_batches, read_samples
 from normswap.checkpoints import atomic_write, checkpoint, contents
 from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
 from normswap.conversion.convert import Options, Progress
@@ -95,11 +95,11 @@ def convert_file(
     if isinstance(calibrate, str | os.PathLike):
         progress(f"reading {calibrate}")
         known = next((str(s) for s in (path, model) if isinstance(s, str) and model_specs.is_spec(s)), None)
-        calibrate = batches.read_samples(
+        calibrate = read_samples(
             calibrate, spec=known, weights=weights, input_size=input_size, mean=mean, std=std
         )  # fmt: skip
     elif calibrate is not None:
-        calibrate = batches.batches(calibrate)
+        calibrate = input_batches(calibrate)
     elif input_size or mean or std:
         raise OptionError("--input-size, --mean and --std are for the pictures of --calibrate")
     asked = replace(asked, calibrate=calibrate)
@@ -219,7 +219,9 @@ def _convert(found: Checkpoint, key: str | None, job: Job) -> tuple[Checkpoint, 
 
 def _mend(content: Any, done: Done, flat: bool = False) -> tuple[Any, list[Change], list[str]]:
     """`content` with its optimizers' states carried over, a change for each parameter, and what could not be done."""
-    mended, carried, lost = (optimizer_states.mend_flat if flat else optimizer_states.mend)(content, done.ways)
+    mended, carried, lost = (optimizer_states.remap_flat_states if flat else optimizer_states.remap_states)(
+        content, done.ways
+    )
     changes = [change for name, state in carried.items() for change in state_changes(name, state)]
     reason = "dropped, since nothing tells which parameter each of its states belongs to; start it anew"
     return mended, changes, [f"{name}: {reason}" for name in lost]

@@ -28,27 +28,27 @@ from normswap.layers.reparametrized import retyped
 
 
 @dataclass(frozen=True)
-class Moments:
+class VectorMoments:
     """Sums over the `count` vectors that a norm saw, one element for each part of `norm_parts`: (parts,)."""
 
     count: int
     mean: Tensor  # Σ m, where m is the mean over the part
     std: Tensor  # Σ √(s² + eps), where s² is the biased variance over the part
 
-    def __add__(self, other: Moments) -> Moments:
+    def __add__(self, other: VectorMoments) -> VectorMoments:
         """The sums over the vectors of both."""
-        return Moments(self.count + other.count, self.mean + other.mean, self.std + other.std)
+        return VectorMoments(self.count + other.count, self.mean + other.mean, self.std + other.std)
 
 
-def moments_of(vectors: Tensor, parts: Sequence[int], eps: float = EPS) -> Moments:
+def moments_of(vectors: Tensor, parts: Sequence[int], eps: float = EPS) -> VectorMoments:
     """The moments of `vectors`, (count, size), whose `parts` are normalized each by itself."""
     split = torch.split(widen(vectors), list(parts), 1)
     means = [part.mean(1).sum() for part in split]
     stds = [(part.var(1, correction=0) + eps).sqrt().sum() for part in split]
-    return Moments(len(vectors), torch.stack(means), torch.stack(stds))
+    return VectorMoments(len(vectors), torch.stack(means), torch.stack(stds))
 
 
-def match_vectors(moments: Moments, parts: Sequence[int]) -> Affine:
+def match_vectors(moments: VectorMoments, parts: Sequence[int]) -> Affine:
     """The gain and bias with which a layer norm gives back, on average, the vector that it normalized.
 
     `LN(a) = α·(a − m)/√(s² + eps) + β` with α the mean of √(s² + eps) and β that of m, over the vectors seen; each (size,).
@@ -61,9 +61,9 @@ def match_vectors(moments: Moments, parts: Sequence[int]) -> Affine:
     return Affine(scale, shift)
 
 
-def merged(*many: Mapping[str, Moments]) -> dict[str, Moments]:
+def merge_moments(*many: Mapping[str, VectorMoments]) -> dict[str, VectorMoments]:
     """The moments over the data of all of `many`, by name."""
-    total: dict[str, Moments] = {}
+    total: dict[str, VectorMoments] = {}
     for moments in many:
         for name, value in moments.items():
             total[name] = total[name] + value if name in total else value
@@ -71,11 +71,11 @@ def merged(*many: Mapping[str, Moments]) -> dict[str, Moments]:
 
 
 @torch.no_grad()
-def measure(layer: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> dict[str, Moments]:
+def measured_moments(layer: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> dict[str, VectorMoments]:
     """The moments of each vector that layer normalization would normalize, while a plain layer runs on `input`.
 
     By the name of the gain without `gain_`: `ih_l0`, `hh_l0`, and of an LSTM `c_l0`; a cell's without `_l0`. There is no
-    dropout; those of several inputs can be `merged`.
+    dropout; those of several inputs can be merged by `merge_moments`.
     """
     if isinstance(layer, nn.RNNBase):
         return _measure(layer, *prepare(layer, input, hx))
@@ -89,25 +89,25 @@ STEPS, SEQUENCES = 16, 64
 
 
 @torch.no_grad()
-def typical_moments(layer: nn.Module) -> dict[str, Moments]:
-    """The moments for a plain layer of which no data is known: `measure` on noise, independent and of unit variance.
+def typical_moments(layer: nn.Module) -> dict[str, VectorMoments]:
+    """The moments for a plain layer of which no data is known: `measured_moments` on noise, independent and of unit variance.
 
     It is the same noise each time. It tells how large the states become, and their means, with these weights and biases; on
-    inputs whose mean is far from 0 it can be no better than gain 1, and `measure` on true ones is.
+    inputs whose mean is far from 0 it can be no better than gain 1, and `measured_moments` on true ones is.
     """
     w: Tensor = next(layer.parameters())
     generator = torch.Generator().manual_seed(0)
     size = (STEPS, SEQUENCES, int(layer.input_size))  # type: ignore[arg-type]
     x = torch.randn(size, generator=generator).to(w.device, w.dtype)
     if isinstance(layer, nn.RNNBase):
-        return measure(layer, x.transpose(0, 1) if layer.batch_first else x)
+        return measured_moments(layer, x.transpose(0, 1) if layer.batch_first else x)
     _, start = prepare_cell(layer, x[0], None)
     return _measure(layer, x, None, tuple(s.unsqueeze(0) for s in start))
 
 
-def _measure(layer: nn.Module, x: Tensor, sizes: list[int] | None, start: State) -> dict[str, Moments]:
-    """`measure` on what `prepare` gives; a cell is run as one layer in one direction."""
-    found: dict[str, Moments] = {}
+def _measure(layer: nn.Module, x: Tensor, sizes: list[int] | None, start: State) -> dict[str, VectorMoments]:
+    """`measured_moments` on what `prepare` gives; a cell is run as one layer in one direction."""
+    found: dict[str, VectorMoments] = {}
     gates = 4 if isinstance(layer, nn.LSTM | nn.LSTMCell) else 3
     wide = torch.promote_types(x.dtype, torch.float32)
 
@@ -154,7 +154,7 @@ def _plain_step(x: Tensor, state: State, w: Mapping[str, Any], seen: Mapping[str
 
 def layer_normalized(
     old: nn.Module,
-    moments: Mapping[str, Moments] | None = None,
+    moments: Mapping[str, VectorMoments] | None = None,
     transfer: str = "match",
     shared: frozenset[int] = frozenset(),
 ) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:

@@ -25,7 +25,7 @@ from normswap.layers.matching import (
     without_channel_half,
 )
 from normswap.layers.norms import BatchChannelNorm
-from normswap.layers.recurrent_matching import Moments
+from normswap.layers.recurrent_matching import VectorMoments
 
 AUTO_ELEMENTS = 16
 """`groups="auto"`: at least so many elements in each group, beside at most `AUTO_GROUPS` of at least `AUTO_CHANNELS` channels."""
@@ -85,7 +85,7 @@ class Context:
     shared: frozenset[int] = frozenset()
     excluded: frozenset[Site] = frozenset()
     measured: Mapping[str, Measured] = field(default_factory=dict)
-    vectors: Mapping[str, Mapping[str, Moments]] = field(default_factory=dict)
+    vectors: Mapping[str, Mapping[str, VectorMoments]] = field(default_factory=dict)
     given: Mapping[str, int] = field(default_factory=dict)
     release: Callable[[Tensor], None] = lambda tensor: None
     rescaled: dict[str, Tensor] = field(default_factory=dict)

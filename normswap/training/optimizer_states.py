@@ -24,7 +24,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Carried:
+class RemappedState:
     """An optimizer's state dict after conversion, and the names whose state was kept and dropped."""
 
     state: dict[str, Any]
@@ -36,16 +36,18 @@ Parameters = Sequence[Parameter]
 _DEEPEST, _MOST = 5, 10_000  # how far a checkpoint is searched: a hostile one may have no end
 
 
-def mend(content: Any, ways: Sequence[tuple[Parameters, Parameters]]) -> tuple[Any, dict[str, Carried], list[str]]:
+def remap_states(
+    content: Any, ways: Sequence[tuple[Parameters, Parameters]]
+) -> tuple[Any, dict[str, RemappedState], list[str]]:
     """A training checkpoint with its optimizers' states carried over: by name what became of each, and which were lost.
 
     `ways` are the parameters before and after, as far as each may be what the optimizer was made for, likeliest first.
     """
-    carried: dict[str, Carried] = {}
+    carried: dict[str, RemappedState] = {}
     lost = []
     for place, state in list(find_optimizers(content)):
         name = ".".join(map(str, place))
-        result = next((c for before, after in ways if (c := carry_over(state, before, after)) is not None), None)
+        result = next((c for before, after in ways if (c := remap_state(state, before, after)) is not None), None)
         content = _replaced(content, place, None if result is None else result.state)
         if result is None:
             lost.append(name)
@@ -54,10 +56,10 @@ def mend(content: Any, ways: Sequence[tuple[Parameters, Parameters]]) -> tuple[A
     return content, carried, lost
 
 
-def mend_flat(
+def remap_flat_states(
     content: Mapping[str, Any], ways: Sequence[tuple[Parameters, Parameters]]
-) -> tuple[Any, dict[str, Carried], list[str]]:
-    """`mend` for a distributed checkpoint, whose optimizer entries have the parameter's name, or its number, in their own."""
+) -> tuple[Any, dict[str, RemappedState], list[str]]:
+    """`remap_states` for a distributed checkpoint, whose optimizer entries have the parameter's name, or its number, in their own."""
     before, after = ways[0]
     names, still = {p.name for p in before}, {p.name for p in after}
     states: dict[str, dict[str, list[str]]] = {}  # by optimizer, then by parameter
@@ -65,7 +67,7 @@ def mend_flat(
         optimizer, found, rest = key.partition(".state.")
         if found and (owner := _owner(rest, names)) is not None:
             states.setdefault(optimizer, {}).setdefault(owner, []).append(key)
-    carried: dict[str, Carried] = {}
+    carried: dict[str, RemappedState] = {}
     lost, gone = [], set()
     for optimizer, owners in states.items():
         numbered = any(owner.isdecimal() for owner in owners)
@@ -75,7 +77,7 @@ def mend_flat(
         elif not numbered:
             dropped = tuple(owner for owner in owners if owner not in still)
             gone |= {key for owner in dropped for key in owners[owner]}
-            carried[optimizer] = Carried({}, tuple(owner for owner in owners if owner in still), dropped)
+            carried[optimizer] = RemappedState({}, tuple(owner for owner in owners if owner in still), dropped)
     result: Any = copy.copy(content)  # with torch's `_metadata`, which its own copy leaves behind
     for key in gone:
         del result[key]
@@ -127,7 +129,9 @@ def is_optimizer(value: Any) -> bool:
     )
 
 
-def carry_over(state: Mapping[str, Any], before: Sequence[Parameter], after: Sequence[Parameter]) -> Carried | None:
+def remap_state(
+    state: Mapping[str, Any], before: Sequence[Parameter], after: Sequence[Parameter]
+) -> RemappedState | None:
     """`state`, which was made for the parameters `before`, for the parameters `after`.
 
     A parameter keeps its state under its name; a new one gets none and joins the group of its kin; groups keep
@@ -164,7 +168,7 @@ def carry_over(state: Mapping[str, Any], before: Sequence[Parameter], after: Seq
     same = {p.name for p in after if p.name in numbers and shapes.get(p.name, p.shape) == p.shape}
     kept = {numbers[name]: value for name, value in held.items() if name in same}
     result = {**state, "state": kept, "param_groups": groups}
-    return Carried(result, tuple(n for n in held if n in same), tuple(n for n in held if n not in same))
+    return RemappedState(result, tuple(n for n in held if n in same), tuple(n for n in held if n not in same))
 
 
 def _is_flat(state: Mapping[str, Any], before: Parameters) -> bool:

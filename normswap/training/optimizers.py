@@ -13,7 +13,7 @@ from torch import nn
 from normswap.analysis.sites import classify
 from normswap.errors import OptionError
 from normswap.report.report import Change
-from normswap.training.optimizer_states import Carried, Parameter, carry_over
+from normswap.training.optimizer_states import Parameter, RemappedState, remap_state
 
 
 def remap_optimizer(
@@ -43,7 +43,7 @@ def remap_optimizer(
     others = {f"(not the model's) {i}": p for i, p in enumerate(held) if id(p) not in names}
     names |= {id(parameter): name for name, parameter in others.items()}
     new = dict(after.named_parameters()) | others
-    carried = carry_over(_state(optimizer, names), _parameters(old | others), _parameters(new))
+    carried = remap_state(_state(optimizer, names), _parameters(old | others), _parameters(new))
     if carried is None:
         raise OptionError(
             f"{type(optimizer).__name__} keeps the state of all parameters in one vector; make a new one for the converted model"
@@ -80,7 +80,7 @@ def _parameters(named: Mapping[str, nn.Parameter]) -> list[Parameter]:
     return [Parameter(name, tuple(p.shape), p.requires_grad) for name, p in named.items()]
 
 
-def state_changes(optimizer: str, carried: Carried) -> list[Change]:
+def state_changes(optimizer: str, carried: RemappedState) -> list[Change]:
     """A change for each parameter of an optimizer, which is named, whose state was kept or dropped."""
     fates = (
         (carried.kept, "carried over", "state of parameters that still exist"),

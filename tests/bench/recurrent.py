@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normswap.layers.recurrent import LAYER_NORMALIZED
-from normswap.layers.recurrent_matching import layer_normalized, measure
+from normswap.layers.recurrent_matching import layer_normalized, measured_moments
 
 STEPS, HELD_OUT, EPOCHS, UNITS = 50, 397, 20, 64
 CELLS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell}
@@ -155,7 +155,7 @@ def kept() -> Iterator[Row]:
         for seed in (0, 1):
             torch.manual_seed(seed)
             net: Any = trained(Reader(plain, **options), x[HELD_OUT:], labels[HELD_OUT:])
-            moments = measure(net.rnn, x[HELD_OUT:][:256])
+            moments = measured_moments(net.rnn, x[HELD_OUT:][:256])
             models = (net, converted(net, transfer="reset"), converted(net), converted(net, moments=moments))
             scores.append([accuracy(model, x[:HELD_OUT], labels[:HELD_OUT]) for model in models])
         columns = ("before", "gain 1", "no data", "measured")

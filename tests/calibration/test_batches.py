@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision import models
 
 from normswap.analysis.running import call
-from normswap.calibration.batches import batches, read_samples
+from normswap.calibration.batches import input_batches, read_samples
 from normswap.calibration.model_inputs import first_inputs
 from normswap.errors import FileError, OptionError
 
@@ -504,7 +504,7 @@ def test_hostile_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_classes_in_turns_and_in_order_are_mixed(size: int, period: int) -> None:
     """Every eighth picture of data whose classes come in turns is of one class: no batch may be."""
     for labels in (torch.arange(size) % period, torch.arange(size) * period // size):
-        found = [batch.long().flatten() for batch in batches(labels[:, None].float(), limit=256)]
+        found = [batch.long().flatten() for batch in input_batches(labels[:, None].float(), limit=256)]
         assert sum(map(len, found)) == 256
         assert all(len(batch.unique()) >= min(period, 5) for batch in found)
         assert all((batch == batch.mode().values).float().mean() < 0.5 + 0.5 / period for batch in found)
@@ -516,23 +516,23 @@ def endless() -> Iterator[Tensor]:
 
 
 def test_arrays_in_python() -> None:
-    read = batches(torch.from_numpy(counted(100)), limit=10, batch=4)
+    read = input_batches(torch.from_numpy(counted(100)), limit=10, batch=4)
     assert one_of_each_part(values(read), 100, 10) and [len(x) for x in read] == [4, 3, 3]
-    assert batches(counted(10, np.float64))[0].dtype == torch.float32
-    assert batches(torch.ones(3, 2).double())[0].dtype == torch.float64
-    assert not batches(torch.ones(3, 2, requires_grad=True))[0].requires_grad
-    both = batches({"a": torch.ones(5, 2), "b": torch.zeros(5)}, batch=3)
+    assert input_batches(counted(10, np.float64))[0].dtype == torch.float32
+    assert input_batches(torch.ones(3, 2).double())[0].dtype == torch.float64
+    assert not input_batches(torch.ones(3, 2, requires_grad=True))[0].requires_grad
+    both = input_batches({"a": torch.ones(5, 2), "b": torch.zeros(5)}, batch=3)
     assert [{k: v.shape for k, v in part.items()} for part in both] == [
         {"a": (3, 2), "b": (3,)},
         {"a": (2, 2), "b": (2,)},
     ]
-    pair = batches((torch.from_numpy(counted(5)), torch.arange(5)), batch=3)
+    pair = input_batches((torch.from_numpy(counted(5)), torch.arange(5)), batch=3)
     assert [x[:, 0].tolist() == y.tolist() for x, y in pair] == [True, True]
 
 
 def test_iterables_stop_at_the_limit() -> None:
-    assert [len(x) for x in batches(endless(), limit=10)] == [4, 4, 2]
-    assert [len(x) for x in batches([torch.ones(4, 2)] * 3)] == [4, 4, 4]
+    assert [len(x) for x in input_batches(endless(), limit=10)] == [4, 4, 2]
+    assert [len(x) for x in input_batches([torch.ones(4, 2)] * 3)] == [4, 4, 4]
     asked = []
 
     def watched() -> Iterator[Tensor]:
@@ -540,34 +540,34 @@ def test_iterables_stop_at_the_limit() -> None:
             asked.append(index)
             yield torch.ones(4, 2)
 
-    batches(watched(), limit=8)
+    input_batches(watched(), limit=8)
     assert asked == [0, 1]
 
 
 def test_items_as_given() -> None:
     x, y = torch.ones(4, 2), torch.arange(4)
-    assert [part.shape for part in batches([(x, y)], limit=3)[0]] == [(3, 2), (3,)]
-    assert {k: v.shape for k, v in batches([{"x": x, "y": y}], limit=3)[0].items()} == {"x": (3, 2), "y": (3,)}
-    assert batches([(x, torch.ones(7))], limit=3)[0][0].shape == (4, 2)  # parts of different sizes are not cut
+    assert [part.shape for part in input_batches([(x, y)], limit=3)[0]] == [(3, 2), (3,)]
+    assert {k: v.shape for k, v in input_batches([{"x": x, "y": y}], limit=3)[0].items()} == {"x": (3, 2), "y": (3,)}
+    assert input_batches([(x, torch.ones(7))], limit=3)[0][0].shape == (4, 2)  # parts of different sizes are not cut
     pictures = [torch.ones(3, 8, 8), torch.ones(3, 6, 6)]
-    assert len(batches([(pictures,)], limit=1)[0][0]) == 1
-    assert len(batches([(pictures,)] * 3, limit=4)) == 2
-    assert batches([counted(4)])[0].dtype == torch.float32
+    assert len(input_batches([(pictures,)], limit=1)[0][0]) == 1
+    assert len(input_batches([(pictures,)] * 3, limit=4)) == 2
+    assert input_batches([counted(4)])[0].dtype == torch.float32
 
 
 def test_datasets_and_loaders() -> None:
     data = TensorDataset(torch.from_numpy(counted(30)), torch.arange(30))
-    x, y = batches(data, limit=6, batch=6)[0]
+    x, y = input_batches(data, limit=6, batch=6)[0]
     assert one_of_each_part(y.tolist(), 30, 6) and values([x]) == y.tolist()
-    loaded = batches(DataLoader(data, batch_size=4), limit=10)
+    loaded = input_batches(DataLoader(data, batch_size=4), limit=10)
     assert [part[1].tolist() for part in loaded] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
     class Stream(IterableDataset[Tensor]):
         def __iter__(self) -> Iterator[Tensor]:
             return endless()
 
-    assert len(batches(Stream(), limit=10)) == 3
-    assert [len(x) for x in batches(DataLoader(Stream(), batch_size=None), limit=10)] == [4, 4, 2]
+    assert len(input_batches(Stream(), limit=10)) == 3
+    assert [len(x) for x in input_batches(DataLoader(Stream(), batch_size=None), limit=10)] == [4, 4, 2]
 
 
 class Odd(Dataset[Any]):
@@ -624,7 +624,7 @@ def failing() -> Iterator[Tensor]:
 )
 def test_data_that_is_none(data: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        batches(data)
+        input_batches(data)
 
 
 # ---- what a model takes ----

@@ -22,7 +22,7 @@ from normswap.layers.recurrent import (
     LayerNormLSTM,
     LayerNormLSTMCell,
 )
-from normswap.layers.recurrent_matching import layer_normalized, measure, merged, typical_moments
+from normswap.layers.recurrent_matching import layer_normalized, measured_moments, merge_moments, typical_moments
 
 INPUT, HIDDEN, STEPS, BATCH = 3, 4, 5, 3
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
@@ -346,7 +346,7 @@ def test_the_start_is_exact_where_statistics_do_not_vary(cls: type[nn.Module], b
     x, state = torch.randn(1, 1, 6, dtype=torch.float64), torch.randn(4, 1, 8, dtype=torch.float64)
     hx = (state, torch.randn(4, 1, 8, dtype=torch.float64)) if cls is nn.LSTM else state
     wanted = old(x, hx)[0]
-    torch.testing.assert_close(converted(old, measure(old, x, hx))(x, hx)[0], wanted)
+    torch.testing.assert_close(converted(old, measured_moments(old, x, hx))(x, hx)[0], wanted)
 
 
 @pytest.mark.parametrize("cls", [nn.LSTMCell, nn.GRUCell])
@@ -356,16 +356,16 @@ def test_the_start_of_a_cell_is_exact_where_statistics_do_not_vary(cls: type[nn.
     x, h, c = (torch.randn(1, size, dtype=torch.float64) for size in (6, 8, 8))
     hx = (h, c) if cls is nn.LSTMCell else h
     wanted = first_of(old(x, hx))
-    torch.testing.assert_close(first_of(converted(old, measure(old, x, hx))(x, hx)), wanted)
+    torch.testing.assert_close(first_of(converted(old, measured_moments(old, x, hx))(x, hx)), wanted)
 
 
 def test_measured_moments_add_up_whatever_the_layout() -> None:
     torch.manual_seed(0)
     old = nn.LSTM(INPUT, HIDDEN, 2, bidirectional=True, proj_size=2).double()
     x = torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64)
-    whole = measure(old, x)
-    apart = merged(*(measure(old, x[:, b]) for b in range(BATCH)))
-    packed = measure(old, pack_sequence(list(x.unbind(1))))
+    whole = measured_moments(old, x)
+    apart = merge_moments(*(measured_moments(old, x[:, b]) for b in range(BATCH)))
+    packed = measured_moments(old, pack_sequence(list(x.unbind(1))))
     assert set(whole) == {f"{n}_l{i}{d}" for n in ("ih", "hh", "c") for i in (0, 1) for d in ("", "_reverse")}
     for name, moments in whole.items():
         assert moments.count == STEPS * BATCH
@@ -430,7 +430,7 @@ def test_a_trained_net_keeps_more_than_with_gain_1(cls: type[nn.Module], options
             return (other(x).argmax(1) == y).double().mean().item()
 
     before, reset, typical = accuracy(), accuracy(transfer="reset"), accuracy(moments=None)
-    measured = accuracy(moments=measure(net.rnn, x[:200]))
+    measured = accuracy(moments=measured_moments(net.rnn, x[:200]))
     assert before > 0.97, before
     assert measured > least and measured > reset + 0.05, (before, reset, typical, measured)
     assert typical > reset + (0.05 if options.get("bias", True) else 0), (before, reset, typical, measured)
