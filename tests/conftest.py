@@ -1,5 +1,12 @@
-"""One thread a worker: the suite runs in parallel processes."""
+"""One thread a worker: the suite runs in parallel processes. Slow tests run where `-m` asks for them, and else say so."""
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes 8 GB of memory: run with -m slow"))
