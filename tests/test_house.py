@@ -19,8 +19,8 @@ conversion
 targets
 calibration training
 analysis
-checkpoints report layers
-errors target_table libraries
+checkpoints report layers libraries
+errors target_table
 """
 """From the top down. `weights` and `recurrent` are the old places of layer classes that saved files name."""
 FLOORS = {room: floor for floor, line in enumerate(reversed(LINES.split("\n"))) for room in line.split()}

@@ -1,8 +1,19 @@
 """Calibration data: folders of pictures, files of tensors and any iterable, as a short list of input batches.
 
-A batch is what `probe.call` takes: a tensor (n, ...), a tuple of positional arguments or a dict of keyword arguments.
-Samples are spread over what is there and shuffled, the same way each time: data sorted by class, or with the classes in turns, give
-mixed batches.
+A batch is what `running.call` takes: a tensor (n, ...), a tuple of positional arguments or a dict of keyword arguments.
+Samples are spread over what is there and shuffled, the same way each time: data that are sorted by class, or that have
+the classes in turns, give mixed batches.
+
+A file of tensors, `.pt`, `.npy`, `.npz` or `.safetensors`, may hold:
+- one array (N, ...): N samples;
+- several by name: labels (`y`, `labels`, `targets`, ...) are ignored, of `x_train` and `x_test` the first is taken.
+  What remains is the input if it is one array, else keyword inputs with a common first dimension; `arr_0, arr_1` of
+  `numpy.savez` are positional ones. Where the first dimensions differ, the only one called `x`, `images`, `inputs`,
+  `data` or the like is taken;
+- a list in a `.pt` file: each item is a batch as the model takes it, unless it is a pair (inputs, labels).
+Floats are taken as they stand. uint8 arrays (N, C, H, W), (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels are
+pictures: they become (N, C, H, W), are scaled to 0..1 and normalized as pictures from a folder are, and resized where
+`input_size` is given.
 """
 
 from __future__ import annotations
@@ -21,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from normswap.calibration import pictures
-from normswap.calibration.pictures import UnusableData
+from normswap.calibration.library_transforms import picture_options, preparation
+from normswap.calibration.pictures import Uint8Pictures, UnusableData, find_pictures, read_pictures
 from normswap.calibration.tensor_files import NUMBERS, READERS, Arguments, arrays_in, is_integer
 from normswap.errors import FileError, OptionError, first_line
 
@@ -49,15 +60,7 @@ def read_samples(
     recipe. Without one, pictures are resized to cover `input_size`/0.875 and cropped, and ImageNet's mean and std are
     the defaults. Nothing is downloaded.
 
-    A `.pt`, `.npy`, `.npz` or `.safetensors` file:
-    - one array (N, ...): N samples;
-    - several by name: labels (`y`, `labels`, `targets`, ...) are ignored, of `x_train` and `x_test` the first is taken.
-      What remains is the input if it is one array, else keyword inputs with a common first dimension; `arr_0, arr_1` of
-      `numpy.savez` are positional ones. Where the first dimensions differ, the only one called `x`, `images`, `inputs`,
-      `data` or the like is taken;
-    - a list in a `.pt` file: each item is a batch as the model takes it, unless it is a pair (inputs, labels).
-    Floats are taken as they stand. uint8 arrays (N, C, H, W), (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels are
-    pictures: they become (N, C, H, W), are scaled to 0..1 and normalized as above, and resized where `input_size` is given.
+    What a file of tensors may hold: see the top of this module.
 
     Args:
         path: the folder or the file.
@@ -74,34 +77,39 @@ def read_samples(
     """
     path = Path(path)
     _check_counts(limit, batch)
-    look = pictures.picture_options(input_size, mean, std)
+    options = picture_options(input_size, mean, std)
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         raise FileError(f"{path}: {getattr(error, 'strerror', None) or error}; check the name and the folder") from None
     if stat.S_ISDIR(mode):
-        preparation, found = pictures.preparation(spec, weights, look), pictures.below(path)
-        dealt = _deal(len(found), limit, batch)
-        return [inputs for indices in dealt for inputs in pictures.read([found[i] for i in indices], preparation)]
+        prepared, found = preparation(spec, weights, options), find_pictures(path)
+        dealt = _shuffled_indices(len(found), limit, batch)
+        return [inputs for indices in dealt for inputs in read_pictures([found[i] for i in indices], prepared)]
     if path.suffix.lower() not in READERS:
         kinds = ", ".join(READERS)
         raise OptionError(f"{path}: calibration data are a folder of pictures, or tensors in one of {kinds}")
     if not stat.S_ISREG(mode):
         raise FileError(f"{path}: is not a regular file")
     try:
-        content = READERS[path.suffix.lower()](path)
-        uint8 = pictures.Uint8(spec, weights, look)
-        read = _batches_in(content, limit, batch, uint8)
-        if look and not uint8.met:
-            raise OptionError(
-                f"{path}: holds no uint8 pictures, so its values are taken as they stand; "
-                "leave --input-size, --mean and --std (input_size, mean, std) out"
-            )
-        _check_finite(read)
+        return _read_tensors(path, limit, batch, Uint8Pictures(spec, weights, options))
     except UnusableData as error:
         raise FileError(f"{path}: {error}") from None
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or first_line(error)}") from None
+
+
+def _read_tensors(path: Path, limit: int, batch: int, uint8: Uint8Pictures) -> list[Any]:
+    """Batches of what a file of tensors holds."""
+    read = _batches_in(READERS[path.suffix.lower()](path), limit, batch, uint8)
+    if uint8.options and not uint8.met:
+        raise OptionError(
+            f"{path}: holds no uint8 pictures, so its values are taken as they stand; "
+            "leave --input-size, --mean and --std (input_size, mean, std) out"
+        )
+    for array in arrays_in(read):
+        if isinstance(array, Tensor) and not array.isfinite().all():
+            raise UnusableData("holds values that are not finite (NaN or infinity); calibration would spread them")
     return read
 
 
@@ -110,8 +118,8 @@ def input_batches(data: Any, *, limit: int = MOST_SAMPLES, batch: int = 32) -> l
 
     A tensor, a numpy array (floats become float32), a dict of them (keyword inputs) and a map-style `Dataset`, whose
     items are single samples: spread evenly, `batch` at a time. A pair (inputs, labels) of tensors: the same.
-    Anything else that can be iterated, such as a `DataLoader`, a list or a generator: its items as given, each a batch; the
-    last one is cut where it holds too many, and then no more are asked for. Labels stay: see `first_inputs`.
+    Anything else that can be iterated, such as a `DataLoader`, a list or a generator: its items as given, each a
+    batch; the last one is cut where it holds too many, and then no more are asked for. Labels stay: see `first_inputs`.
 
     Raises `OptionError` for data that is empty, or no data.
     """
@@ -120,7 +128,7 @@ def input_batches(data: Any, *, limit: int = MOST_SAMPLES, batch: int = 32) -> l
         raise OptionError(f"calibrate: {data!r} holds no inputs; give a tensor, or batches of inputs")
     try:
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-            return _collated(data, limit, batch)
+            return _dataset_batches(data, limit, batch)
         return _batches_in(data, limit, batch)
     except UnusableData as error:
         raise OptionError(f"calibrate: {error}") from None
@@ -146,12 +154,12 @@ def _batches_in(data: Any, limit: int, batch: int, uint8: Callable[[Tensor], Ten
         return [data]
     if isinstance(data, Tensor | numpy.ndarray | Mapping | Arguments) or _is_labelled(data):
         size = _size_of(data)
-        return [_part(data, indices, uint8) for indices in _deal(size, limit, batch)]
+        return [_rows_of(data, indices, uint8) for indices in _shuffled_indices(size, limit, batch)]
     if isinstance(data, list | tuple) and uint8 is not None:
-        return _taken((_converted(item, uint8) for item in _spread(data, limit)), limit)
+        return _first_items((_to_tensors(item, uint8) for item in _spread_items(data, limit)), limit)
     if isinstance(data, nn.Module) or not isinstance(data, Iterable):
         raise UnusableData(f"a {type(data).__name__} holds no inputs; give a tensor, or batches of inputs")
-    return _taken((_converted(item, None) for item in data), limit)
+    return _first_items((_to_tensors(item, None) for item in data), limit)
 
 
 def _is_labelled(data: Any) -> bool:
@@ -181,39 +189,42 @@ def _size_of(data: Any) -> int:
     return next(iter(sizes.values()))
 
 
-def _deal(size: int, limit: int, batch: int) -> list[list[int]]:
-    """At most `limit` of `size` indices, spread over them all, shuffled into batches whose sizes differ by 1 at most."""
+def _shuffled_indices(size: int, limit: int, batch: int) -> list[list[int]]:
+    """At most `limit` of `size` indices, spread over all, shuffled into batches whose sizes differ by 1 at most."""
     count = min(size, limit)
     number = max(1, -(-count // batch))
-    chosen = _chosen(size, count)
+    chosen = _spread_indices(size, count)
     if number > 1:
         random.Random(_SEED).shuffle(chosen)
     return [chosen[start::number] for start in range(number)]
 
 
-def _chosen(size: int, count: int) -> list[int]:
-    """`count` of `size` indices in order, one at random from each of so many equal parts: data may be sorted, or come in turns."""
+def _spread_indices(size: int, count: int) -> list[int]:
+    """`count` of `size` indices in order, one at random from each of so many equal parts.
+
+    So samples of one class alone come neither of sorted data nor of data that have the classes in turns.
+    """
     drawn = random.Random(_SEED)
     ends = [i * size // max(count, 1) for i in range(count + 1)]
     return [drawn.randrange(start, end) for start, end in itertools.pairwise(ends)]
 
 
-def _part(data: Any, indices: list[int], uint8: Callable[[Tensor], Tensor] | None, depth: int = 0) -> Any:
+def _rows_of(data: Any, indices: list[int], uint8: Callable[[Tensor], Tensor] | None, depth: int = 0) -> Any:
     if isinstance(data, Mapping):
-        return {name: _part(value, indices, uint8, 1) for name, value in data.items()}
+        return {name: _rows_of(value, indices, uint8, 1) for name, value in data.items()}
     if isinstance(data, tuple | list):
-        return tuple(_part(value, indices, uint8, 1) for value in data)
+        return tuple(_rows_of(value, indices, uint8, 1) for value in data)
     if isinstance(data, Tensor):  # torch 2.6 can index neither float8 nor wide unsigned integers
         data = data.float() if data.is_floating_point() and data.itemsize == 1 else data
         data = data.to(torch.int64) if data.dtype in (torch.uint16, torch.uint32, torch.uint64) else data
     rows = data[indices] if isinstance(data, numpy.ndarray) else data[torch.tensor(indices, device=data.device)]
-    return _converted(rows, uint8, depth)
+    return _to_tensors(rows, uint8, depth)
 
 
-def _converted(item: Any, uint8: Callable[[Tensor], Tensor] | None, depth: int = 0) -> Any:
+def _to_tensors(item: Any, uint8: Callable[[Tensor], Tensor] | None, depth: int = 0) -> Any:
     """`item` with arrays as tensors. A file's floats become float32, its uint8 pictures, and its odd integers int64."""
     if isinstance(item, numpy.ndarray):
-        item = _tensor(item)
+        item = _array_to_tensor(item)
     if isinstance(item, Tensor):
         item = item.detach()
         if uint8 is None:
@@ -225,13 +236,13 @@ def _converted(item: Any, uint8: Callable[[Tensor], Tensor] | None, depth: int =
         odd = item.dtype not in (torch.int64, torch.int32, torch.bool) and not item.is_complex()
         return item.to(torch.int64) if odd else item
     if isinstance(item, Mapping):
-        return {name: _converted(value, uint8, depth + 1) for name, value in item.items()}
+        return {name: _to_tensors(value, uint8, depth + 1) for name, value in item.items()}
     if type(item) in (tuple, list) and depth < 4:
-        return type(item)(_converted(value, uint8, depth + 1) for value in item)
+        return type(item)(_to_tensors(value, uint8, depth + 1) for value in item)
     return item
 
 
-def _tensor(array: numpy.ndarray[Any, Any]) -> Tensor:
+def _array_to_tensor(array: numpy.ndarray[Any, Any]) -> Tensor:
     """A copy of an array of numbers; float64 becomes float32."""
     if array.dtype.kind not in NUMBERS:
         raise UnusableData(f"holds {array.dtype}, not numbers; save floats or integers")
@@ -240,7 +251,7 @@ def _tensor(array: numpy.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(numpy.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
-def _collated(data: Dataset[Any], limit: int, batch: int) -> list[Any]:
+def _dataset_batches(data: Dataset[Any], limit: int, batch: int) -> list[Any]:
     """Samples of a map-style dataset, stacked."""
     try:
         size = len(data)  # type: ignore[arg-type]
@@ -249,21 +260,21 @@ def _collated(data: Dataset[Any], limit: int, batch: int) -> list[Any]:
     if not size:
         raise UnusableData("the dataset is empty")
     try:
-        return [default_collate([data[i] for i in indices]) for indices in _deal(size, limit, batch)]
+        return [default_collate([data[i] for i in indices]) for indices in _shuffled_indices(size, limit, batch)]
     except Exception as error:  # the dataset is anybody's code
         raise UnusableData(
             f"the samples of {type(data).__name__} cannot be stacked ({first_line(error)}); give a DataLoader"
         ) from error
 
 
-def _spread(items: Sequence[Any], limit: int) -> list[Any]:
+def _spread_items(items: Sequence[Any], limit: int) -> list[Any]:
     """Evenly spread items of a list, as many as hold `limit` samples or a little more."""
-    total = sum(_count(item, i) for i, item in enumerate(items))
+    total = sum(_sample_count(item, i) for i, item in enumerate(items))
     keep = min(len(items), -(-limit * len(items) // max(total, 1)))
-    return [items[i] for i in _chosen(len(items), keep)]
+    return [items[i] for i in _spread_indices(len(items), keep)]
 
 
-def _taken(items: Iterator[Any], limit: int) -> list[Any]:
+def _first_items(items: Iterator[Any], limit: int) -> list[Any]:
     """Items until they hold `limit` samples, and none after that: a loader may have no end."""
     found: list[Any] = []
     left = limit
@@ -276,15 +287,15 @@ def _taken(items: Iterator[Any], limit: int) -> list[Any]:
             raise
         except Exception as error:  # a loader is anybody's code
             raise UnusableData(f"item {len(found)} cannot be had: {first_line(error)}") from error
-        count = _count(item, len(found))
-        found.append(_cut(item, left) if count > left else item)
+        count = _sample_count(item, len(found))
+        found.append(_first_samples(item, left) if count > left else item)
         left -= count
     if not found:
         raise UnusableData("holds no samples: it ended before its first item")
     return found
 
 
-def _count(item: Any, index: int) -> int:
+def _sample_count(item: Any, index: int) -> int:
     """How many samples a batch has: the first dimension of its first tensor, or the length of its list of pictures."""
     first = item
     if isinstance(item, PackedSequence):
@@ -294,40 +305,36 @@ def _count(item: Any, index: int) -> int:
     elif isinstance(item, tuple | list):
         first = item[0] if item else None
     if isinstance(first, Mapping):
-        return _count(first, index)
+        return _sample_count(first, index)
     if isinstance(first, Tensor | numpy.ndarray):
         count = int(first.shape[0]) if first.ndim else 0
     elif isinstance(first, list | tuple):
         count = len(first)
     else:
         raise UnusableData(
-            f"item {index} is a {type(item).__name__} without a tensor in front; an item is a tensor, a tuple or a dict of them"
+            f"item {index} is a {type(item).__name__} without a tensor in front; "
+            "an item is a tensor, a tuple or a dict of them"
         )
     if count == 0:
         raise UnusableData(f"item {index} holds no samples")
     return count
 
 
-def _cut(item: Any, count: int) -> Any:
+def _first_samples(item: Any, count: int) -> Any:
     """The first `count` samples of a batch, where all its parts have as many as its first."""
-    size = _count(item, 0)
+    size = _sample_count(item, 0)
     if isinstance(item, PackedSequence):
         return item
     parts = list(item.values()) if isinstance(item, Mapping) else item if isinstance(item, tuple | list) else [item]
-    if not all(isinstance(part, Tensor | list | tuple) and _length(part) == size for part in parts):
+    if not all(isinstance(part, Tensor | list | tuple) and _first_dimension(part) == size for part in parts):
         return item
     if isinstance(item, Mapping):
         return {name: value[:count] for name, value in item.items()}
     return [value[:count] for value in item] if isinstance(item, tuple | list) else item[:count]
 
 
-def _length(part: Any) -> int:
-    return (
-        int(part.shape[0]) if isinstance(part, Tensor) and part.dim() else -1 if isinstance(part, Tensor) else len(part)
-    )
-
-
-def _check_finite(read: list[Any]) -> None:
-    for array in arrays_in(read):
-        if isinstance(array, Tensor) and not array.isfinite().all():
-            raise UnusableData("holds values that are not finite (NaN or infinity); calibration would spread them")
+def _first_dimension(part: Tensor | list[Any] | tuple[Any, ...]) -> int:
+    """The number of samples in a part of a batch; -1 for a single number."""
+    if not isinstance(part, Tensor):
+        return len(part)
+    return int(part.shape[0]) if part.dim() else -1

@@ -75,7 +75,7 @@ def distill(
 ) -> Calibration:
     """Fit the norms of `student` at `paths` to what `teacher` gives there and at its output, on unlabelled `batches`.
 
-    Both have these paths; a batch is what `probe.call` takes. At most `seconds` and `steps`; `progress` is told the share
+    Both have these paths; a batch is what `running.call` takes. At most `seconds` and `steps`; `progress` is told the share
     that is done. About a fifth of the samples is held out, and the fitted values are written only if on these the
     output is nearer to the teacher's, and its top-1 agrees no less. Where nothing can be compared at the output, the norms' outputs
     are. All else of both models, torch's random state too, stays bit by bit; nothing is raised for a model that

@@ -1,4 +1,4 @@
-"""What of a sample a model takes: labels are left out."""
+"""Which parts of a batch a model takes as inputs: labels are left out."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from normswap.calibration.tensor_files import INPUTS, is_integer
 
 
 def first_inputs(model: nn.Module, item: Any) -> Any:
-    """What to pass to `model` of an item that may hold labels too, in the form that `probe.call` takes.
+    """What to pass to `model` of an item that may hold labels too, in the form that `running.call` takes.
 
-    A tuple or list keeps all its parts where the forward requires two arguments or more. Else its first alone counts where
-    the forward takes no second, or where the second looks like labels: one number a sample, or integers beside
-    floats. A dict loses what the forward does not accept, if what is left suffices.
+    A tuple or list keeps all its parts where the forward requires two arguments or more. Else its first alone counts
+    where the forward takes no second, or where the second looks like labels: one number a sample, or integers beside
+    floats. A dict loses what the forward does not accept, if what is left is enough.
     """
     parameters = _parameters(model)
     positional = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
     required = [p for p in positional if p.default is Parameter.empty]
     if isinstance(item, Mapping):
-        return _accepted(item, parameters, required)
+        return _accepted_entries(item, parameters, required)
     if not isinstance(item, tuple | list) or isinstance(item, PackedSequence) or len(item) < 2 or len(required) > 1:
         return item
     only_one = len(positional) == 1 and not any(p.kind is Parameter.VAR_POSITIONAL for p in parameters)
     if only_one or (len(item) == 2 and _are_labels(item[1], item[0])):
-        return _alone(item[0], parameters)
+        return _as_only_argument(item[0], parameters)
     return item
 
 
@@ -49,7 +49,7 @@ def _are_labels(second: Any, first: Any) -> bool:
     return isinstance(second, int | numpy.ndarray | Tensor)
 
 
-def _accepted(item: Mapping[Any, Any], parameters: list[Parameter], required: list[Parameter]) -> Any:
+def _accepted_entries(item: Mapping[Any, Any], parameters: list[Parameter], required: list[Parameter]) -> Any:
     """The part of a dict that a forward accepts; its only input where a forward of one argument calls it otherwise."""
     names = {p.name for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
     if any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
@@ -58,11 +58,13 @@ def _accepted(item: Mapping[Any, Any], parameters: list[Parameter], required: li
     if kept and {p.name for p in required} <= set(kept):
         return kept
     inputs = [name for name in item if str(name).lower() in INPUTS] or list(item)
-    return _alone(item[inputs[0]], parameters) if len(required) == len(inputs) == 1 and not kept else dict(item)
+    return (
+        _as_only_argument(item[inputs[0]], parameters) if len(required) == len(inputs) == 1 and not kept else dict(item)
+    )
 
 
-def _alone(value: Any, parameters: list[Parameter]) -> Any:
-    """One argument in the form that `probe.call` passes as one; a dict as keywords where these are the forward's."""
+def _as_only_argument(value: Any, parameters: list[Parameter]) -> Any:
+    """One argument in the form that `running.call` passes as one; a dict as keywords where these are the forward's."""
     if isinstance(value, Mapping) and set(value) <= {p.name for p in parameters}:
         return dict(value)
     return (value,) if isinstance(value, Mapping | list | tuple) else value

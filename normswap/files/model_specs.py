@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap import libraries
 from normswap.errors import ModelError, OptionError, first_line
 
 LIBRARIES = ("torchvision", "timm")
@@ -111,41 +111,18 @@ def parse_arguments(pairs: list[str]) -> dict[str, Any]:
 def _of_torchvision(name: str, weights: str | None) -> Callable[..., Any]:
     from torchvision import models  # here, since a conversion of a file does not need it
 
-    known = models.list_models()
-    if name not in known:
-        raise OptionError(
-            f"torchvision has no model {name!r}; {_hint(name, known, 'torchvision.models.list_models()')}"
-        )
+    libraries.check_torchvision_model(name)
     arguments: dict[str, Any] = {"weights": None}
     if weights is not None:
-        choices = models.get_model_weights(name)
-        if weights not in choices.__members__:
-            listed = ", ".join(choices.__members__) or "none"
-            raise OptionError(f"torchvision:{name} has no weights {weights!r}; it has {listed}")
-        arguments["weights"] = choices[weights]
+        arguments["weights"] = libraries.torchvision_weights(name, weights)[weights]
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
         arguments["weights_backbone"] = None
     return lambda **given: models.get_model(name, **arguments, **given)
 
 
 def _of_timm(name: str, weights: str | None) -> Callable[..., Any]:
-    try:
-        import timm
-    except ImportError:
-        raise OptionError(f"timm:{name} needs timm, which is not installed: pip install timm") from None
-    plain = name.partition(".")[0]
-    if not timm.is_model(plain):
-        raise OptionError(f"timm has no model {name!r}; {_hint(plain, timm.list_models(), 'timm.list_models()')}")
-    tags = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{plain}.*")]
-    if weights is not None and weights not in tags:
-        raise OptionError(f"timm:{plain} has no weights {weights!r}; it has {', '.join(filter(None, tags)) or 'none'}")
-    full = f"{plain}.{weights}" if weights is not None else name
+    timm, full = libraries.import_timm(name), libraries.timm_name(name, weights)
     return lambda **given: timm.create_model(full, pretrained=weights is not None, **given)
-
-
-def _hint(name: str, known: list[str], all_of_them: str) -> str:
-    near = difflib.get_close_matches(name, known, 3)
-    return f"did you mean {' or '.join(near)}?" if near else f"{all_of_them} lists them"
 
 
 def _factory(spec: str) -> Callable[..., Any]:
