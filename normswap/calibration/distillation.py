@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normswap.analysis.running import count
+from normswap.analysis.running import batch_size
 from normswap.calibration.paired_runs import (
     ChangeOutput,
     Error,
@@ -83,7 +83,7 @@ def distill(
     """
     started = time.monotonic()
     fitted, held = split(batches)
-    samples, held_out = (sum(map(count, part)) for part in (fitted, held))
+    samples, held_out = (sum(map(batch_size, part)) for part in (fitted, held))
     outcome = Calibration(samples + held_out, held_out, "matched")
     try:
         if not held:
@@ -303,7 +303,7 @@ def split(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     A batch that is a tensor, or arguments that all are tensors of one first dimension, is cut along that; any other counts
     as one sample and stays whole.
     """
-    total = sum(map(count, batches))
+    total = sum(map(batch_size, batches))
     if total < _LEAST:
         return list(batches), []
     most = min(_BATCH, total // _SHARE)
@@ -312,7 +312,7 @@ def split(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _cut(batch: Any, most: int) -> list[Any]:
-    size = count(batch)
+    size = batch_size(batch)
     if size <= most:
         return [batch]
     return [_rows(batch, slice(at, at + most)) for at in range(0, size, most)]

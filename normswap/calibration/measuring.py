@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normswap.analysis import running
 from normswap.analysis.known_norms import eps_of
-from normswap.analysis.running import Seen
+from normswap.analysis.running import Seen, run_model, temporary_hooks
 from normswap.analysis.sites import Site
 from normswap.errors import ModelError
 from normswap.layers import recurrent_matching
@@ -91,15 +90,11 @@ def measure_norms(
 
         return site.module.register_forward_pre_hook(note)
 
-    handles = [watch(site) for site in sites]
-    try:
+    with temporary_hooks([watch(site) for site in sites]):
         for batch in batches:
-            for path, now in running.run(model, batch, sites, name=_DATA)[1].items():
+            for path, now in run_model(model, batch, sites, name=_DATA).seen.items():
                 least = min(now.elements, seen[path].elements) if path in seen else now.elements
                 seen[path] = Seen(now.dims, least)
-    finally:
-        for handle in handles:
-            handle.remove()
     found = {
         path: Measured(Moments(before.mean, before.var, behind.mean, behind.var), seen[path], like[path], errors[path])
         for path, (before, behind) in gatherers.items()
@@ -161,11 +156,7 @@ def measure_recurrent(
 
         return site.module.register_forward_pre_hook(note, with_kwargs=True)
 
-    handles = [watch(site) for site in sites]
-    try:
+    with temporary_hooks([watch(site) for site in sites]):
         for batch in batches:
-            running.run(model, batch, name=_DATA)
-    finally:
-        for handle in handles:
-            handle.remove()
+            run_model(model, batch, name=_DATA)
     return found

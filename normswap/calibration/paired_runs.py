@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from normswap.analysis.running import arguments, evaluating
-
-_SEED = 0
+from normswap.analysis.drift import floating_tensors, same_first_choices
+from normswap.analysis.running import SEED, as_arguments, eval_mode, temporary_hooks
 
 ChangeOutput = Callable[[str, Tensor], Tensor]
 Tap = tuple[str, int]  # the path of a norm, and how many times it had been called before
@@ -77,23 +76,18 @@ def forward(
 
         return model.get_submodule(path).register_forward_hook(note)
 
-    handles = [watch(path) for path in paths]
-    try:
-        torch.manual_seed(_SEED)  # a forward that draws numbers draws the same in both
+    with temporary_hooks([watch(path) for path in paths]):
+        torch.manual_seed(SEED)  # a forward that draws numbers draws the same in both
         batch = pytree.tree_map_only(Tensor, Tensor.clone, batch)
-        args, kwargs = arguments(batch)
+        args, kwargs = as_arguments(batch)
         output = functional_call(model, tensors, args, kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return Outputs(taps, leaves)
+    return Outputs(taps, floating_tensors(output))
 
 
 @contextmanager
 def both_evaluating(*models: nn.Module) -> Iterator[None]:
     """Eval mode in all of `models`, with gradients."""
-    with evaluating(models[0]), evaluating(models[-1]), torch.enable_grad():
+    with eval_mode(models[0]), eval_mode(models[-1]), torch.enable_grad():
         yield
 
 
@@ -133,7 +127,6 @@ def add(error: Error, given: Tensor, wanted: Tensor, ranked: bool) -> None:
     a, b = given.detach().double(), wanted.double()
     error.moved += (a - b).square().sum().item()
     error.size += b.square().sum().item()
-    if ranked and b.dim() in (2, 4) and b.shape[1] > 1:
-        same = a.argmax(1) == b.argmax(1)
+    if ranked and (same := same_first_choices(a, b)) is not None:
         error.agreed += same.double().sum().item()
         error.asked += same.numel()

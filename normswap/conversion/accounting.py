@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.analysis import running
+from normswap.analysis.drift import layer_drifts, output_drift
+from normswap.analysis.running import Sketches, run_model
 from normswap.analysis.sites import Site, find_sites
 from normswap.errors import ModelError, NormswapError
 from normswap.layers.recurrent import LAYER_NORMALIZED
@@ -87,15 +88,14 @@ def drift_of(
     inputs: Any,
     name: str,
     exact: bool,
-    sketches: running.Sketches,
+    sketches: Sketches,
     changed: Container[str],
 ) -> Drift:
     """The measured drift, also that of the changed layers among the `sketches` of before; raises `ModelError` where a model does not run any more, or moved though it should not have."""
     try:
         taps = [path for path in sketches if path in changed]
-        now: running.Sketches = {}
-        output, _ = running.run(model, inputs, sketches=now, taps=taps)
-        moved = running.drift(before, output, name)
+        now = run_model(model, inputs, taps=taps)
+        moved = output_drift(before, now.output, name)
     except ModelError as error:
         raise ModelError(f"after conversion {error}; leave what it needs with exclude=") from error
     precision = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
@@ -105,7 +105,7 @@ def drift_of(
             "forward does something that could not be seen; leave the layers concerned with exclude=, and please report it"
         )
     old = {path: sketches[path] for path in taps}
-    return replace(moved, layers=tuple(running.layer_drifts(old, now)))
+    return replace(moved, layers=tuple(layer_drifts(old, now.sketches)))
 
 
 def recipe_of(target: Target, options: object, changes: Sequence[Change]) -> dict[str, Any]:

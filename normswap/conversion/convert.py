@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normswap.analysis import running
 from normswap.analysis.copies import clone
 from normswap.analysis.dataflow import find_flow
-from normswap.analysis.running import Seen
+from normswap.analysis.noise import PATIENCE
+from normswap.analysis.running import Seen, Sketches, batch_size, inputs_like, run_model
 from normswap.analysis.selection import Pattern, check_model, copy_of, hidden_layers, select, shared_tensors
 from normswap.analysis.sites import find_sites
 from normswap.analysis.statistics import is_untrained
@@ -208,19 +208,19 @@ def run(
     progress("tracing what feeds what")
     flow = find_flow(work, sites)
     names, before = names_of(work), None
-    sketches: running.Sketches = {}
+    sketches: Sketches = {}
     sizes, measured = dict(seen or {}), dict(measured or {})
     problem = ""
-    batches = [running.fitted(work, first_inputs(work, batch)) for batch in options.calibrate or ()]
+    batches = [inputs_like(work, first_inputs(work, batch)) for batch in options.calibrate or ()]
     if batches and example_inputs is None:
-        example_inputs, probe_name = batches[0], f"the calibration data's first batch of {running.count(batches[0])}"
+        example_inputs, probe_name = batches[0], f"the calibration data's first batch of {batch_size(batches[0])}"
     if example_inputs is not None:
         progress("running the model before")
         try:
             watched = [site for site in sites if probe_only or site.kind == "norm"]
             tapped = [site.path for site in sites if site.kind == ("norm" if target.norm else "weight")]
-            before, found = running.run(
-                work, example_inputs, watched, running.PATIENCE if probe_only else None, sketches=sketches, taps=tapped
+            before, found, sketches = run_model(
+                work, example_inputs, watched, PATIENCE if probe_only else None, taps=tapped
             )
             sizes |= {} if probe_only else found
         except ModelError as error:

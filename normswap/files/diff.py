@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.analysis.drift import relative_distance
 from normswap.checkpoints import checkpoint, contents
 from normswap.checkpoints.atomic_write import release
 from normswap.report.report import Change, Left, Node, Report, Totals
@@ -115,10 +116,7 @@ def _distance(old: Tensor, new: Tensor) -> float:
         tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64) for tensor in (old, new)
     )
     same = (a == b) | (a.isnan() & b.isnan())
-    if same.all():
-        return 0.0
-    size = torch.linalg.vector_norm(a).item()
-    return torch.linalg.vector_norm(b - a).item() / size if size else float("inf")
+    return 0.0 if same.all() else relative_distance(a, b)
 
 
 def _names(old: str, new: str) -> tuple[str, str]:

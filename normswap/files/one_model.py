@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.analysis import running
+from normswap.analysis.noise import guess_inputs
 from normswap.checkpoints import atomic_write, checkpoint, contents
 from normswap.checkpoints.checkpoint import RECIPE
 from normswap.checkpoints.contents import Binding, Entry
@@ -139,7 +139,7 @@ def noise_for(model: nn.Module, shape: Sequence[int] | None) -> tuple[Any, str]:
     """Noise that the model may take, and its name; (None, "") where none can be made up, or a large model is not asked to run."""
     if shape is None and is_large(model):
         return None, ""
-    return running.guess_inputs(model, None if shape is None else tuple(shape)) or (None, "")
+    return guess_inputs(model, None if shape is None else tuple(shape)) or (None, "")
 
 
 def _with_baked(report: Report, baked: Report) -> Report:

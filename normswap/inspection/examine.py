@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normswap.analysis import running
 from normswap.analysis.dataflow import Flow, find_flow
-from normswap.analysis.running import Seen
+from normswap.analysis.noise import PATIENCE
+from normswap.analysis.running import Seen, run_model
 from normswap.analysis.selection import check_model, shared_tensors
 from normswap.analysis.sites import Site, find_sites
 from normswap.analysis.statistics import statistics_of
@@ -56,7 +56,7 @@ def examine(
     if inputs is not None:
         progress("running the model")
         try:
-            seen = running.run(model, inputs, sites, running.PATIENCE if probe_only else None, name)[1]
+            seen = run_model(model, inputs, sites, PATIENCE if probe_only else None, name).seen
         except ModelError:
             if not probe_only:
                 raise

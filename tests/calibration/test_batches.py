@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision import models
 
-from normswap.analysis.running import call
+from normswap.analysis.running import call_model
 from normswap.calibration.batches import input_batches, read_samples
 from normswap.calibration.model_inputs import first_inputs
 from normswap.errors import FileError, OptionError
@@ -659,7 +659,7 @@ X, Y, MASK = torch.randn(4, 2), torch.arange(4), torch.ones(4, 2, dtype=torch.in
 
 
 def passed(model: nn.Module, item: Any) -> Any:
-    return call(model, first_inputs(model, item))
+    return call_model(model, first_inputs(model, item))
 
 
 def test_labels_are_left_out() -> None:

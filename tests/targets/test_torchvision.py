@@ -9,7 +9,9 @@ from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
 import normswap
-from normswap.analysis import running
+from normswap.analysis.drift import floating_tensors
+from normswap.analysis.noise import guess_inputs
+from normswap.analysis.running import call_model, eval_mode
 from normswap.files import model_specs
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
@@ -38,13 +40,13 @@ def inputs_for(name: str, model: nn.Module) -> object:
     if is_detection(model):
         size = (1, 3, 96, 96)
         model.transform.min_size, model.transform.max_size = (128,), 160
-    guess = running.guess_inputs(model, size)
+    guess = guess_inputs(model, size)
     assert guess is not None
     return guess[0]
 
 
 def finite(output: object) -> bool:
-    tensors = running._tensors(output)
+    tensors = floating_tensors(output)
     return bool(tensors) and all(t.isfinite().all() for t in tensors)
 
 
@@ -54,7 +56,7 @@ def train_step(name: str, model: nn.Module, inputs: object) -> object:
         target["masks"] = torch.ones(1, 96, 96, dtype=torch.uint8)
         target["keypoints"] = torch.tensor([[[20.0, 20.0, 1.0]] * 17])
         return model(inputs[0], [target])
-    return running.call(model, inputs)
+    return call_model(model, inputs)
 
 
 def test_there_are_over_80() -> None:
@@ -78,7 +80,7 @@ def test_zoo(name: str) -> None:
         if target != "fold":
             assert not still, "every batch norm of torchvision becomes a GroupNorm"
         with torch.no_grad():
-            assert finite(running.call(converted.eval(), inputs))
+            assert finite(call_model(converted.eval(), inputs))
             if target == "fold":
                 check_equal(before, features(converted, inputs))
             assert finite(train_step(name, converted.train(), inputs))
@@ -93,8 +95,8 @@ def check_untouched(model: nn.Module, state: dict[str, torch.Tensor], norms: set
 
 def features(model: nn.Module, inputs: object) -> object:
     """What to compare: the output; for detection the features, since boxes of equal score may change places."""
-    with running.evaluating(model):
-        return model.backbone(inputs[0][0][None]) if is_detection(model) else running.call(model, inputs)
+    with eval_mode(model):
+        return model.backbone(inputs[0][0][None]) if is_detection(model) else call_model(model, inputs)
 
 
 def is_detection(model: nn.Module) -> bool:
@@ -102,7 +104,7 @@ def is_detection(model: nn.Module) -> bool:
 
 
 def check_equal(before: object, after: object) -> None:
-    old, new = running._tensors(before), running._tensors(after)
+    old, new = floating_tensors(before), floating_tensors(after)
     assert [t.shape for t in old] == [t.shape for t in new]
     for a, b in zip(old, new, strict=True):
         assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6

@@ -1,0 +1,52 @@
+"""Made-up inputs: noise of a shape that a model may take, where no data is at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.analysis.running import SEED
+from normswap.errors import OptionError, first_line
+
+PATIENCE = 10.0
+"""Seconds that a run on noise may take which nobody asked for."""
+
+
+def seeded_noise(shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise of a shape, the same each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+
+
+def guess_inputs(model: nn.Module, shape: tuple[int, ...] | None = None) -> tuple[Any, str] | None:
+    """Noise that the model may take, and its name; None where no convolution or linear layer tells a size.
+
+    `shape` is that of one input batch; without it, it is made up from the first layer.
+    torchvision's detection models take a list of pictures, its optical flow models two.
+    """
+    first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)), None)
+    family = type(model).__module__
+    if shape is None:
+        if first is None:
+            return None
+        if isinstance(first, nn.Linear):
+            shape = (2, first.in_features)
+        else:
+            dims = len(first.kernel_size)
+            shape = (2, first.in_channels, *{1: (1024,), 2: (224, 224), 3: (16, 112, 112)}[dims])
+        if family.startswith("torchvision.models.detection"):
+            shape = (1, 3, 320, 320)
+        elif family.startswith("torchvision.models.optical_flow"):
+            shape = (1, 3, 128, 128)
+    name = f"noise {'×'.join(map(str, shape))}, seed {SEED}"
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    try:
+        value = seeded_noise(shape).to(like.device, like.dtype)
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        raise OptionError(f"input_shape: {shape} cannot be made: {first_line(error)}") from None
+    if family.startswith("torchvision.models.detection"):
+        return (list(value),), name
+    if family.startswith("torchvision.models.optical_flow"):
+        return (value, value.flip(-1)), name
+    return (value,), name
