@@ -6,14 +6,14 @@ from pathlib import Path
 
 from normswap.checkpoints import atomic_write
 from normswap.errors import OptionError
-from normswap.report.formats import FORMATS
+from normswap.report.formats import REPORT_FORMATS
 from normswap.report.report import Report
 
 
 def check_report_file(path: Path, overwrite: bool) -> None:
     """Raise `OptionError` or `FileError` where no report can be written to `path`."""
-    if path.suffix.lower() not in FORMATS:
-        raise OptionError(f"--report {path}: give a name that ends in one of {', '.join(FORMATS)}")
+    if path.suffix.lower() not in REPORT_FORMATS:
+        raise OptionError(f"--report {path}: give a name that ends in one of {', '.join(REPORT_FORMATS)}")
     atomic_write.check_writable(path, overwrite)
 
 
@@ -22,5 +22,5 @@ def write_report_file(report: Report, source: str, path: Path, overwrite: bool) 
 
     Raises `FileError`; nothing is written then.
     """
-    text = FORMATS[path.suffix.lower()](report, source)
+    text = REPORT_FORMATS[path.suffix.lower()](report, source)
     atomic_write.write_file(path, lambda file: file.write(text.encode("utf-8")), overwrite=overwrite)

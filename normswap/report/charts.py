@@ -21,11 +21,11 @@ class Bar:
     count: int
 
 
-def bars(found: Drift | None, full: bool = False) -> list[Bar]:
+def drift_bars(drift: Drift | None, full: bool = False) -> list[Bar]:
     """How far the changed layers moved, in the order in which they ran: parts of the model where there are many layers."""
-    if found is None:
+    if drift is None:
         return []
-    layers = [(layer.path, layer.relative_l2) for layer in found.layers]
+    layers = [(layer.path, layer.relative_l2) for layer in drift.layers]
     if full or len(layers) <= _MOST_BARS:
         return [Bar(path or ROOT, value, 1) for path, value in layers]
     parts: list[tuple[list[str], list[tuple[str, float]]]] = [([""], layers)]
@@ -61,6 +61,6 @@ def _part(names: Sequence[str], paths: Sequence[str]) -> str:
     return f"{names[0]} to {names[-1]}"
 
 
-def groups(changes: Iterable[Change]) -> list[tuple[int, int]]:
+def layers_by_groups(changes: Iterable[Change]) -> list[tuple[int, int]]:
     """(groups, layers that have so many), of the new norms."""
     return sorted(Counter(change.groups for change in changes if change.groups is not None).items())

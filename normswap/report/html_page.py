@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
 from normswap.report import charts, wording
+from normswap.report.module_tree import Branch, build_tree
 from normswap.report.path_patterns import ROOT
 from normswap.report.report import Change, Left, Node, Report
 
 _OPEN_DEPTH = 2  # branches of the tree that are open at first
 
 
-def page(report: Report, source: str) -> str:
+def to_html(report: Report, source: str) -> str:
     """The report on a conversion (or a `diff`) of `source` as HTML."""
     template = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     rows = [*map(_change_row, report.changes), *map(_left_row, report.left)]
@@ -44,16 +44,16 @@ def _summary(report: Report) -> str:
     if report.target != "diff":
         kind, word = ("exact" if report.exact else "near"), wording.verdict(report.exact)
         shown += f'<div class="tile" data-name="verdict"><b class="{kind}">{word}</b>in eval mode</div>'
-    told = "".join(f"<li>{escape(line)}</li>" for line in wording.summary(report))
-    warned = "".join(f'<p class="warning">{escape(notice)}</p>' for notice in report.warnings)
-    return f'<div class="tiles">{shown}</div><ul>{told}</ul>{warned}'
+    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in wording.summary(report))
+    warnings = "".join(f'<p class="warning">{escape(notice)}</p>' for notice in report.warnings)
+    return f'<div class="tiles">{shown}</div><ul>{sentences}</ul>{warnings}'
 
 
 # ---- charts ----
 
 
 def _drift_chart(report: Report) -> str:
-    bars, every = charts.bars(report.drift), charts.bars(report.drift, full=True)
+    bars, every = charts.drift_bars(report.drift), charts.drift_bars(report.drift, full=True)
     if not bars:
         return ""
     longest = max(max(bar.value for bar in bars), 1e-12)
@@ -69,7 +69,7 @@ def _several(bar: charts.Bar) -> str:
 
 
 def _groups_chart(report: Report) -> str:
-    groups = charts.groups(report.changes)
+    groups = charts.layers_by_groups(report.changes)
     if not groups:
         return ""
     most = max(count for _, count in groups)
@@ -89,17 +89,6 @@ def _bar(name: str, share: float, value: str) -> str:
 # ---- the tree ----
 
 
-@dataclass
-class _Branch:
-    """A place in the module tree, with what stands below it, and how many changes there are."""
-
-    name: str
-    path: str
-    node: Node | None = None
-    changes: int = 0
-    below: dict[str, _Branch] = field(default_factory=dict)
-
-
 def _tree(report: Report) -> str:
     changed = {path: change for change in report.changes if change.kind != "tensor" for path in change.paths}
     left = {entry.path: entry for entry in report.left if entry.kind != "tensor"}
@@ -108,35 +97,29 @@ def _tree(report: Report) -> str:
         nodes.setdefault(path, Node(path, entry.module, entry.module))
     for path, change in changed.items():
         nodes.setdefault(path, Node(path, change.before, change.after))
-    root = _Branch(ROOT, "")
-    for path, node in nodes.items():
-        branch = root
-        for part in path.split(".") if path else ():
-            branch.changes += path in changed
-            where = f"{branch.path}.{part}".lstrip(".")
-            branch = branch.below.setdefault(part, _Branch(part, where))
-        branch.node = node
-    return "".join(_branch(root, changed, left, 0)) if nodes else '<p class="dim">tensors alone: no modules</p>'
+    if not nodes:
+        return '<p class="dim">tensors alone: no modules</p>'
+    marks = {path: (" left", entry.reason) for path, entry in left.items()}
+    marks |= {path: (" changed", change.how) for path, change in changed.items()}
+    return "".join(_branch(build_tree(nodes.items()), "", marks, 0))
 
 
-def _branch(branch: _Branch, changed: Mapping[str, Change], left: Mapping[str, Left], depth: int) -> Iterator[str]:
-    node = branch.node or Node(branch.path, "", "")
-    kind, reason = "", ""
-    if branch.path in changed and branch.node is not None:
-        kind, reason = " changed", changed[branch.path].how
-    elif branch.path in left:
-        kind, reason = " left", left[branch.path].reason
-    below = f" ({branch.changes} changed)" if branch.changes else ""
-    cells = (branch.name, node.before, (node.after or ("gone" if node.before else "")) + below)
+def _branch(branch: Branch[Node], path: str, marks: Mapping[str, tuple[str, str]], depth: int) -> Iterator[str]:
+    """The lines of a branch and of all below it; `marks` has the class of the row and the reason of each layer that was changed or left."""
+    node = branch.items[0] if branch.items else Node(path, "", "")
+    mark, reason = marks.get(path, ("", ""))
+    changes = sum(marks.get(item.path, ("",))[0] == " changed" for _, inner in branch.walk() for item in inner.items)
+    below = f" ({changes} changed)" if changes else ""
+    cells = (branch.name or ROOT, node.before, (node.after or ("gone" if node.before else "")) + below)
     spans = "".join(f"<span>{escape(cell)}</span>" for cell in cells)
-    row = f'<div class="row path{kind}" style="--depth:{depth}" title="{escape(reason)}">{spans}</div>'
-    text = f'data-text="{_searchable([branch.path, *cells, reason])}"'
+    row = f'<div class="row path{mark}" style="--depth:{depth}" title="{escape(reason)}">{spans}</div>'
+    text = f'data-text="{_searchable([path, *cells, reason])}"'
     if not branch.below:
         yield f'<div class="leaf" {text}>{row}</div>'
         return
     yield f"<details {text}{' open' if depth < _OPEN_DEPTH else ''}><summary>{row}</summary>"
     for child in branch.below.values():
-        yield from _branch(child, changed, left, depth + 1)
+        yield from _branch(child, f"{path}.{child.name}".lstrip("."), marks, depth + 1)
     yield "</details>"
 
 
@@ -145,9 +128,9 @@ def _branch(branch: _Branch, changed: Mapping[str, Change], left: Mapping[str, L
 
 def _change_row(change: Change) -> str:
     names = " = ".join(path or ROOT for path in change.paths)
-    judged = "" if change.kind not in wording.JUDGED else f" ({wording.verdict(change.exact)})"
+    verdict = f" ({wording.verdict(change.exact)})" if change.kind in wording.MAY_BE_EXACT else ""
     amount = f"; relative L2 {change.amount:.2g}" if change.amount is not None else ""
-    why = f"{change.how}{judged}{amount}{f'; {change.note}' if change.note else ''}"
+    why = f"{change.how}{verdict}{amount}{f'; {change.note}' if change.note else ''}"
     return _row("change", change.kind, names, f"{change.before} → {change.after}", why)
 
 

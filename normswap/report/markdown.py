@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from normswap.report import charts, wording
 from normswap.report.report import Report
 
-_BAR = 20  # characters of the longest bar
+_LONGEST_BAR = 20  # characters
 
 
-def markdown(report: Report, source: str) -> str:
+def to_markdown(report: Report, source: str) -> str:
     """The report on a conversion (or a `diff`) of `source`, folded into patterns of paths."""
     return "\n".join(_parts(report, source)) + "\n"
 
@@ -21,28 +21,30 @@ def _parts(report: Report, source: str) -> Iterator[str]:
     yield from (f"\n> **warning:** {_cell(notice)}" for notice in report.warnings)
     if report.changes:
         rows = [
-            (_code(line.path), line.became, str(line.count), way.how + _judged(way.exact))
-            for way in wording.ways(report.changes)
-            for line in wording.lines(way.changes)
+            (_code(line.path), line.change, str(line.count), section.how + _in_brackets(section.exact))
+            for section in wording.sections(report.changes)
+            for line in wording.folded_lines(section.changes)
         ]
         yield _table(("layers", "became", "count", "how"), rows)
     if notes := wording.notes(report.changes):
         yield "\nDiffers from what was asked:\n"
         yield from (f"- {_cell(note)}" for note in notes)
-    if not report.exact and (bars := charts.bars(report.drift)):
+    if not report.exact and (bars := charts.drift_bars(report.drift)):
         longest = max(bar.value for bar in bars) or 1.0
         drawn = [
-            (_code(b.path), f"{b.value:.2g}", "█" * max(1, round(_BAR * b.value / longest)), str(b.count)) for b in bars
+            (_code(b.path), f"{b.value:.2g}", "█" * max(1, round(_LONGEST_BAR * b.value / longest)), str(b.count))
+            for b in bars
         ]
         yield _table(("layers", "drift, furthest", "", "count"), drawn)
     if report.left:
-        rows = [(_code(path), module, str(count), why) for path, module, count, why in wording.left_lines(report.left)]
+        lines = wording.left_lines(report.left)
+        rows = [(_code(line.path), line.module, str(line.count), line.reason) for line in lines]
         yield f"\n<details><summary>{wording.left_heading(report)}</summary>\n"
         yield _table(("layers", "class", "count", "why"), rows)
         yield "\n</details>"
 
 
-def _judged(exact: bool | None) -> str:
+def _in_brackets(exact: bool | None) -> str:
     return "" if exact is None else f" ({wording.verdict(exact)})"
 
 

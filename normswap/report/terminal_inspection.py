@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.padding import Padding
@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from normswap.report.inspection import Inspection, Layer
-from normswap.report.path_patterns import Branch, fold_tree, places, span
-from normswap.report.terminal import columns, told
+from normswap.report.module_tree import Branch, fold_tree
+from normswap.report.path_patterns import span, summarize_paths
+from normswap.report.terminal import Terminal, plain_table
 from normswap.report.wording import plural, verdict
 from normswap.target_table import NORMS
 
@@ -20,85 +21,68 @@ _MOST_LINES = 24  # of the tree, before its deepest branches are summed up
 _MOST_REASONS = 3
 
 
+@dataclass(frozen=True)
 class InspectionView:
-    """An `Inspection` for rich; with `full`, every branch of the tree and every path of a finding."""
+    """An `Inspection` for rich."""
 
-    def __init__(self, found: Inspection, title: str = "", full: bool = False):
-        self.found, self.title, self.full = found, title, full
+    inspection: Inspection
+    title: str = ""  # what was inspected
+    full: bool = False  # every branch of the tree, and every path of a finding
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        self.options = options
-        found = self.found
-        norms = [layer for layer in found.layers if layer.kind == "norm"]
-        counts = f"{plural(len(norms), 'norm')}, {plural(len(found.layers) - len(norms), 'weight layer')}"
-        sizes = f"{plural(found.parameters, 'parameter')}, {plural(found.buffers, 'buffer element')}"
-        parts: list[Text | Table | Padding] = [
-            Text.assemble((self.title, "bold"), self._told(f" · {found.model}")), Text(f"{counts}, {sizes}"), Text(),
-        ]  # fmt: skip
+        yield Group(*self._parts(Terminal.of(options)))
+
+    def _parts(self, terminal: Terminal) -> Iterator[Text | Table | Padding]:
+        found = self.inspection
+        norms = sum(layer.kind == "norm" for layer in found.layers)
+        counts = f"{plural(norms, 'norm')}, {plural(len(found.layers) - norms, 'weight layer')}"
+        yield Text.assemble((self.title, "bold"), terminal.string(f" · {found.model}"))
+        yield Text(f"{counts}, {plural(found.parameters, 'parameter')}, {plural(found.buffers, 'buffer element')}")
+        yield Text()
         if found.layers:
-            measured = f" (maps: {found.probe})" if found.probe else ""
-            parts += [self._heading("what is in it", measured), self._tree(), Text()]
-        parts += [self._heading("what each target would do"), self._outcomes(), Text()]
+            probe = terminal.string(f" (maps: {found.probe})") if found.probe else ""
+            yield Text.assemble(("what is in it", "bold"), (probe, "dim"))
+            yield _layer_table(found.layers, self.full, terminal)
+            yield Text()
+        yield Text("what each target would do", style="bold")
+        yield self._outcomes(terminal)
+        yield Text()
         if found.findings:
-            parts += [self._heading("what is wrong, or suspicious"), *self._findings(), Text()]
+            yield Text("what is wrong, or suspicious", style="bold")
+            yield from self._findings(terminal)
+            yield Text()
         if found.advice:
-            parts += [self._heading("what to pick"), *self._advice()]
-        yield Group(*parts)
+            yield Text("what to pick", style="bold")
+            yield from self._advice(terminal)
 
-    def _told(self, text: str) -> str:
-        return told(text, self.options)
-
-    def _heading(self, text: str, more: str = "") -> Text:
-        return Text.assemble((text, "bold"), (self._told(more), "dim"))
-
-    # ---- the tree ----
-
-    def _tree(self) -> Table:
-        branches = fold_tree((layer.paths[0], layer.module, layer) for layer in self.found.layers)
-        if not self.full:
-            branches = _shortened(branches)
-        table = columns("place", "layer", "maps", "state", "count")
-        for depth, branch in _walk(branches):
-            held: list[Layer] = [layer for _, layer in branch.items]
-            name = f"{'  ' * (depth + 1)}{branch.name}"
-            if held:
-                state = _state(held)
-                style = "" if state in ("", "healthy", "frozen", "frozen, healthy") else "yellow"
-                cells = [Text(self._told(cell)) for cell in (name, _layers(held), _maps(held))]
-                table.add_row(*cells, Text(state, style=style), self._told(f"×{len(held)}"))
-            else:
-                several = f"×{branch.count}" if branch.count > 1 else ""
-                table.add_row(Text(name, style="dim"), "", "", "", Text(self._told(several), style="dim"))
-        return table
-
-    # ---- targets, findings, advice ----
-
-    def _outcomes(self) -> Table:
-        table = columns("target", "changes", "exact", "left")
-        outcomes = self.found.outcomes
+    def _outcomes(self, terminal: Terminal) -> Table:
+        table = plain_table("target", "changes", "exact", "left")
+        outcomes = self.inspection.outcomes
         norms = [set(outcome.reasons) for outcome in outcomes if outcome.target in NORMS]
         common = set.intersection(*norms) if norms else set()  # said once
         for outcome in outcomes:
             changes = [plural(n, w) for n, w in ((outcome.norms, "norm"), (outcome.weights, "weight")) if n]
-            judged = "" if outcome.exact is None else verdict(outcome.exact)
             own = [reason for reason in outcome.reasons if outcome.target not in NORMS or reason not in common]
-            told = self._told(outcome.problem or _reasons(own))
-            kind = "green" if outcome.exact else "yellow"
-            table.add_row(f"  {outcome.target}", ", ".join(changes) or "nothing", Text(judged, style=kind), told)
+            exact = Text(
+                "" if outcome.exact is None else verdict(outcome.exact), style="green" if outcome.exact else "yellow"
+            )
+            left = terminal.string(outcome.problem or _reasons(own))
+            table.add_row(f"  {outcome.target}", ", ".join(changes) or "nothing", exact, left)
         if common:
-            table.add_row("  all", "of gn to fold", "", self._told(_reasons(sorted(common, key=lambda r: -r[1]))))
+            left = terminal.string(_reasons(sorted(common, key=lambda reason: -reason[1])))
+            table.add_row("  all", "of gn to fold", "", left)
         return table
 
-    def _findings(self) -> Iterator[Padding]:
-        for finding in self.found.findings:
-            where = places(finding.paths, len(finding.paths)) if self.full else places(finding.paths)
-            yield _indented(Text.assemble((finding.problem, "yellow"), self._told(f": {where}")), 2)
-            yield _indented(Text(self._told(finding.note)), 4)
+    def _findings(self, terminal: Terminal) -> Iterator[Padding]:
+        for finding in self.inspection.findings:
+            where = summarize_paths(finding.paths, most=len(finding.paths) if self.full else None)
+            yield _indented(Text.assemble((finding.problem, "yellow"), terminal.string(f": {where}")), 2)
+            yield _indented(terminal.text(finding.note), 4)
 
-    def _advice(self) -> Iterator[Padding]:
-        for advice in self.found.advice:
+    def _advice(self, terminal: Terminal) -> Iterator[Padding]:
+        for advice in self.inspection.advice:
             yield _indented(Text.assemble(f"{advice.situation}: ", (advice.choose, "bold")), 2)
-            yield _indented(Text(self._told(advice.why)), 4)
+            yield _indented(terminal.text(advice.why), 4)
 
 
 def _indented(text: Text, columns: int) -> Padding:
@@ -109,31 +93,46 @@ def _reasons(reasons: Sequence[tuple[str, int]]) -> str:
     return "; ".join(f"{count} left: {reason}" for reason, count in reasons[:_MOST_REASONS])
 
 
-def _walk(branches: Sequence[Branch], depth: int = 0) -> Iterator[tuple[int, Branch]]:
-    for branch in branches:
-        yield depth, branch
-        yield from _walk(list(branch.below.values()), depth + 1)
+# ---- the tree of layers ----
 
 
-def _shortened(branches: list[Branch]) -> list[Branch]:
+def _layer_table(layers: Sequence[Layer], full: bool, terminal: Terminal) -> Table:
+    tree = fold_tree(((layer.paths[0], layer) for layer in layers), kind=lambda layer: layer.module)
+    if not full:
+        tree = _shortened(tree)
+    table = plain_table("place", "layer", "maps", "state", "count")
+    for depth, branch in tree.walk():
+        name = f"{'  ' * (depth + 1)}{branch.name}"
+        if members := branch.items:
+            state = _state(members)
+            usual = state in ("", "healthy", "frozen", "frozen, healthy")
+            cells = [terminal.text(cell) for cell in (name, _classes_and_sizes(members), _map_sizes(members))]
+            table.add_row(*cells, Text(state, style="" if usual else "yellow"), terminal.string(f"×{len(members)}"))
+        else:
+            several = f"×{branch.count}" if branch.count > 1 else ""
+            table.add_row(Text(name, style="dim"), "", "", "", terminal.text(several, "dim"))
+    return table
+
+
+def _shortened(tree: Branch[Layer]) -> Branch[Layer]:
     """The tree with its deepest branches summed up, until it fits."""
-    deepest = max(depth for depth, _ in _walk(branches))
-    while sum(branch.lines for branch in branches) > _MOST_LINES and deepest > 0:
+    deepest = max(depth for depth, _ in tree.walk())
+    while sum(1 for _ in tree.walk()) > _MOST_LINES and deepest > 0:
+        tree = _cut_at_depth(tree, deepest)
         deepest -= 1
-        branches = [_cut(branch, deepest) for branch in branches]
-    return branches
+    return tree
 
 
-def _cut(branch: Branch, depth: int) -> Branch:
+def _cut_at_depth(branch: Branch[Layer], depth: int) -> Branch[Layer]:
+    """The branch with at most so many levels below it; each of the last level sums up all below it in one line `name.*`."""
     if depth > 0:
-        return replace(branch, below={name: _cut(child, depth - 1) for name, child in branch.below.items()})
-    items = [item for _, part in _walk([branch]) for item in part.items]
-    return replace(
-        branch, items=items, below={}, stem=f"{branch.name}.*" if branch.below else branch.name, numbers=set()
-    )
+        return replace(branch, below={name: _cut_at_depth(child, depth - 1) for name, child in branch.below.items()})
+    items = [*branch.items, *(item for _, inner in branch.walk() for item in inner.items)]
+    stem = f"{branch.name}.*" if branch.below else branch.name
+    return replace(branch, items=items, below={}, stem=stem, numbers=set())
 
 
-def _layers(layers: Sequence[Layer]) -> str:
+def _classes_and_sizes(layers: Sequence[Layer]) -> str:
     """What layers there are: class, channels, groups."""
     kinds = list(dict.fromkeys(layer.module for layer in layers))
     if len(kinds) > 1:
@@ -145,11 +144,11 @@ def _layers(layers: Sequence[Layer]) -> str:
     tails = {layer.size.partition(", ")[2] for layer in layers}
     tail = f", {tails.pop()}" if len(tails) == 1 and any(tails) else ""
     groups = [layer.groups for layer in layers if layer.kind == "norm" and layer.groups is not None]
-    told = f", {span(groups)} groups" if groups else ""
-    return f"{kinds[0]} {span(channels)}{tail}{told}" if channels else kinds[0]
+    in_groups = f", {span(groups)} groups" if groups else ""
+    return f"{kinds[0]} {span(channels)}{tail}{in_groups}" if channels else kinds[0]
 
 
-def _maps(layers: Sequence[Layer]) -> str:
+def _map_sizes(layers: Sequence[Layer]) -> str:
     """The least and the greatest size of the maps that they read."""
     sizes = sorted({layer.spatial for layer in layers if layer.spatial}, key=lambda size: (len(size), size))
     written = ["×".join(map(str, size)) for size in sizes]

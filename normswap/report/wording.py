@@ -7,31 +7,41 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from normswap.report.path_patterns import ROOT, grouped, places, span
+from normswap.report.path_patterns import ROOT, fold_by_key, span, summarize_paths
 from normswap.report.report import Calibration, Change, Cost, Drift, Left, Report, Totals
 from normswap.target_table import slowdown
 
-JUDGED = ("norm", "weight", "copy")
-"""Kinds of changes that keep a function, or do not."""
-_WORST = 3
+MAY_BE_EXACT = ("norm", "weight", "copy")
+"""The kinds of changes of which a report says whether they are exact."""
+_MOST_FURTHEST = 3  # layers that are named as those that moved furthest
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of changing: what became of the learnt values, whether that is exact (None: not asked), and the changes."""
+class Section:
+    """Changes that did the same to the learnt values: they are shown together."""
 
-    how: str
-    exact: bool | None
+    how: str  # what became of the learnt values: the heading
+    exact: bool | None  # None: changes of a kind that is never called exact
     changes: tuple[Change, ...]
 
 
 @dataclass(frozen=True)
-class Line:
-    """Changes of one kind in one line: a pattern of paths, what became what, and how many there are."""
+class ChangeLine:
+    """One change, or several that are alike, as one line."""
 
-    path: str
-    became: str
-    count: int
+    path: str  # or a pattern of paths
+    change: str  # what became what: `BatchNorm2d → GroupNorm(8)`
+    count: int  # of layers
+
+
+@dataclass(frozen=True)
+class LeftLine:
+    """Layers of one class that stayed for one reason, as one line."""
+
+    path: str  # a pattern of paths
+    module: str  # their class
+    count: int  # of layers
+    reason: str
 
 
 def heading(report: Report, source: str) -> str:
@@ -46,26 +56,27 @@ def verdict(exact: bool) -> str:
     return "exact" if exact else "approximate"
 
 
-def ways(changes: Sequence[Change]) -> list[Way]:
-    """The changes by what became of the learnt values."""
+def sections(changes: Sequence[Change]) -> list[Section]:
+    """The changes by what became of the learnt values, in order of appearance."""
     found: dict[tuple[str, bool], list[Change]] = defaultdict(list)
     for change in changes:
         found[change.how, change.exact].append(change)
     return [
-        Way(how, exact if members[0].kind in JUDGED else None, tuple(members))
+        Section(how, exact if members[0].kind in MAY_BE_EXACT else None, tuple(members))
         for (how, exact), members in found.items()
     ]
 
 
-def full_lines(changes: Iterable[Change]) -> list[Line]:
+def full_lines(changes: Iterable[Change]) -> list[ChangeLine]:
     """A line for each change, with all its names."""
     return [
-        Line(" = ".join(path or ROOT for path in c.paths), f"{c.before} → {c.after}", len(c.paths)) for c in changes
+        ChangeLine(" = ".join(path or ROOT for path in c.paths), f"{c.before} → {c.after}", len(c.paths))
+        for c in changes
     ]
 
 
-def lines(changes: Sequence[Change]) -> list[Line]:
-    """The changes folded into patterns."""
+def folded_lines(changes: Sequence[Change]) -> list[ChangeLine]:
+    """A line for all changes that differ in numbers alone: in those of their paths, and in the groups of the new layers."""
     if changes[0].kind == "tensor" and not changes[0].how.startswith("renamed"):
         return list(_tensor_lines(changes))
     numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
@@ -75,25 +86,25 @@ def lines(changes: Sequence[Change]) -> list[Line]:
         if found := re.search(r"\((\d+)\)", change.after):
             numbers[key].add(int(found[1]))
         pairs.append((key, change.paths[0]))
-    told = []
-    for key, pattern, count in grouped(pairs):
+    lines = []
+    for key, pattern, count in fold_by_key(pairs):
         written = f"({span(numbers[key])})" if numbers[key] else ""
-        told.append(Line(pattern, f"{key[0]} → {key[1]}{written}", count))
-    return told
+        lines.append(ChangeLine(pattern, f"{key[0]} → {key[1]}{written}", count))
+    return lines
 
 
-def _tensor_lines(changes: Sequence[Change]) -> Iterable[Line]:
+def _tensor_lines(changes: Sequence[Change]) -> Iterable[ChangeLine]:
     """Tensors by the last part of their key; how far those moved that differ in value."""
     pairs = [((change.paths[0].rpartition(".")[2],), change.paths[0]) for change in changes]
     amounts: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for key, change in zip((key for key, _ in pairs), changes, strict=True):
         if change.amount is not None:
             amounts[key].append(change.amount)
-    for key, pattern, count in grouped(pairs):
+    for key, pattern, count in fold_by_key(pairs):
         moved = sorted(amounts[key])
         far = f"relative L2 {moved[0]:.2g}" + (f" to {moved[-1]:.2g}" if len(moved) > 1 else "") if moved else ""
         shapes = {f"{c.before} → {c.after}" for c in changes if c.paths[0].rpartition(".")[2] == key[0]}
-        yield Line(pattern, far or (shapes.pop() if len(shapes) == 1 else "several shapes"), count)
+        yield ChangeLine(pattern, far or (shapes.pop() if len(shapes) == 1 else "several shapes"), count)
 
 
 def notes(changes: Sequence[Change]) -> list[str]:
@@ -102,37 +113,38 @@ def notes(changes: Sequence[Change]) -> list[str]:
     for change in changes:
         if change.note:
             alike[re.sub(r"\d+", "#", change.note)].append(change)
-    told = []
+    texts = []
     for text, members in alike.items():
         numbers = zip(*(map(int, re.findall(r"\d+", change.note)) for change in members), strict=True)
         spans = [span(column) for column in numbers]
         note = "".join(part + number for part, number in zip(text.split("#"), [*spans, ""], strict=True))
-        told.append(f"{places([change.paths[0] for change in members])}: {note}")
-    return told
+        texts.append(f"{summarize_paths([change.paths[0] for change in members])}: {note}")
+    return texts
 
 
-def left_lines(left: Sequence[Left]) -> list[tuple[str, str, int, str]]:
-    """(pattern, class, count, reason) of what stayed."""
-    found = grouped(((entry.module, entry.reason), entry.path) for entry in left)
-    return [(pattern, module, count, reason) for (module, reason), pattern, count in found]
+def left_lines(left: Sequence[Left]) -> list[LeftLine]:
+    """What stayed, and why."""
+    found = fold_by_key(((entry.module, entry.reason), entry.path) for entry in left)
+    return [LeftLine(pattern, module, count, reason) for (module, reason), pattern, count in found]
 
 
 def left_heading(report: Report) -> str:
     return f"{'the same' if report.target == 'diff' else 'left as it was'}: {report.totals.left}"
 
 
-def counts(report: Report) -> str:
+def counts_sentence(report: Report) -> str:
     """How many were changed, and how many left."""
     totals = report.totals
     if report.target == "diff":
         found = Counter(change.how for change in report.changes)
-        told = ", ".join(f"{count} {how}" for how, count in found.items()) or "no difference"
-        return f"{told}; {totals.left} the same"
+        differences = ", ".join(f"{count} {how}" for how, count in found.items()) or "no difference"
+        return f"{differences}; {totals.left} the same"
     norms, weights = plural(totals.norms_changed, "norm"), plural(totals.weights_changed, "weight")
     return f"{norms}, {weights} changed: {verdict(report.exact)}; {totals.left} left"
 
 
-def sizes(totals: Totals) -> str:
+def sizes_sentence(totals: Totals) -> str:
+    """How many parameters and buffer elements there were, and are."""
     return (
         f"parameters {totals.parameters_before:,} → {totals.parameters_after:,}, "
         f"buffers {totals.buffers_before:,} → {totals.buffers_after:,}"
@@ -142,16 +154,21 @@ def sizes(totals: Totals) -> str:
 def summary(report: Report) -> list[str]:
     """Counts, sizes, drift, calibration, what training will take longer, and the cost of it all, a sentence each."""
     if report.target == "diff":
-        return [counts(report), sizes(report.totals)]
-    told = [counts(report), sizes(report.totals), drift(report.drift)]
-    if not report.exact and report.drift and (furthest := worst(report.drift)):
-        told.append(furthest)
-    told += [calibration(report.calibration)] if report.calibration else []
-    told += [slower] if (slower := slowdown(report.target)) and report.changes else []
-    return [*told, cost(report.cost)] if report.cost else told
+        return [counts_sentence(report), sizes_sentence(report.totals)]
+    furthest = furthest_sentence(report.drift) if report.drift and not report.exact else ""
+    sentences = [
+        counts_sentence(report),
+        sizes_sentence(report.totals),
+        drift_sentence(report.drift),
+        furthest,
+        calibration_sentence(report.calibration) if report.calibration else "",
+        slowdown(report.target) if report.changes else "",
+        cost_sentence(report.cost) if report.cost else "",
+    ]
+    return [sentence for sentence in sentences if sentence]
 
 
-def calibration(found: Calibration) -> str:
+def calibration_sentence(found: Calibration) -> str:
     """Which values were kept, and what that is worth."""
     line = f"calibrated on {plural(found.samples, 'sample')}: kept {found.kept}"
     if found.calibrated_error is not None:
@@ -163,7 +180,7 @@ def calibration(found: Calibration) -> str:
     return f"{line}; {found.note}" if found.note else line
 
 
-def drift(found: Drift | None) -> str:
+def drift_sentence(found: Drift | None) -> str:
     """How far the output moved, and on what."""
     if found is None:
         return "drift not measured: no probe input"
@@ -177,14 +194,14 @@ def drift(found: Drift | None) -> str:
     return f"drift on {found.probe}{caution}: {', '.join(part for part in measured if part)}"
 
 
-def worst(found: Drift) -> str:
+def furthest_sentence(found: Drift) -> str:
     """The layers that moved furthest, which a user may want to exclude."""
-    furthest = sorted(found.layers, key=lambda layer: -layer.relative_l2)[:_WORST]
-    told = ", ".join(f"{layer.path or ROOT} {layer.relative_l2:.2g}" for layer in furthest)
-    return f"furthest: {told}" if told else ""
+    furthest = sorted(found.layers, key=lambda layer: -layer.relative_l2)[:_MOST_FURTHEST]
+    named = ", ".join(f"{layer.path or ROOT} {layer.relative_l2:.2g}" for layer in furthest)
+    return f"furthest: {named}" if named else ""
 
 
-def cost(found: Cost) -> str:
+def cost_sentence(found: Cost) -> str:
     """What the run took."""
     memory = f", {found.peak_memory / 2**30:.1f} GiB of memory at most" if found.peak_memory is not None else ""
     return f"took {found.seconds:.1f} s{memory}"

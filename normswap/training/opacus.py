@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 from normswap.errors import NormswapError
 from normswap.layers.norms import FrozenBatchNorm
 from normswap.layers.reparametrized import CONVOLUTIONS, STANDARDIZED, TRANSPOSED, retyped
-from normswap.report.path_patterns import places
+from normswap.report.path_patterns import summarize_paths
 
 CONSTANT: tuple[type[nn.Module], ...] = (
     *(STANDARDIZED[plain] for plain in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)),
@@ -80,7 +80,7 @@ def _knowing_constants(check: Any) -> Any:
         inplace = [path for path, layer in module.named_modules() if getattr(layer, "inplace", None) is True]
         if inplace:
             warnings.warn(
-                f"{places(inplace)}: work in place, which Opacus's hooks do not allow behind a trained layer; set inplace=False",
+                f"{summarize_paths(inplace)}: work in place, which Opacus's hooks do not allow behind a trained layer; set inplace=False",
                 stacklevel=2,
             )
         with _without_constants(module):

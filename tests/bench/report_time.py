@@ -52,7 +52,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
             "terminal": partial(printed, ReportView(report, name)),
             "inspect, terminal": partial(printed, InspectionView(found, name)),
         }
-        runs |= {ending: partial(view, report, name) for ending, view in formats.FORMATS.items()}
+        runs |= {ending: partial(view, report, name) for ending, view in formats.REPORT_FORMATS.items()}
         for view, run in runs.items():
             seconds, text = least(run, arguments.rounds)
             lines = text.count("\n") if "terminal" in view else None

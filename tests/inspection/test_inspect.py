@@ -21,7 +21,7 @@ import normswap
 from normswap import Inspection, NormswapError
 from normswap.files import model_specs
 from normswap.inspection.findings import RULES
-from normswap.report.path_patterns import fold_tree
+from normswap.report.module_tree import fold_tree
 from normswap.report.terminal_inspection import InspectionView
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -316,11 +316,13 @@ def test_counts_of_the_printed_tree(name: str, full: bool) -> None:
 
 def test_trees_fold_what_is_alike() -> None:
     paths = [f"layer{s}.{b}.{name}" for s in (1, 2) for b in (0, 1, 2) for name in ("conv1", "bn1", "conv2", "bn2")]
-    (layer,) = fold_tree((path, path.split(".")[-1][:2], path) for path in paths)
+    tree = fold_tree([(path, path) for path in paths], kind=lambda path: path.split(".")[-1][:2])
+    (layer,) = tree.below.values()
     assert (layer.name, layer.count, [*layer.below]) == ("layer[1-2]", 2, ["[0-2]"])
     (block,) = layer.below.values()
     assert [(b.name, len(b.items)) for b in block.below.values()] == [("conv[1-2]", 12), ("bn[1-2]", 12)]
-    assert [b.name for b in fold_tree((n, "norm", n) for n in ("a", "b", "norm1", "norm3"))] == ["a", "b", "norm[1,3]"]
+    flat = fold_tree([(name, "norm") for name in ("a", "b", "norm1", "norm3")], kind=str)
+    assert [*flat.below] == ["a", "b", "norm[1,3]"]
 
 
 # ---- files ----

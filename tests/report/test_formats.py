@@ -102,8 +102,8 @@ def test_all_views_agree(name: str) -> None:
     """Counts are read back from each view and compared with the report's."""
     report = REPORTS[name]()
     kinds = Counter(change.kind for change in report.changes)
-    text, page = terminal(report), Page(formats.page(report, "model.pt"))
-    told, data = formats.markdown(report, "model.pt"), json.loads(formats.data(report, "model.pt"))
+    text, page = terminal(report), Page(formats.to_html(report, "model.pt"))
+    told, data = formats.to_markdown(report, "model.pt"), json.loads(formats.to_json(report, "model.pt"))
     if report.target == "diff":
         heads = re.findall(r"^.*the same$", text, re.MULTILINE)
         assert heads and heads[0] in told and heads[0] in page.text
@@ -200,7 +200,7 @@ def test_files_tell_time_and_memory(tmp_path: Path) -> None:
 
 def test_every_format_is_written_by_its_ending(tmp_path: Path) -> None:
     torch.save(small(), tmp_path / "model.pt")
-    for ending in formats.FORMATS:
+    for ending in formats.REPORT_FORMATS:
         file = tmp_path / f"report{ending}"
         result = run("convert", tmp_path / "model.pt", "--to", "gn", "--dry-run", "--report", file)
         assert result.exit_code == 0 and file.stat().st_size > 500, result.stderr
@@ -224,15 +224,15 @@ def test_names_with_markup_stay_text() -> None:
     model = nn.Module()
     model.add_module("<script>alert(1)</script>|*_", nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
     report = normswap.convert(model, "gn-ws").report
-    page = formats.page(report, "<b>model</b>.pt")
+    page = formats.to_html(report, "<b>model</b>.pt")
     assert page.count("<script>") == 1 and "<b>model" not in page
-    cells = [line for line in formats.markdown(report, "model.pt").splitlines() if line.startswith("| `")]
+    cells = [line for line in formats.to_markdown(report, "model.pt").splitlines() if line.startswith("| `")]
     assert cells and all(len(re.split(r"(?<!\\)\|", line)) == 6 for line in cells)
 
 
 @pytest.mark.parametrize("ending", [".html", ".svg"])
 def test_nothing_is_fetched(ending: str) -> None:
-    text = formats.FORMATS[ending](converted(), "model.pt")
+    text = formats.REPORT_FORMATS[ending](converted(), "model.pt")
     addresses = set(re.findall(r"https?://[^\s\"')]+", text)) - {"http://www.w3.org/2000/svg"}
     assert all("textualize" in address for address in addresses)  # a comment of rich's
     if ending == ".html":
@@ -286,7 +286,7 @@ def test_the_page_in_a_browser(browser: Any, tmp_path: Path) -> None:
     """Searched, clicked, shown narrow and wide; no error on its console, and nothing wider than the screen."""
     file = tmp_path / "report.html"
     report = converted()
-    file.write_text(formats.page(report, "model.pt"), encoding="utf-8")
+    file.write_text(formats.to_html(report, "model.pt"), encoding="utf-8")
     browser.get(file.as_uri())
 
     def visible(selector: str) -> int:
