@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from normswap.checkpoints.atomic_write import release, scratch_tensor
+from normswap.checkpoints.mapped_memory import release, scratch_tensor
 from normswap.checkpoints.contents import Raw
 from normswap.errors import FileError, UnsafeFileError, first_line
 

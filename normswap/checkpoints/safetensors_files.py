@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from normswap.checkpoints.atomic_write import release
+from normswap.checkpoints.mapped_memory import release
 from normswap.errors import FileError, first_line
 
 _DTYPES: dict[str, torch.dtype] = {

@@ -1,0 +1,96 @@
+"""Memory of tensors that are mapped from files: given back where a file holds it, and counted."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy
+import torch
+from torch import Tensor
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+_RELEASED_FROM = 1 << 16  # bytes; smaller blocks are not worth a system call
+_MADV_DONTNEED = 4
+_POSIX = os.name == "posix"
+_libc = ctypes.CDLL(None, use_errno=True) if _POSIX else None
+
+
+def peak_memory() -> int | None:
+    """The most bytes of memory that this process has held at once; None where the system does not tell."""
+    if resource is None:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def release(tensor: Tensor) -> None:
+    """Give back the memory of a tensor whose values a file holds; they come back from there when they are read.
+
+    Nothing is ever lost: memory that no file holds, or that was written to since, is kept. Only on Linux.
+    """
+    if tensor.device.type == "cpu" and tensor.numel():
+        storage = tensor.untyped_storage()
+        release_block(storage.data_ptr(), storage.nbytes())
+
+
+def release_block(address: int, size: int) -> None:
+    """`release` for `size` bytes from `address`: the whole pages among them."""
+    page = os.sysconf("SC_PAGE_SIZE") if _POSIX else 1
+    first, end = -(-address // page), (address + size) // page
+    if (end - first) * page < _RELEASED_FROM or _libc is None or not hasattr(_libc, "madvise"):
+        return
+    if _held_by_files(first, end):
+        _libc.madvise(ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), _MADV_DONTNEED)
+
+
+def _held_by_files(first: int, end: int) -> bool:
+    """Whether every page from `first` to before `end` that is in memory is a file's, as the kernel's page map tells.
+
+    A page of a private mapping that was written to is not. See the kernel's documentation of pagemap: of the 64 bits of
+    a page, 63 says that it is present, 62 swapped, 61 a file's.
+    """
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pages:
+            pages.seek(first * 8)
+            bits = numpy.frombuffer(pages.read((end - first) * 8), numpy.uint64) >> numpy.uint64(61)
+    except OSError:
+        return False
+    return len(bits) == end - first and bool(((bits == 0) | (bits == 0b101) | (bits == 1)).all())
+
+
+class Releasing:
+    """A file to write to that releases each block of memory after it is written; blocks come from `torch.save`."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def write(self, block: Any) -> int:
+        written = self._file.write(block)
+        if isinstance(block, memoryview) and block.nbytes >= _RELEASED_FROM:
+            release_block(numpy.frombuffer(block, numpy.uint8).ctypes.data, block.nbytes)
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def scratch_tensor(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) -> Tensor:
+    """An empty tensor whose memory is a file in `folder` that has no name any more; small ones, or without a folder, in memory."""
+    size = math.prod(shape) * dtype.itemsize
+    if folder is None or size < _RELEASED_FROM or not os.path.isdir("/proc/self/fd"):
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.TemporaryFile(dir=folder) as file:  # without a name from the start, where the system can
+        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and no signal later
+        storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, nbytes=size)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,202 @@
+"""Checkpoints of every kind, read; nothing here knows of conversion."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.checkpoints import pickle_files, safetensors_files
+from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint, set_recipe
+from normswap.checkpoints.contents import Raw
+from normswap.errors import FileError, first_line
+
+_LONGEST_RECIPE = 1 << 26  # bytes
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "model.pt")
+_OPTIMIZERS = "optimizer*.bin"
+_PARTS = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
+_MOST_SHARED = 64  # times its size that the tensors of a file may claim together: some share memory
+_MOST_PATHS, _DEEPEST = 1_000_000, 100
+
+
+def read(
+    path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[str] = (), scratch: Path | None = None
+) -> Checkpoint:
+    """Read a file or a folder, tensors mapped where that can be; those of a distributed checkpoint in files under `scratch`.
+
+    Pickles run no code, unless `trust` says so; see `pickles.read`.
+
+    Raises:
+        FileError: nothing there, another kind of file, or a broken one.
+        UnsafeFileError: a class that is not allowed; the message says how to allow it.
+    """
+    path, allow = Path(path), tuple(allow)
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: {getattr(error, 'strerror', None) or error}; check the name and the folder") from None
+    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+        raise FileError(f"{path}: is not a regular file")
+    try:
+        if stat.S_ISDIR(mode):
+            return _read_folder(path, trust, allow, scratch)
+        if path.name.endswith(INDEX_ENDING):
+            return _read_shards(path, trust, allow)
+        return _read_file(path, trust, allow)
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from None
+
+
+def check_input(path: Path) -> None:
+    """Raise `FileError` for a file that is none of a kind that can be read, by its first bytes."""
+    try:
+        if path.is_file() and not path.name.endswith(INDEX_ENDING) and not _has_tensors(path):
+            pickle_files.check_kind(path)
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: {getattr(error, 'strerror', None) or error}; check the name and the folder") from None
+
+
+def _has_tensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(16)
+    return safetensors_files.is_safetensors(head) and (path.suffix == ".safetensors" or head[8:10] == b'{"')
+
+
+def _read_file(path: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
+    if _has_tensors(path):
+        tensors, header = safetensors_files.read(path)
+        return Checkpoint(path, "safetensors", _stated(tensors, path, header.pop(RECIPE, None)), header)
+    found = pickle_files.read(path, trust=trust, allow=allow)
+    for model in _modules_in(found):
+        if _paths(model, path, {}) > _MOST_PATHS:
+            raise FileError(f"{path}: holds a {type(model).__name__} with more paths to its parts than can be followed")
+    _check_sizes(path, found)
+    return Checkpoint(path, "pt", found)
+
+
+def _read_folder(path: Path, trust: bool, allow: tuple[str, ...], scratch: Path | None) -> Checkpoint:
+    if (path / ".metadata").is_file():
+        # Not at the top: what it needs of torch takes longer to import than most files to read.
+        from normswap.checkpoints import distributed_folders
+
+        state, nested = distributed_folders.read(path, scratch)
+        recipe = state.pop(RECIPE, None)
+        text = _unpacked(recipe.data) if isinstance(recipe, Raw) else None
+        nested = {name: where for name, where in nested.items() if name != RECIPE}
+        return Checkpoint(path, "dcp", _stated(state, path, text), nested=nested)
+    indices = sorted(index for index in path.glob(f"*{INDEX_ENDING}") if index.is_file())
+    if indices:
+        return _read_shards(indices[0], trust, allow)
+    name = next((name for name in _WEIGHTS if (path / name).is_file()), None)
+    if name is None:
+        raise FileError(
+            f"{path}: is a folder without a distributed checkpoint (.metadata), an index ({_WEIGHTS[0]}{INDEX_ENDING}) "
+            f"or one of {', '.join(_WEIGHTS)}; give the name of a file"
+        )
+    inner = _read_file(path / name, trust, allow)
+    if not isinstance(inner.content, Mapping):
+        raise FileError(f"{path / name}: holds a {type(inner.content).__name__}, not a state dict")
+    return replace(
+        inner, path=path, kind="folder", shards={name: tuple(inner.content)}, optimizers=_optimizers(path, trust, allow)
+    )
+
+
+def _read_shards(index: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
+    """A model in several files with an index of which key is where, as Hugging Face's libraries write it."""
+    try:
+        described = json.loads(index.read_text())
+        weight_map = described["weight_map"]
+        names = sorted(set(weight_map.values()))
+        header = dict(described.get("metadata") or {})
+        safe = all(Path(name).name == name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FileError(f"{index}: is no index of weight files ({first_line(error)})") from None
+    if not safe or not names:
+        raise FileError(f"{index}: names files outside its folder, or none")
+    state: dict[str, Any] = {}
+    shards: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise FileError(f"{index}: names {name}, which is missing")
+        part = _read_file(index.parent / name, trust, allow).content
+        if not isinstance(part, Mapping) or state.keys() & part.keys():
+            raise FileError(f"{index.parent / name}: is no state dict, or repeats keys of another file")
+        state |= part
+        shards[name] = tuple(part)
+    if state.keys() != weight_map.keys():
+        odd = min(map(str, state.keys() ^ weight_map.keys()))
+        raise FileError(f"{index}: does not agree with its files: {odd} stands in one of them alone")
+    content = _stated(state, index, header.pop(RECIPE, None))
+    optimizers = _optimizers(index.parent, trust, allow)
+    return Checkpoint(index.parent, "folder", content, header, shards=shards, index=index.name, optimizers=optimizers)
+
+
+def _optimizers(folder: Path, trust: bool, allow: tuple[str, ...]) -> dict[str, Any]:
+    return {file.name: pickle_files.read(file, trust=trust, allow=allow) for file in sorted(folder.glob(_OPTIMIZERS))}
+
+
+def _stated(tensors: Mapping[str, Any], path: Path, recipe: str | None) -> OrderedDict[str, Any]:
+    """A state dict with the recipe where torch's own files have it."""
+    state = OrderedDict(tensors)
+    if recipe is not None:
+        try:
+            set_recipe(state, json.loads(recipe) if len(recipe) <= _LONGEST_RECIPE else None)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise FileError(f"{path}: its recipe is damaged ({first_line(error)})") from None
+    return state
+
+
+def _unpacked(data: bytes) -> str | None:
+    try:
+        found = torch.load(io.BytesIO(data), weights_only=True)
+    except Exception:  # a broken recipe is no recipe
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _modules_in(found: Any) -> list[nn.Module]:
+    values = [found, *found.values()] if isinstance(found, Mapping) else [found]
+    return [value for value in values if isinstance(value, nn.Module)]
+
+
+def _paths(module: nn.Module, path: Path, known: dict[int, int | None], depth: int = 0) -> int:
+    """How many paths lead into `module`. Raises for one that holds itself, or that is not built as torch builds one."""
+    if id(module) not in known:
+        known[id(module)] = None
+        held = vars(module)
+        for name, kind in _PARTS.items():
+            part = held.get(name)
+            if not isinstance(part, dict) or not all(v is None or isinstance(v, kind) for v in part.values()):
+                raise FileError(f"{path}: is damaged: its {type(module).__name__} lacks {name}")
+        children = [child for child in module._modules.values() if child is not None]
+        if depth < _DEEPEST:
+            known[id(module)] = 1 + sum(_paths(child, path, known, depth + 1) for child in children)
+    found = known[id(module)]
+    if found is None:
+        raise FileError(f"{path}: holds a {type(module).__name__} that holds itself, or is nested too deep")
+    return found
+
+
+def _check_sizes(path: Path, found: Any) -> None:
+    """No tensor may claim more than the file holds: a view that repeats one element does, to exhaust memory."""
+    size, total = path.stat().st_size, 0
+    parts = [found, *found.values()] if isinstance(found, Mapping) else []
+    for model in _modules_in(found):
+        parts += [{**dict(model.named_parameters()), **dict(model.named_buffers())}]
+    for part in parts:
+        for name, value in part.items() if isinstance(part, Mapping) else ():
+            if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
+                claimed = value.numel() * value.itemsize
+                total += claimed
+                if claimed > size or total > _MOST_SHARED * size:
+                    raise FileError(f"{path}: {name} claims {claimed:,} bytes, more than the file holds")
