@@ -34,7 +34,7 @@ class Arguments(tuple[Any, ...]):
 
 def _read_torch(path: Path) -> Any:
     try:
-        found = pickle_files.read(path)
+        found = pickle_files.read_pickle(path)
     except UnsafeFileError:
         raise UnusableData("holds more than plain data; save tensors, or lists, tuples or dicts of them") from None
     left = _MOST_SHARED * path.stat().st_size
@@ -78,7 +78,7 @@ def _unpacked(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> Any:
-    return _picked(safetensors_files.read(path)[0])
+    return _picked(safetensors_files.read_safetensors(path)[0])
 
 
 READERS: dict[str, Callable[[Path], Any]] = {

@@ -40,8 +40,7 @@ class Checkpoint:
     optimizers: Mapping[str, Any] = field(default_factory=dict)
 
 
-
-def recipe_of(content: Any) -> Any:
+def stored_recipe(content: Any) -> Any:
     """The recipe in a module or a state dict, unchecked; None where there is none."""
     if isinstance(content, nn.Module):
         return vars(content).get(RECIPE)
@@ -49,7 +48,7 @@ def recipe_of(content: Any) -> Any:
     return metadata.get(RECIPE) if isinstance(metadata, Mapping) else None
 
 
-def set_recipe(content: Any, recipe: Any) -> None:
+def store_recipe(content: Any, recipe: Any) -> None:
     """Let a module or an `OrderedDict` of tensors carry `recipe`."""
     if isinstance(content, nn.Module):
         content.__dict__[RECIPE] = recipe

@@ -19,7 +19,7 @@ NO_WEIGHTS = ("n_averaged", "total_ops", "total_params")  # what EMA and profile
 
 
 @dataclass(frozen=True)
-class Raw:
+class SavedBytes:
     """An entry that is no tensor, as the bytes that it was saved as: they are copied, never unpickled."""
 
     data: bytes
@@ -83,7 +83,7 @@ def is_state(value: Any) -> bool:
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         return False
     tensors = [name for name, entry in value.items() if isinstance(entry, Tensor)]
-    others = (name for name, entry in value.items() if not isinstance(entry, Tensor | Raw))
+    others = (name for name, entry in value.items() if not isinstance(entry, Tensor | SavedBytes))
     return bool(tensors) and all(name.endswith(("_extra_state", *NO_WEIGHTS)) for name in others)
 
 
@@ -99,11 +99,11 @@ def _is_model(value: Any) -> bool:
     return isinstance(value, nn.Module) or is_state(value)
 
 
-def put(content: Any, entry: Entry, value: Any) -> Any:
+def with_value_at(content: Any, entry: Entry, value: Any) -> Any:
     """`content` with `value` where `entry` stands; dicts on the way there are copied, all others stay the same objects."""
     if not entry.keys:
         return value
     first, rest = entry.keys[0], Entry(entry.keys[1:], None)
     changed = copy.copy(content)
-    changed[first] = put(content[first], rest, value)
+    changed[first] = with_value_at(content[first], rest, value)
     return changed

@@ -34,8 +34,8 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from normswap.checkpoints.contents import SavedBytes
 from normswap.checkpoints.mapped_memory import release, scratch_tensor
-from normswap.checkpoints.contents import Raw
 from normswap.errors import FileError, UnsafeFileError, first_line
 
 _ALONE: dict[str, Any] = {"no_dist": True} if "no_dist" in inspect.signature(save).parameters else {}  # torch >= 2.7
@@ -89,7 +89,7 @@ class _LoadPlanner(DefaultLoadPlanner):
     """Fills scratch tensors, and keeps everything else as bytes."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = Raw(value.getvalue())
+        self.state_dict[read_item.dest_index.fqn] = SavedBytes(value.getvalue())
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         release(tensor)
@@ -114,7 +114,7 @@ class _SavePlanner(DefaultSavePlanner):
         if self._written is not None:
             release(self._written)
         found = self.state_dict[write_item.index.fqn]
-        if isinstance(found, Raw):
+        if isinstance(found, SavedBytes):
             return io.BytesIO(found.data)
         self._written = found if isinstance(found, Tensor) else None
         return super().resolve_data(write_item)
@@ -180,8 +180,10 @@ def _is_whole(entry: TensorStorageMetadata) -> bool:
     return inside and apart and sum(math.prod(part.sizes) for part in parts) == math.prod(entry.size)
 
 
-def read(path: str | os.PathLike[str], scratch: Path | None) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
-    """All entries by their full name, tensors in files under the folder `scratch` (None: in memory), others `Raw`;
+def read_distributed(
+    path: str | os.PathLike[str], scratch: Path | None
+) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
+    """All entries by their full name, tensors in files under the folder `scratch` (None: in memory), others `SavedBytes`;
     and torch's map from these names to the nested keys that they were saved under.
     """
     path = Path(path)
@@ -191,7 +193,7 @@ def read(path: str | os.PathLike[str], scratch: Path | None) -> tuple[dict[str, 
         if isinstance(entry, TensorStorageMetadata):
             state[name] = scratch_tensor(entry.size, entry.properties.dtype, scratch)
         else:
-            state[name] = Raw(b"")
+            state[name] = SavedBytes(b"")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process does it all is meant
@@ -206,8 +208,8 @@ def read(path: str | os.PathLike[str], scratch: Path | None) -> tuple[dict[str, 
     return state, mappings
 
 
-def write(state: dict[str, Any], folder: Path, mappings: Mapping[str, tuple[Any, ...]]) -> None:
-    """Write entries, as `read` gives them, into an empty folder."""
+def write_distributed(state: dict[str, Any], folder: Path, mappings: Mapping[str, tuple[Any, ...]]) -> None:
+    """Write entries, as `read_distributed` gives them, into an empty folder."""
     nested = {name: tuple(mappings.get(name, (name,))) for name in state}
     plain = {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
     with warnings.catch_warnings():

@@ -59,7 +59,7 @@ _REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed global|whose module \
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def read(path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[str] = ()) -> Any:
+def read_pickle(path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[str] = ()) -> Any:
     """The object in a file that `torch.save` wrote, its tensors on the CPU and mapped from the file.
 
     Only classes of torch, torchvision, timm and normswap are loaded, and those in `allow`, by full

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checkpoints import pickle_files, safetensors_files
-from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint, set_recipe
-from normswap.checkpoints.contents import Raw
+from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint, store_recipe
+from normswap.checkpoints.contents import SavedBytes
 from normswap.errors import FileError, first_line
 
 _LONGEST_RECIPE = 1 << 26  # bytes
@@ -28,12 +28,12 @@ _MOST_SHARED = 64  # times its size that the tensors of a file may claim togethe
 _MOST_PATHS, _DEEPEST = 1_000_000, 100
 
 
-def read(
+def read_checkpoint(
     path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[str] = (), scratch: Path | None = None
 ) -> Checkpoint:
     """Read a file or a folder, tensors mapped where that can be; those of a distributed checkpoint in files under `scratch`.
 
-    Pickles run no code, unless `trust` says so; see `pickles.read`.
+    Pickles run no code, unless `trust` says so; see `pickle_files.read_pickle`.
 
     Raises:
         FileError: nothing there, another kind of file, or a broken one.
@@ -74,9 +74,9 @@ def _has_tensors(path: Path) -> bool:
 
 def _read_file(path: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
     if _has_tensors(path):
-        tensors, header = safetensors_files.read(path)
-        return Checkpoint(path, "safetensors", _stated(tensors, path, header.pop(RECIPE, None)), header)
-    found = pickle_files.read(path, trust=trust, allow=allow)
+        tensors, header = safetensors_files.read_safetensors(path)
+        return Checkpoint(path, "safetensors", _state_with_recipe(tensors, path, header.pop(RECIPE, None)), header)
+    found = pickle_files.read_pickle(path, trust=trust, allow=allow)
     for model in _modules_in(found):
         if _paths(model, path, {}) > _MOST_PATHS:
             raise FileError(f"{path}: holds a {type(model).__name__} with more paths to its parts than can be followed")
@@ -89,11 +89,11 @@ def _read_folder(path: Path, trust: bool, allow: tuple[str, ...], scratch: Path 
         # Not at the top: what it needs of torch takes longer to import than most files to read.
         from normswap.checkpoints import distributed_folders
 
-        state, nested = distributed_folders.read(path, scratch)
+        state, nested = distributed_folders.read_distributed(path, scratch)
         recipe = state.pop(RECIPE, None)
-        text = _unpacked(recipe.data) if isinstance(recipe, Raw) else None
+        text = _unpacked(recipe.data) if isinstance(recipe, SavedBytes) else None
         nested = {name: where for name, where in nested.items() if name != RECIPE}
-        return Checkpoint(path, "dcp", _stated(state, path, text), nested=nested)
+        return Checkpoint(path, "dcp", _state_with_recipe(state, path, text), nested=nested)
     indices = sorted(index for index in path.glob(f"*{INDEX_ENDING}") if index.is_file())
     if indices:
         return _read_shards(indices[0], trust, allow)
@@ -136,21 +136,23 @@ def _read_shards(index: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint
     if state.keys() != weight_map.keys():
         odd = min(map(str, state.keys() ^ weight_map.keys()))
         raise FileError(f"{index}: does not agree with its files: {odd} stands in one of them alone")
-    content = _stated(state, index, header.pop(RECIPE, None))
+    content = _state_with_recipe(state, index, header.pop(RECIPE, None))
     optimizers = _optimizers(index.parent, trust, allow)
     return Checkpoint(index.parent, "folder", content, header, shards=shards, index=index.name, optimizers=optimizers)
 
 
 def _optimizers(folder: Path, trust: bool, allow: tuple[str, ...]) -> dict[str, Any]:
-    return {file.name: pickle_files.read(file, trust=trust, allow=allow) for file in sorted(folder.glob(_OPTIMIZERS))}
+    return {
+        file.name: pickle_files.read_pickle(file, trust=trust, allow=allow) for file in sorted(folder.glob(_OPTIMIZERS))
+    }
 
 
-def _stated(tensors: Mapping[str, Any], path: Path, recipe: str | None) -> OrderedDict[str, Any]:
+def _state_with_recipe(tensors: Mapping[str, Any], path: Path, recipe: str | None) -> OrderedDict[str, Any]:
     """A state dict with the recipe where torch's own files have it."""
     state = OrderedDict(tensors)
     if recipe is not None:
         try:
-            set_recipe(state, json.loads(recipe) if len(recipe) <= _LONGEST_RECIPE else None)
+            store_recipe(state, json.loads(recipe) if len(recipe) <= _LONGEST_RECIPE else None)
         except (ValueError, TypeError, RecursionError) as error:
             raise FileError(f"{path}: its recipe is damaged ({first_line(error)})") from None
     return state

@@ -34,7 +34,7 @@ def is_safetensors(head: bytes) -> bool:
     return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file by name, mapped from it, and its metadata. Raises `FileError` for a broken file."""
     path = Path(path)
     size = path.stat().st_size
@@ -65,7 +65,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
     return tensors, metadata
 
 
-def write(tensors: Mapping[str, Tensor], file: BinaryIO, metadata: Mapping[str, str], *, mapped: bool = False) -> None:
+def write_safetensors(
+    tensors: Mapping[str, Tensor], file: BinaryIO, metadata: Mapping[str, str], *, mapped: bool = False
+) -> None:
     """Write tensors by name, largest dtype first as the library does; with `mapped`, each is released after it.
 
     Tensors that share memory are written apart, since the format knows no sharing.

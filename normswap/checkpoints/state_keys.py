@@ -69,7 +69,9 @@ def bind(state: Mapping[str, Any], model: Mapping[str, Any], where: object) -> l
             bindings.append(Binding(names, prefix))
             taken |= set(names.values())
     first = bindings[0].prefix
-    odd = [name for name in plain if name.startswith(first) and plain[name] not in taken and not name.endswith(NO_WEIGHTS)]
+    odd = [
+        name for name in plain if name.startswith(first) and plain[name] not in taken and not name.endswith(NO_WEIGHTS)
+    ]
     shapes = any(
         state[outer].shape != model[name].shape
         for b in bindings

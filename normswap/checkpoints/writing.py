@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checkpoints import atomic_write, mapped_memory, safetensors_files
-from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint, recipe_of
-from normswap.checkpoints.contents import Raw
+from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint, stored_recipe
+from normswap.checkpoints.contents import SavedBytes
 from normswap.errors import FileError, OptionError, first_line
 
 FORMATS = ("pt", "safetensors", "dcp")
 _NO_MODELS = (".onnx", ".pt2", ".npz", ".json", ".pb")
 
 
-def default_out(path: str | os.PathLike[str], suffix: str, form: str | None = None) -> Path:
+def path_beside(path: str | os.PathLike[str], suffix: str, form: str | None = None) -> Path:
     """`model.gn-ws.pt` beside `model.pt`; for a folder, or an index in one, `folder.gn-ws` beside that."""
     path = Path(path)
     if path.name.endswith(INDEX_ENDING) or path.is_dir():
@@ -47,12 +47,12 @@ def check_format(out: Path, form: str | None, overwrite: bool) -> None:
         raise FileError(f"{out}: a model is not written as {out.suffix}; give a name that ends in .pt or .safetensors")
 
 
-def write(
+def write_checkpoint(
     found: Checkpoint, out: Path, form: str | None = None, *, overwrite: bool = False, mapped: bool = False
 ) -> Path:
     """Write `found` in its own kind, or in `form`; `mapped` says that its large tensors are mapped from files.
 
-    All or nothing, see `disk.write_file`. Raises `FileError`.
+    All or nothing, see `atomic_write.write_file`. Raises `FileError`.
     """
     kind = form or found.kind
     if kind == "pt":
@@ -64,16 +64,16 @@ def write(
             found.content
         )  # without a format transformers refuses a file
         return atomic_write.write_file(
-            out, lambda f: safetensors_files.write(tensors, f, header, mapped=mapped), overwrite=overwrite
+            out, lambda f: safetensors_files.write_safetensors(tensors, f, header, mapped=mapped), overwrite=overwrite
         )
     if kind == "dcp":
         from normswap.checkpoints import distributed_folders
 
         text = _recipe_text(found.content)
-        extra = {name: Raw(_packed(value)) for name, value in text.items()}
+        extra = {name: SavedBytes(_packed(value)) for name, value in text.items()}
         state = {**_entries(found.content, out), **extra}
         return atomic_write.write_folder(
-            out, lambda folder: distributed_folders.write(state, folder, found.nested), overwrite=overwrite
+            out, lambda folder: distributed_folders.write_distributed(state, folder, found.nested), overwrite=overwrite
         )
     return atomic_write.write_folder(out, lambda folder: _write_shards(found, folder, mapped), overwrite=overwrite)
 
@@ -92,7 +92,7 @@ def _entries(content: Any, out: Path) -> dict[str, Any]:
     if isinstance(content, nn.Module):
         content = content.state_dict()
     for name, value in content.items():
-        if not isinstance(value, Tensor | Raw):
+        if not isinstance(value, Tensor | SavedBytes):
             raise FileError(f"{out}: {name} is a {type(value).__name__}, not a tensor; write it as .pt")
     return dict(content)
 
@@ -102,7 +102,7 @@ def _tensors(content: Any, out: Path) -> dict[str, Tensor]:
 
 
 def _recipe_text(content: Any) -> dict[str, str]:
-    recipe = recipe_of(content)
+    recipe = stored_recipe(content)
     return {} if recipe is None else {RECIPE: json.dumps(recipe)}
 
 
@@ -127,7 +127,7 @@ def _write_shards(found: Checkpoint, folder: Path, mapped: bool) -> None:
                 header = (
                     {"format": "pt"} if found.index else {k: v for k, v in found.header.items() if isinstance(v, str)}
                 )
-                safetensors_files.write(_tensors(part, folder / name), file, header | recipe, mapped=mapped)
+                safetensors_files.write_safetensors(_tensors(part, folder / name), file, header | recipe, mapped=mapped)
             else:
                 part._metadata = getattr(found.content, "_metadata", None)  # type: ignore[attr-defined]
                 _save(part, file, folder / name, mapped)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap.calibration.batches import input_batches, read_samples
-from normswap.checkpoints import atomic_write, checkpoint, contents
+from normswap.checkpoints import checkpoint, contents, mapped_memory, reading, writing
 from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
 from normswap.conversion.convert import Options, Progress
 from normswap.errors import FileError, ModelError, OptionError
@@ -87,11 +87,11 @@ def convert_file(
     started = time.monotonic()
     asked, target = Options(**options), parse_target(to)
     if not model_specs.is_spec(str(path)):
-        checkpoint.check_input(Path(path))
+        reading.check_input(Path(path))
     out = default_out(path, to, format) if out is None else Path(out)
     form = _form(out, format)
     if not dry_run:
-        checkpoint.check_format(out, form, overwrite)
+        writing.check_format(out, form, overwrite)
     if isinstance(calibrate, str | os.PathLike):
         progress(f"reading {calibrate}")
         known = next((str(s) for s in (path, model) if isinstance(s, str) and model_specs.is_spec(s)), None)
@@ -109,7 +109,9 @@ def convert_file(
     if model_specs.is_spec(str(path)):
         found = Checkpoint(Path(str(path)), "pt", model_specs.build(str(path), weights, job.arguments))
     else:
-        found = checkpoint.read(path, trust=trust, allow=allow, scratch=None if dry_run else out.resolve().parent)
+        found = reading.read_checkpoint(
+            path, trust=trust, allow=allow, scratch=None if dry_run else out.resolve().parent
+        )
     with _naming(path):
         found, report = _convert(found, key, job)
     if not dry_run:
@@ -128,7 +130,7 @@ def _check_source(path: str | os.PathLike[str], model: Source | None, key: str |
 
 
 def _with_cost(report: Report, started: float) -> Report:
-    return replace(report, cost=Cost(time.monotonic() - started, atomic_write.peak_memory()))
+    return replace(report, cost=Cost(time.monotonic() - started, mapped_memory.peak_memory()))
 
 
 def inspect_file(
@@ -153,7 +155,7 @@ def inspect_file(
     if model_specs.is_spec(str(path)):
         made = model_specs.build(str(path), weights, model_args or {})
         return _examined(made, input_shape, progress)
-    found = checkpoint.read(path, trust=trust, allow=allow)
+    found = reading.read_checkpoint(path, trust=trust, allow=allow)
     entry = contents.find_entries(found.content, key, path)[0]
     with _naming(path):
         if isinstance(entry.value, nn.Module):
@@ -162,7 +164,7 @@ def inspect_file(
                     f"--model is for files without their model; {path} holds a {type(entry.value).__name__}"
                 )
             return _examined(entry.value, input_shape, progress)
-        if model is None and checkpoint.recipe_of(entry.value) is None:
+        if model is None and checkpoint.stored_recipe(entry.value) is None:
             seen = examine(norms_by_keys.norms_of(entry.value, EPS), progress=progress)
             extra = [
                 Layer((p,), "weight", "convolution", "", None, None, None, None, "", "")
@@ -199,7 +201,7 @@ def _convert(found: Checkpoint, key: str | None, job: Job) -> tuple[Checkpoint, 
     for entry in models:
         place = id(entry.value)
         done = made[place] = made.get(place) or convert_entry(entry, found.path, job)
-        content = contents.put(content, entry, done.value)
+        content = contents.with_value_at(content, entry, done.value)
         copied = (entry.name,), "copy", "copy of the model", "converted", "converted like the model", done.report.exact
         copies += [Change(*copied)] if dones else []
         dones.append(done)
@@ -235,17 +237,17 @@ def _write(found: Checkpoint, out: Path, form: str | None, key: str | None, over
         alone = contents.find_entries(found.content, key, found.path)[0].value
         if form == "pt" and not isinstance(alone, nn.Module):
             tensors = OrderedDict((k, v) for k, v in alone.items() if isinstance(v, Tensor))
-            checkpoint.set_recipe(tensors, checkpoint.recipe_of(alone))
+            checkpoint.store_recipe(tensors, checkpoint.stored_recipe(alone))
             alone = tensors
         elif isinstance(alone, nn.Module):
             alone = _state_of(alone)
         found = replace(found, kind=form, content=alone)
-    checkpoint.write(found, out, form, overwrite=overwrite, mapped=not model_specs.is_spec(str(found.path)))
+    writing.write_checkpoint(found, out, form, overwrite=overwrite, mapped=not model_specs.is_spec(str(found.path)))
 
 
 def _state_of(model: nn.Module) -> Any:
     state = model.state_dict()
-    checkpoint.set_recipe(state, checkpoint.recipe_of(model))
+    checkpoint.store_recipe(state, checkpoint.stored_recipe(model))
     return state
 
 
@@ -257,8 +259,8 @@ def _form(out: Path, form: str | None) -> str | None:
 def default_out(path: str | os.PathLike[str], suffix: str, form: str | None = None) -> Path:
     """`model.gn-ws.pt` beside `model.pt`; `resnet50.gn-ws.pt` in this folder for `torchvision:resnet50`."""
     if model_specs.is_spec(str(path)):
-        return checkpoint.default_out(f"{model_specs.short_name(str(path))}.pt", suffix, form)
-    return checkpoint.default_out(path, suffix, form)
+        return writing.path_beside(f"{model_specs.short_name(str(path))}.pt", suffix, form)
+    return writing.path_beside(path, suffix, form)
 
 
 def fold_file(
@@ -277,11 +279,11 @@ def fold_file(
         raise OptionError(f"{path} is a model, not a converted file; convert it first: --to fold, or --to gn-ws --fold")
     started = time.monotonic()
     out = default_out(path, "fold") if out is None else Path(out)
-    checkpoint.check_format(out, None, overwrite)
-    found = checkpoint.read(path, trust=trust, allow=allow, scratch=out.resolve().parent)
+    writing.check_format(out, None, overwrite)
+    found = reading.read_checkpoint(path, trust=trust, allow=allow, scratch=out.resolve().parent)
     with _naming(path):
         found, report = _convert(found, key, Job(PLAIN_TARGET, Options(), model, model_args or {}))
-    checkpoint.write(found, out, overwrite=overwrite)
+    writing.write_checkpoint(found, out, overwrite=overwrite)
     return _with_cost(report, started)
 
 
@@ -307,7 +309,7 @@ def load(
         UnsafeFileError: a class that is not allowed, by name.
     """
     path = Path(path)
-    found = checkpoint.read(path, trust=trust, allow=allow)
+    found = reading.read_checkpoint(path, trust=trust, allow=allow)
     entry = contents.find_entries(found.content, key, path)[0]
     if isinstance(entry.value, nn.Module):
         return entry.value
@@ -331,13 +333,13 @@ def save(
     """
     path = Path(path)
     form = _form(path, None)
-    checkpoint.check_format(path, form, overwrite)
+    writing.check_format(path, form, overwrite)
     had = vars(model).get(RECIPE)
     try:
         if report is not None:
             setattr(model, RECIPE, report.recipe)
         content = _state_of(model) if form == "safetensors" else model
-        return checkpoint.write(Checkpoint(path, form or "pt", content), path, overwrite=overwrite)
+        return writing.write_checkpoint(Checkpoint(path, form or "pt", content), path, overwrite=overwrite)
     finally:
         if report is not None and had is None:
             delattr(model, RECIPE)

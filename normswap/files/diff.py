@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from normswap.analysis.drift import relative_distance
-from normswap.checkpoints import checkpoint, contents
-from normswap.checkpoints.atomic_write import release
+from normswap.checkpoints import checkpoint, contents, reading
+from normswap.checkpoints.mapped_memory import release
 from normswap.report.report import Change, Left, Node, Report, Totals
 
 Side = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
@@ -45,7 +45,7 @@ def diff(a: Side, b: Side, *, key: str | None = None, trust: bool = False, allow
 def _open(side: Side, key: str | None, trust: bool, allow: Iterable[str]) -> Any:
     if isinstance(side, nn.Module | Mapping):
         return side
-    found = checkpoint.read(side, trust=trust, allow=allow)
+    found = reading.read_checkpoint(side, trust=trust, allow=allow)
     return contents.find_entries(found.content, key, Path(side))[0].value
 
 
@@ -156,6 +156,6 @@ def _count(side: Any) -> tuple[int, int]:
 
 
 def _made(side: Any, which: str) -> list[str]:
-    recipe = checkpoint.recipe_of(side)
+    recipe = checkpoint.stored_recipe(side)
     target = recipe.get("target") if isinstance(recipe, Mapping) else None
     return [f"{which} was made by normswap: {target}"] if isinstance(target, str) else []

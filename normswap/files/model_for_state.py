@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap.analysis.copies import clone
-from normswap.checkpoints import checkpoint, contents
-from normswap.checkpoints.contents import Binding
+from normswap.checkpoints import checkpoint, state_keys
+from normswap.checkpoints.state_keys import Binding
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.files import model_specs, recipe
 from normswap.files.model_specs import Source
@@ -26,7 +26,7 @@ def source_of(
     """What makes the model of a state dict: what was given, or the library's model that its recipe names."""
     if model is not None:
         return model, arguments or {}
-    made = checkpoint.recipe_of(state)
+    made = checkpoint.stored_recipe(state)
     spec = made.get("model") if isinstance(made, Mapping) else None
     if isinstance(spec, str) and model_specs.is_spec(spec):
         return spec, _harmless(made.get("model_args"), where)
@@ -61,7 +61,7 @@ def fill(
 
     It is made without memory for its weights where that can be. Raises `FileError` where they do not fit.
     """
-    made = checkpoint.recipe_of(state)
+    made = checkpoint.stored_recipe(state)
 
     def build() -> nn.Module:
         built = clone(model) if isinstance(model, nn.Module) else model_specs.make(model, arguments)
@@ -77,7 +77,7 @@ def fill(
             if context is model_specs.weightless:
                 continue  # it reads its own weights as it is made
             raise
-        bindings = contents.bind(state, first.state_dict(), where)
+        bindings = state_keys.bind(state, first.state_dict(), where)
         filled = []
         for index, binding in enumerate(bindings):
             with context():

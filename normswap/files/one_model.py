@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap.analysis.noise import guess_inputs
-from normswap.checkpoints import atomic_write, checkpoint, contents
+from normswap.checkpoints import checkpoint, mapped_memory, state_keys
 from normswap.checkpoints.checkpoint import RECIPE
-from normswap.checkpoints.contents import Binding, Entry
+from normswap.checkpoints.contents import Entry
+from normswap.checkpoints.state_keys import Binding
 from normswap.conversion.convert import Options, Progress, run
 from normswap.errors import FileError, NormswapError, OptionError, first_line
 from normswap.files import model_specs, norms_by_keys, recipe
@@ -78,7 +79,7 @@ def _convert_whole(model: nn.Module, where: Path, job: Job) -> Done:
         if isinstance(error, NormswapError) or model_specs.is_spec(str(where)):
             raise
         raise FileError(f"{where}: its module is damaged, or of another version ({first_line(error)})") from error
-    checkpoint.set_recipe(converted, folded if job.target is PLAIN_TARGET else report.recipe)
+    checkpoint.store_recipe(converted, folded if job.target is PLAIN_TARGET else report.recipe)
     return Done(converted, report, ((before, parameters_of(converted)),))
 
 
@@ -90,12 +91,12 @@ def _convert_tensors(entry: Entry, model: Source, arguments: Mapping[str, Any], 
     converted = [(binding, *_convert_module(made, job)) for binding, made in filled]
     binding, made, report = converted[0]
     states = [made.state_dict() for _, made, _ in converted]
-    value = contents.rebuild(entry.value, [binding for binding, _, _ in converted], states)
-    previous = checkpoint.recipe_of(entry.value)
+    value = state_keys.rebuild(entry.value, [binding for binding, _, _ in converted], states)
+    previous = checkpoint.stored_recipe(entry.value)
     told = (
         _folded(entry.value) if job.target is PLAIN_TARGET else _with_source(report.recipe, model, arguments, previous)
     )
-    checkpoint.set_recipe(value, told)
+    checkpoint.store_recipe(value, told)
     bound = {name for binding, _, _ in converted for name in binding.names.values()}
     beside = [name for name in entry.value if name not in bound]
     listed = ", ".join(beside[:3]) + ("" if len(beside) <= 3 else f" and {len(beside) - 3} more")
@@ -109,7 +110,7 @@ def _convert_tensors(entry: Entry, model: Source, arguments: Mapping[str, Any], 
 def _convert_module(model: nn.Module, job: Job) -> tuple[nn.Module, Report]:
     """`run` in place, on noise if there are no inputs, and folded if asked."""
     if job.target is PLAIN_TARGET:
-        return run(model, PLAIN_TARGET, Options(), may_be_idle=True, inplace=True, release=atomic_write.release)
+        return run(model, PLAIN_TARGET, Options(), may_be_idle=True, inplace=True, release=mapped_memory.release)
     inputs, name = job.example_inputs, "example inputs"
     probe_only = inputs is None and job.input_shape is None and job.options.calibrate is None
     if inputs is None and job.options.calibrate is None:
@@ -117,7 +118,7 @@ def _convert_module(model: nn.Module, job: Job) -> tuple[nn.Module, Report]:
     previous = vars(model).get(RECIPE)
     model, report = run(
         model, job.target, job.options, inputs, name, probe_only=probe_only, inplace=True, progress=job.progress,
-        release=atomic_write.release,
+        release=mapped_memory.release,
     )  # fmt: skip
     if probe_only and is_large(model) and report.drift is None:
         report = replace(
@@ -168,7 +169,7 @@ def _convert_bare(entry: Entry, where: Path, job: Job) -> Done:
     eps = EPS if job.eps is None else job.eps
     if not (math.isfinite(eps) and eps >= 0):
         raise OptionError(f"--eps {eps}: must be 0 or more, and finite")
-    previous = checkpoint.recipe_of(entry.value)
+    previous = checkpoint.stored_recipe(entry.value)
     if previous is not None:
         recipe.check(previous, where)
     norms = norms_by_keys.norms_of(entry.value, eps)
@@ -179,7 +180,7 @@ def _convert_bare(entry: Entry, where: Path, job: Job) -> Done:
         for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         if p + n in entry.value
     }
-    value = contents.rebuild(
+    value = state_keys.rebuild(
         entry.value,
         [Binding({name: name for name in [n for n in entry.value if n in names]})],
         [converted.state_dict()],
@@ -188,7 +189,7 @@ def _convert_bare(entry: Entry, where: Path, job: Job) -> Done:
     left = [Left(path, "weight", "convolution", reason) for path in norms_by_keys.convolution_keys(entry.value)]
     notices = (f"eps is not in the file: {eps:g} is assumed (--eps); nor are the sizes of maps, and what follows what",)
     made = _with_source(report.recipe, None, {}, previous)
-    checkpoint.set_recipe(value, made)
+    checkpoint.store_recipe(value, made)
     totals = replace(report.totals, left=report.totals.left + len(left), **_counts(entry.value, value))
     report = replace(
         report, left=(*report.left, *left), warnings=(*report.warnings, *notices), totals=totals, recipe=made
@@ -221,5 +222,5 @@ def _with_source(
 
 
 def _folded(value: Any) -> Any:
-    made = checkpoint.recipe_of(value)
+    made = checkpoint.stored_recipe(value)
     return {**made, "folded": True} if isinstance(made, Mapping) else None

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import normswap
 from normswap import FileError
-from normswap.checkpoints import atomic_write, checkpoint
+from normswap.checkpoints import atomic_write, reading
 from normswap.cli import commands
 
 KILLS = int(os.environ.get("NORMSWAP_KILLS", "10"))
@@ -67,7 +67,7 @@ def out_of(source: Path) -> Path:
 
 def tensors(path: Path) -> dict[str, Tensor]:
     """What is in a checkpoint, read in full."""
-    return {name: value.clone() for name, value in checkpoint.read(path).content.items()}
+    return {name: value.clone() for name, value in reading.read_checkpoint(path).content.items()}
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

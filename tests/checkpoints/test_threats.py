@@ -16,8 +16,10 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from typer.testing import CliRunner
 
 import normswap
+from normswap.checkpoints.reading import read_checkpoint
 from normswap.cli.commands import app
 from normswap.errors import first_line
+from normswap.files import convert_file
 
 sys.path.insert(0, str(Path(__file__).parent / "threats"))
 from make import HURT, MARK, MAY_CONVERT, MAY_LOAD, THREATS, net
@@ -64,7 +66,7 @@ def problems(name: str, path: Path, folder: Path) -> Iterator[str]:
     """Every call on a hostile file, and what is wrong with its outcome."""
     may_load, may_convert = name in MAY_LOAD, name in MAY_LOAD | MAY_CONVERT
     before = listing(folder)
-    out = normswap.files.default_out(path, "gn")
+    out = convert_file.default_out(path, "gn")
     calls: dict[str, tuple[Callable[[], object], bool]] = {
         "load": (lambda: normswap.load(path), may_load),
         "load with a model": (lambda: normswap.load(path, model=net), may_load),
@@ -111,7 +113,7 @@ def output_problems(out: Path, may_convert: bool) -> Iterator[str]:
 
 
 def _whole(path: Path) -> bool:
-    return isinstance(normswap.checkpoint.read(path).content, nn.Module)
+    return isinstance(read_checkpoint(path).content, nn.Module)
 
 
 @pytest.mark.parametrize("name", THREATS)

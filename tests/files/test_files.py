@@ -17,7 +17,7 @@ from torch import nn
 
 import normswap
 from normswap import FileError, UnsafeFileError
-from normswap.checkpoints import checkpoint
+from normswap.checkpoints import reading
 from normswap.files import model_specs
 from normswap.files.convert_file import RECIPE
 
@@ -66,7 +66,7 @@ def test_every_model_of_torchvision_loads_back_safely(tmp_path: Path) -> None:
     for tensor in (*everything.parameters(), *everything.buffers()):
         assert tensor.is_meta
     torch.save(everything, tmp_path / "zoo.pt")
-    assert len(checkpoint.read(tmp_path / "zoo.pt").content) == len(names)
+    assert len(reading.read_checkpoint(tmp_path / "zoo.pt").content) == len(names)
 
 
 def test_save_keeps_the_model_as_it_was(tmp_path: Path) -> None:

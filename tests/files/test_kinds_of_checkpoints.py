@@ -81,7 +81,7 @@ def _raw(path: Path) -> object:
 
     from normswap.checkpoints import distributed_folders
 
-    return io.BytesIO(distributed_folders.read(path, None)[0][RECIPE].data)
+    return io.BytesIO(distributed_folders.read_distributed(path, None)[0][RECIPE].data)
 
 
 def save_to(name: str, **how: object) -> Callable[[State, Path], Path]:

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import normswap
 from normswap import FileError, NormswapError, OptionError
-from normswap.checkpoints import checkpoint
+from normswap.checkpoints import reading
 from normswap.report.report import Report
 
 TARGETS = ("gn", "gn-ws", "frozen", "fold")
@@ -775,7 +775,7 @@ def test_a_distributed_optimizer_by_names(tmp_path: Path) -> None:
     """States of vanished parameters go, those of the others stay, and the report tells which."""
     path, momenta = distributed_run(tmp_path, plain=False)
     report = normswap.convert_file(path, "fold", model=net)
-    got = checkpoint.read(tmp_path / "step.fold").content
+    got = reading.read_checkpoint(tmp_path / "step.fold").content
     names = {name for name, _ in normswap.convert(net(), "fold").model.named_parameters()}
     found = {
         k[16:-16]: v for k, v in got.items() if k.startswith("optimizer.state.") and k.endswith(".momentum_buffer")
@@ -792,7 +792,7 @@ def test_a_distributed_optimizer_by_numbers(tmp_path: Path) -> None:
     """Each state stands under the number that its parameter has now, or all are dropped and the report says so."""
     path, momenta = distributed_run(tmp_path, plain=True)
     report = normswap.convert_file(path, "fold", model=net)
-    got = checkpoint.read(tmp_path / "step.fold").content
+    got = reading.read_checkpoint(tmp_path / "step.fold").content
     names = [name for name, _ in normswap.convert(net(), "fold").model.named_parameters()]
     held = {k: v for k, v in got.items() if k.startswith("optimizer.state.")}
     if not held:
