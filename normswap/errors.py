@@ -39,3 +39,8 @@ def first_line(error: BaseException) -> str:
     """The kind and the first line of an error that is not ours, for a message of ours."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+def path_error(path: object, error: OSError | ValueError) -> FileError:
+    """The error for a path that cannot be opened, with what the system says; a `ValueError` is of an impossible name."""
+    return FileError(f"{path}: {getattr(error, 'strerror', None) or error}; check the name and the folder")

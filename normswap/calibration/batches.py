@@ -35,7 +35,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from normswap.calibration.library_transforms import picture_options, preparation
 from normswap.calibration.pictures import Uint8Pictures, UnusableData, find_pictures, read_pictures
 from normswap.calibration.tensor_files import NUMBERS, READERS, Arguments, arrays_in, is_integer
-from normswap.errors import FileError, OptionError, first_line
+from normswap.errors import FileError, OptionError, first_line, path_error
 
 _SEED = 0
 MOST_SAMPLES = 512
@@ -81,7 +81,7 @@ def read_samples(
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        raise FileError(f"{path}: {getattr(error, 'strerror', None) or error}; check the name and the folder") from None
+        raise path_error(path, error) from None
     if stat.S_ISDIR(mode):
         prepared, found = preparation(spec, weights, options), find_pictures(path)
         dealt = _shuffled_indices(len(found), limit, batch)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from normswap.checkpoints import pickle_files, safetensors_files
 from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint, store_recipe
 from normswap.checkpoints.contents import SavedBytes
-from normswap.errors import FileError, first_line
+from normswap.errors import FileError, first_line, path_error
 
 _LONGEST_RECIPE = 1 << 26  # bytes
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "model.pt")
@@ -43,7 +43,7 @@ def read_checkpoint(
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        raise FileError(f"{path}: {getattr(error, 'strerror', None) or error}; check the name and the folder") from None
+        raise path_error(path, error) from None
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         raise FileError(f"{path}: is not a regular file")
     try:
@@ -63,7 +63,7 @@ def check_input(path: Path) -> None:
             pickle_files.check_kind(path)
         os.stat(path)
     except (OSError, ValueError) as error:
-        raise FileError(f"{path}: {getattr(error, 'strerror', None) or error}; check the name and the folder") from None
+        raise path_error(path, error) from None
 
 
 def _has_tensors(path: Path) -> bool:
