@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBa
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS, PLAIN
 
+SiteKind = Literal["norm", "weight"]
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -37,7 +39,7 @@ class Site:
 
     module: nn.Module
     paths: tuple[str, ...]
-    kind: str
+    kind: SiteKind
     base: type[nn.Module] | None
     obstacle: str = ""
 
@@ -111,7 +113,7 @@ class Site:
         return self.base in batch_norms()
 
 
-def classify(module: nn.Module) -> tuple[str, type[nn.Module] | None, str] | None:
+def classify(module: nn.Module) -> tuple[SiteKind, type[nn.Module] | None, str] | None:
     """(kind, base, obstacle) of a module that a report must name, or None for any other."""
     norms, name = (*batch_norms(), *SAMPLE_NORMS, *OTHER_NORMS), type(module).__name__
     base = next((cls for cls in type(module).__mro__ if cls in norms or cls in WEIGHT_LAYERS), None)

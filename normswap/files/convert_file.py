@@ -202,8 +202,9 @@ def _convert(found: Checkpoint, key: str | None, job: Job) -> tuple[Checkpoint, 
         place = id(entry.value)
         done = made[place] = made.get(place) or convert_entry(entry, found.path, job)
         content = contents.with_value_at(content, entry, done.value)
-        copied = (entry.name,), "copy", "copy of the model", "converted", "converted like the model", done.report.exact
-        copies += [Change(*copied)] if dones else []
+        if dones:
+            how, exact = "converted like the model", done.report.exact
+            copies.append(Change((entry.name,), "copy", "copy of the model", "converted", how, exact))
         dones.append(done)
     first, report = dones[0], dones[0].report
     content, changes, notices = _mend(content, first, flat=found.kind == "dcp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,15 @@ def _changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Itera
 
 
 def _compared(name: str, old: Tensor, new: Tensor) -> Iterator[Change]:
-    shapes = (name,), "tensor", _shape(old), _shape(new)
+    change = partial(Change, (name,), "tensor", _shape(old), _shape(new))
     if old.shape != new.shape:
-        yield Change(*shapes, "reshaped", False)
+        yield change("reshaped", False)
     else:
         amount = _distance(old, new)
         if amount:
-            yield Change(*shapes, "changed in value", False, amount=amount)
+            yield change("changed in value", False, amount=amount)
         elif old.dtype != new.dtype:
-            yield Change(*shapes, "another dtype", False)
+            yield change("another dtype", False)
     release(old)
     release(new)
 

@@ -22,7 +22,10 @@ class Bar:
 
 
 def drift_bars(drift: Drift | None, full: bool = False) -> list[Bar]:
-    """How far the changed layers moved, in the order in which they ran: parts of the model where there are many layers."""
+    """How far the changed layers moved, in the order in which they ran.
+
+    Where there are many layers, a bar stands for a part of the model; with `full`, for one layer always.
+    """
     if drift is None:
         return []
     layers = [(layer.path, layer.relative_l2) for layer in drift.layers]

@@ -105,7 +105,10 @@ def _tree(report: Report) -> str:
 
 
 def _branch(branch: Branch[Node], path: str, marks: Mapping[str, tuple[str, str]], depth: int) -> Iterator[str]:
-    """The lines of a branch and of all below it; `marks` has the class of the row and the reason of each layer that was changed or left."""
+    """The lines of a branch and of all below it.
+
+    `marks` has (class of the row, reason) of each layer that was changed or left, by path.
+    """
     node = branch.items[0] if branch.items else Node(path, "", "")
     mark, reason = marks.get(path, ("", ""))
     changes = sum(marks.get(item.path, ("",))[0] == " changed" for _, inner in branch.walk() for item in inner.items)

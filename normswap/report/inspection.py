@@ -4,56 +4,65 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-SCHEMA = 1
+INSPECTION_SCHEMA = 1
 """The version of the data that inspections are written as."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One normalization or weight layer, with every path that leads to it.
-
-    `kind` is "norm" or "weight", `module` its class, `size` what it takes and gives in words (`3 → 64, 7×7`; "" for a norm), `channels` how many
-    it normalizes or puts out, `groups` those of a group norm or of a grouped convolution, `spatial` the size of the maps it reads
-    (None: not known), `trained` whether its parameters take gradients (None: it has none), `statistics` the state of running statistics
-    ("healthy", what is wrong, or "" for a layer without) and `obstacle` why no target may touch it.
-    """
+    """One normalization or weight layer."""
 
     paths: tuple[str, ...]
-    kind: str
+    """Every name that it stands under."""
+    kind: Literal["norm", "weight"]
     module: str
+    """Its class."""
     size: str
+    """What a weight layer takes and gives in words: `3 → 64, 7×7`; "" for a norm."""
     channels: int | None
+    """How many it normalizes or puts out."""
     groups: int | None
+    """Those of a group norm or of a grouped convolution."""
     spatial: tuple[int, ...] | None
+    """The size of the maps it reads; None where it is not known."""
     trained: bool | None
+    """Whether its parameters take gradients; None where it has none."""
     statistics: str
+    """The state of running statistics: "healthy", or what is wrong; "" for a layer without."""
     obstacle: str
+    """Why no target may touch it; "" where one may."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one target would do with every option at its default: how many norms and weights it changes, whether exactly (None:
-    nothing would change), and how many paths of its own kind it leaves for which reasons. `problem` says why it is refused altogether.
-    """
+    """What one target would do with every option at its default."""
 
     target: str
     norms: int
+    """How many it changes."""
     weights: int
+    """How many it changes."""
     exact: bool | None
+    """Whether all changes are exact; None where nothing would change."""
     left: int
+    """How many paths of its own kind it leaves."""
     reasons: tuple[tuple[str, int], ...]
+    """Why, and how many for that reason; the most frequent first."""
     problem: str = ""
+    """Why the target is refused altogether."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong, or suspicious: at which layers, and what follows from it."""
+    """Something wrong, or suspicious."""
 
     problem: str
     paths: tuple[str, ...]
+    """At which layers."""
     note: str
+    """What follows from it."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +76,27 @@ class Advice:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that `normswap.inspect` found out. `probe` names what was run to see the sizes of maps; "" where nothing was."""
+    """All that `normswap.inspect` found out."""
 
     model: str
+    """Its class."""
     parameters: int
+    """Elements of all parameters."""
     buffers: int
+    """Elements of all buffers."""
     layers: tuple[Layer, ...]
     outcomes: tuple[Outcome, ...]
     findings: tuple[Finding, ...]
     advice: tuple[Advice, ...]
     probe: str = ""
+    """What was run to see the sizes of maps; "" where nothing was."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data: what `normswap inspect --json` prints."""
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+        return {"schema": INSPECTION_SCHEMA, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
         norms = sum(layer.kind == "norm" for layer in self.layers)
         counts = {"norm": norms, "weight layer": len(self.layers) - norms, "finding": len(self.findings)}
-        told = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
-        return f"{self.model}: {told}"
+        counted = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
+        return f"{self.model}: {counted}"

@@ -14,7 +14,10 @@ Item = TypeVar("Item")
 
 @dataclass
 class Branch(Generic[Item]):
-    """A place in a module tree, or several places that are alike. Its name is a stem and a number: `layer` and 1 in `layer1`."""
+    """A place in a module tree, or several places that are alike.
+
+    Its name is a stem and a number: `layer` and 1 in `layer1`.
+    """
 
     stem: str
     numbers: set[int] = field(default_factory=set)
@@ -53,8 +56,8 @@ def build_tree(items: Iterable[tuple[str, Item]]) -> Branch[Item]:
 def fold_tree(items: Iterable[tuple[str, Item]], kind: Callable[[Item], str]) -> Branch[Item]:
     """The tree of (path, item), in which places that are alike stand as one: `layer[2-4]`, `bn[1-2]`.
 
-    Places are alike where their names differ in numbers alone, their items are of the same kinds, and what is below is alike.
-    What stands at the path "" is shown below the root, as a place named `(root)`.
+    Places are alike where their names differ in numbers alone, their items are of the same kinds, and what is
+    below is alike. What stands at the path "" is shown below the root, as a place named `(root)`.
     """
     root = build_tree((path or ROOT, item) for path, item in items)
     _fold(root, kind)
@@ -68,7 +71,7 @@ def _branch_named(part: str) -> Branch[Item]:
 
 
 def _fold(branch: Branch[Item], kind: Callable[[Item], str]) -> Hashable:
-    """Fold what is alike below a branch, from the leaves up; returns what all branches that are alike have in common."""
+    """Fold what is alike below a branch, from the leaves up; return what all branches alike have in common."""
     alike: dict[Hashable, Branch[Item]] = {}
     for child in branch.below.values():
         shape = _fold(child, kind)

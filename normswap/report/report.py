@@ -4,63 +4,74 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-SCHEMA = 1
-"""The version of the data that reports are written as; a reader of one version can read all that is added to it later."""
+REPORT_SCHEMA = 1
+"""The version of the data that reports are written as. A reader of one version can read all that is added later."""
+
+ChangeKind = Literal["norm", "weight", "optimizer", "copy", "module", "tensor"]
+"""What was changed.
+
+"norm" and "weight": a layer of a model; "optimizer" and "copy": in a training checkpoint, an optimizer's state or
+another copy of the model; "module" and "tensor": in what `normswap.diff` returns.
+"""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What happened at one place of the model.
-
-    A module that stands under several names has them all in `paths`. `kind` is "norm" or
-    "weight", `before` and `after` are layers as they are written (`GroupNorm(8)`), `how` says what
-    became of the learnt values, `exact` whether the function in eval mode is the same up to
-    rounding, `note` whatever differs from what was asked, `groups` the number of groups where the new layer has
-    some, `partner` the other layer where a norm was folded into one, and `amount` the relative L2 distance
-    of a tensor that differs in value. Other kinds: "optimizer" and "copy" in training checkpoints, "module" and "tensor" in
-    what `normswap.diff` returns.
-    """
+    """What happened at one place of the model."""
 
     paths: tuple[str, ...]
-    kind: str
+    """Every name that the module stands under."""
+    kind: ChangeKind
     before: str
+    """The layer as it is written: `BatchNorm2d`."""
     after: str
+    """What it became: `GroupNorm(8)`."""
     how: str
+    """What became of the learnt values."""
     exact: bool
+    """Whether the function in eval mode is the same up to rounding."""
     note: str = ""
+    """Whatever differs from what was asked."""
     groups: int | None = None
+    """The number of groups, where the new layer has some."""
     partner: str | None = None
+    """The path of the other layer, where a norm was folded into one."""
     amount: float | None = None
+    """The relative L2 distance of a tensor that differs in value."""
 
 
 @dataclass(frozen=True)
 class Left:
-    """One path of a normalization or a weight layer that stayed as it was, and why."""
+    """One path of a normalization or a weight layer that stayed as it was; in a `diff`, a tensor that is the same."""
 
     path: str
-    kind: str
+    kind: Literal["norm", "weight", "tensor"]
     module: str
+    """Its class; the dtype of a tensor."""
     reason: str
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts: of modules changed, of paths left, and of elements in parameters and buffers."""
+    """Counts of a report."""
 
     norms_changed: int
     weights_changed: int
     left: int
+    """Paths that stayed as they were."""
     parameters_before: int
+    """Elements of all parameters."""
     parameters_after: int
     buffers_before: int
+    """Elements of all buffers."""
     buffers_after: int
 
 
 @dataclass(frozen=True)
 class Node:
-    """A module of the model by its first path: its class, or the layer as it is written, before and after; "" where it is not."""
+    """A module of the model by its first path: its class, or the layer as it is written; "" where it is not."""
 
     path: str
     before: str
@@ -69,79 +80,88 @@ class Node:
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """How far the output of one changed layer moved on the probe: ‖after − before‖ / ‖before‖, on at most 16384 of its elements."""
+    """How far the output of one changed layer moved on the probe."""
 
     path: str
     relative_l2: float
+    """‖after − before‖ / ‖before‖, on at most 16384 elements of the output."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run took: seconds, and the most memory that the process held at once (bytes; None where that is not told)."""
+    """What a run took."""
 
     seconds: float
     peak_memory: int | None = None
+    """The most memory that the process held at once, in bytes; None where the system does not say."""
 
 
 @dataclass(frozen=True)
 class Drift:
     """How far the output moved on a probe input, in eval mode.
 
-    `relative_l2` is ‖after − before‖ / ‖before‖ over all floating-point outputs, `cosine` the
-    cosine between them, `top1_agreement` the share of argmaxes over dimension 1 that agree. A value
-    is None where it has no meaning, and `note` says why. `probe` names the input: noise says
-    little about accuracy. `layers` are the changed layers in the order in which they ran.
+    A value is None where it has no meaning; `note` says why.
     """
 
     probe: str
+    """What the input was; noise says little about accuracy."""
     relative_l2: float | None = None
+    """‖after − before‖ / ‖before‖ over all floating-point outputs."""
     cosine: float | None = None
+    """The cosine between them."""
     top1_agreement: float | None = None
+    """The share of argmaxes over dimension 1 that agree."""
     note: str = ""
     layers: tuple[LayerDrift, ...] = ()
+    """The changed layers, in the order in which they ran."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What fitting the norms to the original's outputs on unlabelled data has brought, measured on held-out samples of it.
+    """What fitting the norms to the original's outputs on unlabelled data has brought.
 
-    `kept` is "calibrated", or "matched" where that is no worse. An error is the relative L2 distance from the original, at
-    `measure`: "output", or "norms" where outputs cannot be compared; `top1` is the share of argmaxes over dimension 1 that
-    agree with the original's. What was not measured is None, and `note` says why.
+    It was measured on samples that were held out of the fit. An error is the relative L2 distance from
+    the original, at what `measure` says. What was not measured is None.
     """
 
     samples: int
     held_out: int
+    """How many of the samples the fit did not see."""
     kept: str
+    """ "calibrated", or "matched" where that is no worse."""
     measure: str = "output"
+    """ "output", or "norms" where outputs cannot be compared."""
     matched_error: float | None = None
     calibrated_error: float | None = None
     matched_top1: float | None = None
+    """The share of argmaxes over dimension 1 that agree with the original's."""
     calibrated_top1: float | None = None
     steps: int = 0
+    """Steps of the optimizer."""
     seconds: float = 0.0
     note: str = ""
+    """Why something was not measured."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that a conversion did and did not do.
-
-    `recipe` is what a converted checkpoint carries: target, options, versions, and what
-    each changed layer became. `calibration` is None where there was no data or nothing to calibrate, `cost` where no file was
-    converted; `modules` is the whole tree, empty in a `diff` of tensors.
-    """
+    """All that a conversion did and did not do."""
 
     target: str
+    """What was converted to; `diff` for a comparison, `plain torch` for a fold."""
     changes: tuple[Change, ...]
     left: tuple[Left, ...]
     totals: Totals
     drift: Drift | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
+    """What a converted checkpoint carries: target, options, versions, and what each changed layer became."""
     warnings: tuple[str, ...] = ()
     calibration: Calibration | None = None
+    """None where there was no data, or nothing to calibrate."""
     modules: tuple[Node, ...] = ()
+    """The whole tree; empty in a `diff` of tensors."""
     cost: Cost | None = None
+    """None where no file was converted."""
 
     @property
     def exact(self) -> bool:
@@ -150,7 +170,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-able data, what `--json` prints; `report.schema.json`, beside this file, describes it."""
-        return {"schema": SCHEMA, **dataclasses.asdict(self), "exact": self.exact}
+        return {"schema": REPORT_SCHEMA, **dataclasses.asdict(self), "exact": self.exact}
 
     def __str__(self) -> str:
         totals = self.totals

@@ -124,7 +124,7 @@ def _shortened(tree: Branch[Layer]) -> Branch[Layer]:
 
 
 def _cut_at_depth(branch: Branch[Layer], depth: int) -> Branch[Layer]:
-    """The branch with at most so many levels below it; each of the last level sums up all below it in one line `name.*`."""
+    """The branch with at most `depth` levels below it; each of the last one sums up all below it in a line `name.*`."""
     if depth > 0:
         return replace(branch, below={name: _cut_at_depth(child, depth - 1) for name, child in branch.below.items()})
     items = [*branch.items, *(item for _, inner in branch.walk() for item in inner.items)]

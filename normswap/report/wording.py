@@ -76,7 +76,7 @@ def full_lines(changes: Iterable[Change]) -> list[ChangeLine]:
 
 
 def folded_lines(changes: Sequence[Change]) -> list[ChangeLine]:
-    """A line for all changes that differ in numbers alone: in those of their paths, and in the groups of the new layers."""
+    """A line for all changes that differ in numbers alone: those in their paths, and the groups of the new layers."""
     if changes[0].kind == "tensor" and not changes[0].how.startswith("renamed"):
         return list(_tensor_lines(changes))
     numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
