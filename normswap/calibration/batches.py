@@ -1,6 +1,6 @@
 """Calibration data: folders of pictures, files of tensors and any iterable, as a short list of input batches.
 
-A batch is what `running.call` takes: a tensor (n, ...), a tuple of positional arguments or a dict of keyword arguments.
+A batch is what `running.call_model` takes: a tensor (n, ...), a tuple of positional arguments or a dict of keyword arguments.
 Samples are spread over what is there and shuffled, the same way each time: data that are sorted by class, or that have
 the classes in turns, give mixed batches.
 

@@ -14,7 +14,7 @@ from normswap.calibration.tensor_files import INPUTS, is_integer
 
 
 def first_inputs(model: nn.Module, item: Any) -> Any:
-    """What to pass to `model` of an item that may hold labels too, in the form that `running.call` takes.
+    """What to pass to `model` of an item that may hold labels too, in the form that `running.call_model` takes.
 
     A tuple or list keeps all its parts where the forward requires two arguments or more. Else its first alone counts
     where the forward takes no second, or where the second looks like labels: one number a sample, or integers beside
@@ -64,7 +64,7 @@ def _accepted_entries(item: Mapping[Any, Any], parameters: list[Parameter], requ
 
 
 def _as_only_argument(value: Any, parameters: list[Parameter]) -> Any:
-    """One argument in the form that `running.call` passes as one; a dict as keywords where these are the forward's."""
+    """One argument in the form that `running.call_model` passes as one; a dict as keywords where these are the forward's."""
     if isinstance(value, Mapping) and set(value) <= {p.name for p in parameters}:
         return dict(value)
     return (value,) if isinstance(value, Mapping | list | tuple) else value

@@ -1,4 +1,4 @@
-"""Forwards of two models, run without leaving a trace in them, and how far apart they are."""
+"""A network and its converted one, run side by side without leaving a trace in either, and how far apart they are."""
 
 from __future__ import annotations
 
@@ -6,67 +6,176 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
-from normswap.analysis.drift import floating_tensors, same_first_choices
-from normswap.analysis.running import SEED, as_arguments, eval_mode, temporary_hooks
+from normswap.analysis.running import as_arguments, eval_mode, temporary_hooks
 
+TRAINED = ("weight", "bias", "group_weight", "group_bias")
+"""What is fitted of each norm."""
+TRAINED_RECURRENT = ("gain_", "bias_")
+"""How the names begin of what is fitted of a recurrent layer with layer normalization inside."""
+_OUTPUT_WEIGHT = 50.0  # of the network's output in the loss, beside the mean over its norms
+_CACHE = 1 << 30  # bytes of the teacher's outputs that are kept; the others are computed again each time
+_SEED = 0
+
+Train = Literal["norms", "biases", "all"]
+"""What is fitted: gains and biases of the changed norms, and beside these all biases, or all parameters."""
+Place = Literal["output", "norms"]
+"""Where two networks are compared: at their output, or at the outputs of the changed norms."""
 ChangeOutput = Callable[[str, Tensor], Tensor]
-Tap = tuple[str, int]  # the path of a norm, and how many times it had been called before
+"""From the path of a norm and its output to the output that it shall have."""
+Tap = tuple[str, int]
+"""The path of a norm, and how many times it had been called before."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outputs:
-    """What one forward gave: the output of each norm that it reached, and the floating-point tensors of the output."""
+    """What one forward gave."""
 
     taps: dict[Tap, Tensor]
+    """The output of each call of a norm."""
     tensors: list[Tensor]
+    """The floating-point tensors of the network's output."""
 
 
-@dataclass
-class Error:
-    """How far outputs are from the original's: sums over batches."""
+@dataclass(frozen=True)
+class Distance:
+    """How far outputs are from the teacher's; sums over tensors, so distances add up."""
 
     moved: float = 0.0
+    """Square of the difference."""
     size: float = 0.0
+    """Square of the teacher's outputs."""
     agreed: float = 0.0
+    """How many first choices are the teacher's."""
     asked: int = 0
+    """How many first choices were compared."""
+
+    def __add__(self, other: Distance) -> Distance:
+        return Distance(
+            self.moved + other.moved, self.size + other.size, self.agreed + other.agreed, self.asked + other.asked
+        )
 
     @property
     def relative(self) -> float:
         return math.sqrt(self.moved / self.size) if self.size > 0 else math.nan
 
-    def is_better(self, other: Error) -> bool:
-        """Nearer, and no fewer of the first choices lost."""
-        return self.relative < other.relative and (self.top1 or 0.0) >= (other.top1 or 0.0)
-
     @property
     def top1(self) -> float | None:
         return self.agreed / self.asked if self.asked else None
+
+    def is_better(self, other: Distance) -> bool:
+        """Nearer, and no fewer of the first choices lost."""
+        return self.relative < other.relative and (self.top1 or 0.0) >= (other.top1 or 0.0)
+
+
+class FittedPair:
+    """The teacher, the student, and the values that are fitted.
+
+    The values are wide copies of parameters of the student. Its forwards run on them, by `functional_call`; the student's
+    own parameters get them in the end, or never.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, paths: Sequence[str], train: Train = "norms"):
+        self.teacher, self.student, self.paths = teacher, student, tuple(paths)
+        self._teacher_tensors, self._student_tensors = _tensors_of(teacher), _tensors_of(student)
+        self.parameters: dict[str, nn.Parameter] = {}
+        for name, parameter in student.named_parameters():
+            path, _, last = name.rpartition(".")
+            of_norm = path in self.paths and (last in TRAINED or last.startswith(TRAINED_RECURRENT))
+            if parameter.is_floating_point() and (of_norm or train == "all" or (train == "biases" and "bias" in last)):
+                self.parameters[name] = parameter
+        self.values = {
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32)).clone().requires_grad_()
+            for name, p in self.parameters.items()
+        }
+        self.cache: dict[int, Outputs] = {}
+        self._cache_left = _CACHE
+
+    def copy_values(self) -> list[Tensor]:
+        return [value.detach().clone() for value in self.values.values()]
+
+    def set_values(self, copies: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for value, copy in zip(self.values.values(), copies, strict=True):
+                value.copy_(copy)
+
+    def write_values(self) -> None:
+        """Give the student the fitted values."""
+        for name, parameter in self.parameters.items():
+            with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+                parameter.copy_(self.values[name])
+
+    def teacher_outputs(self, batch: Any, index: int | None = None) -> Outputs:
+        """The teacher's outputs on a batch; those of a batch that has an `index` are kept where there is room."""
+        if index is not None and index in self.cache:
+            return self.cache[index]
+        with torch.no_grad():
+            outputs = _forward(self.teacher, self._teacher_tensors, batch, self.paths)
+        size = sum(t.numel() * t.itemsize for t in (*outputs.taps.values(), *outputs.tensors))
+        if index is not None and size <= self._cache_left:
+            self._cache_left -= size
+            self.cache[index] = outputs
+        return outputs
+
+    def student_outputs(self, batch: Any, change: ChangeOutput | None = None) -> Outputs:
+        """The student's outputs on a batch, with the values as they now are, norms' outputs as `change` makes them."""
+        values = {name: value.to(self.parameters[name].dtype) for name, value in self.values.items()}
+        return _forward(self.student, {**self._student_tensors, **values}, batch, self.paths, change)
+
+    def loss(self, batch: Any, index: int) -> Tensor:
+        """Mean square error over variance: the mean of it over the norms, and of the outputs."""
+        wanted, given = self.teacher_outputs(batch, index), self.student_outputs(batch)
+        norms = [relative_square(given.taps[tap], wanted.taps[tap]) for tap in wanted.taps if tap in given.taps]
+        outputs = [relative_square(a, b) for a, b in zip(given.tensors, wanted.tensors, strict=False)]
+        loss = torch.zeros((), dtype=torch.float32)
+        for weight, parts in ((1.0, norms), (_OUTPUT_WEIGHT, outputs)):
+            found = [part for part in parts if part is not None]
+            if found:
+                loss = loss.to(found[0].device) + weight * torch.stack([p.to(found[0].device) for p in found]).mean()
+        return loss
+
+    def distance(self, batches: Sequence[Any], place: Place | None = None) -> tuple[Distance, Place]:
+        """How far the student now is from the teacher on `batches`, and where: at `place`, or else wherever it can be told.
+
+        That is the output if it holds numbers to compare, else the norms.
+        """
+        at_output, at_norms = Distance(), Distance()
+        for batch in batches:
+            with torch.no_grad():
+                wanted, given = self.teacher_outputs(batch), self.student_outputs(batch)
+            for number, (a, b) in enumerate(zip(given.tensors, wanted.tensors, strict=False)):
+                at_output += _distance_of(a, b, ranked=number == 0)
+            for tap in wanted.taps.keys() & given.taps.keys():
+                at_norms += _distance_of(given.taps[tap], wanted.taps[tap], ranked=False)
+        place = place or ("output" if at_output.size > 0 else "norms")
+        return (at_output if place == "output" else at_norms), place
 
 
 # ---- a forward that leaves no trace ----
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters without gradient, and copies of the buffers, which a forward may write to."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     return {name: t.clone() if t.is_inference() else t for name, t in (parameters | buffers).items()}
 
 
-def forward(
+def _forward(
     model: nn.Module, tensors: dict[str, Tensor], batch: Any, paths: Sequence[str], change: ChangeOutput | None = None
 ) -> Outputs:
+    """A forward of `model` on `tensors` in place of its own, with the outputs of its layers at `paths`."""
     taps: dict[Tap, Tensor] = {}
     calls = dict.fromkeys(paths, 0)
 
-    def watch(path: str) -> Any:
+    def watch(path: str) -> RemovableHandle:
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if isinstance(output, Tensor) and output.is_floating_point():
                 output = output if change is None else change(path, output)
@@ -77,23 +186,24 @@ def forward(
         return model.get_submodule(path).register_forward_hook(note)
 
     with temporary_hooks([watch(path) for path in paths]):
-        torch.manual_seed(SEED)  # a forward that draws numbers draws the same in both
+        torch.manual_seed(_SEED)  # a forward that draws numbers draws the same in both
         batch = pytree.tree_map_only(Tensor, Tensor.clone, batch)
         args, kwargs = as_arguments(batch)
         output = functional_call(model, tensors, args, kwargs)
-    return Outputs(taps, floating_tensors(output))
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return Outputs(taps, leaves)
 
 
 @contextmanager
-def both_evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode in all of `models`, with gradients."""
-    with eval_mode(models[0]), eval_mode(models[-1]), torch.enable_grad():
+def both_in_eval_mode(teacher: nn.Module, student: nn.Module) -> Iterator[None]:
+    """Eval mode in both, with gradients."""
+    with eval_mode(teacher), eval_mode(student), torch.enable_grad():
         yield
 
 
 @contextmanager
-def same_randomness() -> Iterator[None]:
-    """torch's random state, on every device in use, as it was."""
+def random_state_kept() -> Iterator[None]:
+    """torch's random state, on every device in use, comes back afterwards."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         yield
@@ -102,8 +212,11 @@ def same_randomness() -> Iterator[None]:
 # ---- comparing ----
 
 
-def matching(given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Ratio and shift with which `given` has the mean and variance of `wanted` a channel; a constant channel is only shifted."""
+def channel_map(given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Ratio and shift a channel with which `given` has the mean and variance of `wanted`, both (N, C, *spatial).
+
+    A constant channel is only shifted.
+    """
     dims = [0, *range(2, given.dim())]
     (var, mean), (to_var, to_mean) = (torch.var_mean(t.float(), dims, correction=0) for t in (given, wanted))
     alive = var > var.max() * 1e-6
@@ -120,13 +233,13 @@ def relative_square(given: Tensor, wanted: Tensor) -> Tensor | None:
     return (given - wanted).square().mean() / spread if spread > 0 else None
 
 
-def add(error: Error, given: Tensor, wanted: Tensor, ranked: bool) -> None:
-    """Count one tensor in; where it is `ranked`, over dimension 1, the share of argmaxes that agree too."""
+def _distance_of(given: Tensor, wanted: Tensor, ranked: bool) -> Distance:
+    """The distance of one tensor; `ranked` counts too how many argmaxes over dimension 1 agree."""
     if given.shape != wanted.shape or not wanted.isfinite().all():
-        return
+        return Distance()
     a, b = given.detach().double(), wanted.double()
-    error.moved += (a - b).square().sum().item()
-    error.size += b.square().sum().item()
-    if ranked and (same := same_first_choices(a, b)) is not None:
-        error.agreed += same.double().sum().item()
-        error.asked += same.numel()
+    moved, size = (a - b).square().sum().item(), b.square().sum().item()
+    if not ranked or b.dim() not in (2, 4) or b.shape[1] < 2:
+        return Distance(moved, size)
+    same = a.argmax(1) == b.argmax(1)
+    return Distance(moved, size, same.double().sum().item(), same.numel())

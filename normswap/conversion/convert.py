@@ -22,7 +22,7 @@ from normswap.analysis.sites import find_sites
 from normswap.analysis.statistics import is_untrained
 from normswap.calibration import processes
 from normswap.calibration.batches import MOST_SAMPLES, input_batches
-from normswap.calibration.distillation import distill
+from normswap.calibration.distillation import FitSettings, distill
 from normswap.calibration.measuring import Measured, measure_norms, measure_recurrent
 from normswap.calibration.model_inputs import first_inputs
 from normswap.conversion.accounting import (
@@ -291,7 +291,7 @@ def run(
 
         def fit() -> Calibration:
             return distill(
-                original, work, batches, fitted, seconds=options.calibrate_seconds,
+                original, work, batches, fitted, FitSettings(options.calibrate_seconds),
                 progress=lambda share: progress(f"calibrating: {share:.0%}"),
             )  # fmt: skip
 

@@ -21,7 +21,7 @@ from common import Row, main
 from digits import NETS, accuracy, digits, trained
 
 import normswap
-from normswap.calibration.distillation import distill
+from normswap.calibration.distillation import FitSettings, distill
 
 SAMPLES = 256
 STEMS = ["conv1", "features.0", "features.conv0", "features.0.0"]
@@ -51,7 +51,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
             row: Row = {"net": name, "target": target, "before": f"{before:.1%}"}
             row["matched"] = f"{accuracy(matched, images, labels):.1%}"
             restated = copy.deepcopy(matched)
-            found = distill(net, restated, batches, norms, seconds=math.inf, steps=0)
+            found = distill(net, restated, batches, norms, FitSettings(math.inf, 0))
             row["re-estimated"] = f"{accuracy(restated, images, labels):.1%} {found.kept}"
             for train in arguments.train.split(","):
                 for limit in (arguments.steps or arguments.seconds).split(","):
@@ -59,7 +59,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
                     if arguments.steps:
                         bound = {"seconds": math.inf, "steps": int(limit)}
                     fitted = copy.deepcopy(matched)
-                    found = distill(net, fitted, batches, norms, train=train, **bound)
+                    found = distill(net, fitted, batches, norms, FitSettings(train=train, **bound))
                     scored = f"{accuracy(fitted, images, labels):.1%} {found.kept} ({found.steps} steps)"
                     row[f"{train}, {limit} {'steps' if arguments.steps else 's'}"] = scored
             print(row, file=sys.stderr, flush=True)

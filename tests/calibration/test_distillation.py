@@ -14,8 +14,9 @@ from helpers.terminal import printed
 from torch import Tensor, nn
 
 import normswap
-from normswap.calibration import distillation as distilling
-from normswap.calibration.distillation import distill, split
+from normswap.calibration import distillation, paired_runs
+from normswap.calibration.distillation import FitSettings, distill, split
+from normswap.calibration.paired_runs import FittedPair, both_in_eval_mode
 from normswap.report.report import Calibration
 
 X = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 2, 60).view(-1, 1, 1, 1)
@@ -66,7 +67,7 @@ def fit(net: nn.Module, data: Any = DATA, steps: int = 60, **options: Any) -> tu
     """Matched, and distilled from it, with the outcome."""
     start, paths = matched(net)
     student = copy.deepcopy(start)
-    return start, student, distill(net, student, data, paths, seconds=1e6, steps=steps, **options)
+    return start, student, distill(net, student, data, paths, FitSettings(1e6, steps), **options)
 
 
 def state(net: nn.Module) -> dict[str, Tensor]:
@@ -111,18 +112,18 @@ def test_its_numbers_are_those_of_the_held_out_samples() -> None:
 def test_strict_standardization_is_repaired_by_statistics_alone() -> None:
     net = Net()
     student, paths = matched(net, "gn-ws", ws="strict")
-    outcome = distill(net, student, DATA, paths, seconds=1e6, steps=0)
+    outcome = distill(net, student, DATA, paths, FitSettings(1e6, 0))
     assert outcome.kept == "calibrated" and outcome.steps == 0
     assert outcome.calibrated_error < 0.8 * outcome.matched_error
 
 
-def test_restated_norms_have_the_original_moments() -> None:
+def test_re_estimated_norms_have_the_original_moments() -> None:
     net = Net()
     student, paths = matched(net, "gn-ws", ws="strict")
-    fitting = distilling._Fit(net, student, paths, "norms")
-    with distilling.both_evaluating(net, student):
-        fitting.restate([X], math.inf)
-        wanted, given = fitting.original(None, X), fitting.converted(X)
+    pair = FittedPair(net, student, paths)
+    with both_in_eval_mode(net, student):
+        distillation._re_estimate(pair, [X], math.inf)
+        wanted, given = pair.teacher_outputs(X), pair.student_outputs(X)
     for tap in wanted.taps:
         old, new = wanted.taps[tap], given.taps[tap].detach()
         torch.testing.assert_close(new.mean((0, 2, 3)), old.mean((0, 2, 3)), rtol=1e-3, atol=1e-3)
@@ -133,7 +134,7 @@ def test_restated_norms_have_the_original_moments() -> None:
 def test_every_approximate_target_gains(to: str) -> None:
     net = Net()
     student, paths = matched(net, to)
-    outcome = distill(net, student, DATA, paths, seconds=1e6, steps=80)
+    outcome = distill(net, student, DATA, paths, FitSettings(1e6, 80))
     assert outcome.kept == "calibrated" and outcome.calibrated_error < outcome.matched_error
 
 
@@ -143,17 +144,17 @@ def test_the_same_steps_give_the_same_values() -> None:
 
 def test_outputs_that_are_not_kept_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = state(fit(Net(), steps=10)[1])
-    monkeypatch.setattr(distilling, "_CACHE", 100_000)  # of some batches only
+    monkeypatch.setattr(paired_runs, "_CACHE", 100_000)  # of some batches only
     assert same(state(fit(Net(), steps=10)[1]), kept)
     net = Net()
-    fitting = distilling._Fit(net, *matched(net), "norms")
-    held = [fitting.original(index, batch) for index, batch in enumerate(X.split(5))]
-    assert 0 < len(fitting.cache) < len(held)
-    assert sum(t.nbytes for o in fitting.cache.values() for t in (*o.taps.values(), *o.tensors)) <= 100_000
+    pair = FittedPair(net, *matched(net))
+    held = [pair.teacher_outputs(batch, index) for index, batch in enumerate(X.split(5))]
+    assert 0 < len(pair.cache) < len(held)
+    assert sum(t.nbytes for o in pair.cache.values() for t in (*o.taps.values(), *o.tensors)) <= 100_000
 
 
 def test_it_stops_where_nothing_improves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distilling, "_RATE", 0.0)
+    monkeypatch.setattr(distillation, "_RATE", 0.0)
     outcome = fit(Net(), steps=2000)[2]
     assert outcome.steps < 200
 
@@ -161,7 +162,7 @@ def test_it_stops_where_nothing_improves(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_it_keeps_to_the_time() -> None:
     net = Net()
     student, paths = matched(net)
-    outcome = distill(net, student, DATA, paths, seconds=0.5, steps=10**9)
+    outcome = distill(net, student, DATA, paths, FitSettings(0.5, 10**9))
     assert 0 < outcome.seconds < 60  # the steps alone would take days
 
 
@@ -175,22 +176,22 @@ def test_progress_rises_to_the_end() -> None:
 
 
 def test_what_is_worse_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distilling, "_RATE", 1e3)
-    monkeypatch.setattr(distilling._Fit, "restate", lambda *_: None)
+    monkeypatch.setattr(distillation, "_RATE", 1e3)
+    monkeypatch.setattr(distillation, "_re_estimate", lambda *_: None)
     start, student, outcome = fit(Net(), steps=10)
     assert outcome.kept == "matched" and outcome.calibrated_error > outcome.matched_error
     assert same(state(start), state(student))
 
 
 def test_values_that_are_not_finite_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = distilling.relative_square, []
+    real, calls = paired_runs.relative_square, []
 
     def broken(given: Tensor, wanted: Tensor) -> Any:
         calls.append(1)
         return real(given, wanted) * (math.nan if len(calls) > 10 else 1)
 
-    monkeypatch.setattr(distilling, "relative_square", broken)
-    monkeypatch.setattr(distilling._Fit, "restate", lambda *_: None)
+    monkeypatch.setattr(paired_runs, "relative_square", broken)
+    monkeypatch.setattr(distillation, "_re_estimate", lambda *_: None)
     start, student, outcome = fit(Net())
     assert outcome.kept == "matched" and "not finite" in outcome.note and same(state(start), state(student))
 
@@ -210,7 +211,7 @@ def test_all_else_stays_bit_by_bit() -> None:
     flags = {name: p.requires_grad for name, p in student.named_parameters()}
     modes = [m.training for m in (*net.modules(), *student.modules())]
     identities = [id(p) for p in student.parameters()]
-    assert distill(net, student, DATA, paths, seconds=1e6, steps=60).kept == "calibrated"
+    assert distill(net, student, DATA, paths, FitSettings(1e6, 60)).kept == "calibrated"
     assert same(before, state(net)) and torch.equal(random, torch.get_rng_state())
     assert flags == {name: p.requires_grad for name, p in student.named_parameters()}
     assert modes == [m.training for m in (*net.modules(), *student.modules())]
@@ -306,7 +307,7 @@ def test_another_norm_left_in_it() -> None:
         net.left(torch.relu(net.bn2(net.conv2(torch.relu(net.bn1(net.conv1(x))))))).mean((2, 3))
     )
     start, paths = matched(net, exclude="left")
-    outcome = distill(net, start, DATA, paths, seconds=1e6, steps=60)
+    outcome = distill(net, start, DATA, paths, FitSettings(1e6, 60))
     assert outcome.kept == "calibrated" and paths == ["bn1", "bn2"]
 
 
@@ -316,7 +317,7 @@ def test_within_inference_mode() -> None:
     with torch.inference_mode():
         student = copy.deepcopy(converted)  # its tensors are made in inference mode
         assert student.bn1.weight.is_inference()
-        outcome = distill(net, student, [batch.clone() for batch in DATA], ["bn1", "bn2"], seconds=1e6, steps=60)
+        outcome = distill(net, student, [batch.clone() for batch in DATA], ["bn1", "bn2"], FitSettings(1e6, 60))
         assert outcome.kept == "calibrated" and not outcome.note
 
 
@@ -336,7 +337,7 @@ def test_without_gradients_around() -> None:
     ids=["no_grad", "inference_mode", "fails with gradients", "fails on few samples"],
 )
 def test_a_model_that_cannot_be_fitted_says_why(way: Wrap, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distilling._Fit, "restate", lambda *_: None)
+    monkeypatch.setattr(distillation, "_re_estimate", lambda *_: None)
     start, student, outcome = fit(Net(way))
     assert outcome.kept == "matched" and why in outcome.note and same(state(start), state(student))
 
@@ -350,14 +351,14 @@ def test_too_few_samples(count: int) -> None:
 def test_a_function_that_is_kept_needs_no_repair() -> None:
     net = Net()
     student = normswap.convert(net, "est").model
-    outcome = distill(net, student, DATA, ["bn1", "bn2"], seconds=1e6, steps=20)
+    outcome = distill(net, student, DATA, ["bn1", "bn2"], FitSettings(1e6, 20))
     assert outcome.kept == "matched" and "nothing to repair" in outcome.note and outcome.steps == 0
 
 
 def test_both_models_draw_the_same_numbers() -> None:
     net = Net(lambda net, x: net.plain(x) + torch.randn(len(x), 5))
     student = normswap.convert(net, "est").model
-    assert "nothing to repair" in distill(net, student, DATA, ["bn1", "bn2"], seconds=1e6, steps=20).note
+    assert "nothing to repair" in distill(net, student, DATA, ["bn1", "bn2"], FitSettings(1e6, 20)).note
 
 
 # ---- samples ----
