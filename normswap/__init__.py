@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from normswap.conversion.convert import Conversion, convert, fold
     from normswap.errors import FileError, ModelError, NormswapError, OptionError, UnsafeFileError
-    from normswap.files.convert_file import convert_file, load, save
+    from normswap.files.convert_file import convert_file
     from normswap.files.diff import diff
+    from normswap.files.load_save import load, save
     from normswap.inspection.examine import inspect
     from normswap.report.inspection import Inspection
     from normswap.report.report import Report
@@ -29,8 +30,8 @@ _HOMES = {
     "OptionError": "errors",
     "UnsafeFileError": "errors",
     "convert_file": "files.convert_file",
-    "load": "files.convert_file",
-    "save": "files.convert_file",
+    "load": "files.load_save",
+    "save": "files.load_save",
     "inspect": "inspection.examine",
     "Inspection": "report.inspection",
     "Report": "report.report",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import shutil
 from collections import OrderedDict
@@ -15,27 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checkpoints import atomic_write, mapped_memory, safetensors_files
-from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint, stored_recipe
+from normswap.checkpoints.checkpoint import RECIPE, Checkpoint, stored_recipe
 from normswap.checkpoints.contents import SavedBytes
 from normswap.errors import FileError, OptionError, first_line
 
 FORMATS = ("pt", "safetensors", "dcp")
 _NO_MODELS = (".onnx", ".pt2", ".npz", ".json", ".pb")
-
-
-def path_beside(path: str | os.PathLike[str], suffix: str, form: str | None = None) -> Path:
-    """`model.gn-ws.pt` beside `model.pt`; for a folder, or an index in one, `folder.gn-ws` beside that."""
-    path = Path(path)
-    if path.name.endswith(INDEX_ENDING) or path.is_dir():
-        folder = path.parent if path.name.endswith(INDEX_ENDING) else path
-        if folder.name in ("", ".", ".."):
-            folder = folder.resolve()
-        flat = {"pt": ".pt", "safetensors": ".safetensors"}
-        return folder.with_name(f"{folder.name}.{suffix}{flat.get(form or '', '')}")
-    ending = {"pt": path.suffix if path.suffix != ".safetensors" else ".pt", "safetensors": ".safetensors", "dcp": ""}
-    return path.with_name(
-        f"{path.stem}.{suffix}{ending.get(form or '', path.suffix) or ('' if form == 'dcp' else '.pt')}"
-    )
 
 
 def check_format(out: Path, form: str | None, overwrite: bool) -> None:

@@ -88,7 +88,7 @@ def convert(
 
     [bold]normswap convert torchvision:resnet50 --to gn --calibrate pictures/ --report report.html[/]
     """
-    from normswap.files import convert_file, model_specs
+    from normswap.files import convert_file, model_specs, paths
 
     form = format.value if format else None
     with _speaking(_PHASES, quiet or as_json) as progress:
@@ -104,7 +104,7 @@ def convert(
             layers=tuple(layers.split(",")), recurrent=recurrent, include=include or None, exclude=exclude or None,
         )  # fmt: skip
         _write_report(done, input, report, overwrite)
-    _print(done, input, "" if dry_run else str(out or convert_file.default_out(input, to, form)), as_json, full, quiet)
+    _print(done, input, "" if dry_run else str(out or paths.default_output(input, to, form)), as_json, full, quiet)
 
 
 @app.command()
@@ -125,10 +125,10 @@ def inspect(
 
     [bold]normswap inspect torchvision:mobilenet_v2[/]
     """
-    from normswap.files import convert_file, model_specs
+    from normswap.files import inspect_file, model_specs
 
     with _speaking(5, quiet or as_json) as progress:
-        found = convert_file.inspect_file(
+        found = inspect_file.inspect_file(
             input, model=model, model_args=model_specs.parse_arguments(model_arg or []), weights=weights, key=key,
             input_shape=_parse_shape(input_shape), allow=_importable(allow), trust=trust, progress=progress,
         )  # fmt: skip
@@ -160,7 +160,7 @@ def fold(
 
     [bold]normswap fold resnet50.gn-ws.pt[/]
     """
-    from normswap.files import convert_file, model_specs
+    from normswap.files import convert_file, model_specs, paths
 
     with _speaking(2, quiet or as_json) as progress:
         _check_report(report, overwrite)
@@ -170,7 +170,7 @@ def fold(
             allow=_importable(allow), trust=trust, overwrite=overwrite,
         )  # fmt: skip
         _write_report(done, input, report, overwrite)
-    _print(done, input, str(out or convert_file.default_out(input, "fold")), as_json, full, quiet)
+    _print(done, input, str(out or paths.default_output(input, "fold")), as_json, full, quiet)
 
 
 @app.command()

@@ -1,32 +1,34 @@
-"""The story for files: read, convert, write."""
+"""The story for files: what is asked, what is read, which models are in it, each converted, all written."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from normswap.calibration.batches import input_batches, read_samples
 from normswap.checkpoints import checkpoint, contents, mapped_memory, reading, writing
-from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
+from normswap.checkpoints.checkpoint import Checkpoint
+from normswap.checkpoints.contents import Entry
 from normswap.conversion.convert import Options, Progress
-from normswap.errors import FileError, ModelError, OptionError
-from normswap.files import model_specs, norms_by_keys
-from normswap.files.model_for_state import fill, source_of
+from normswap.errors import OptionError
+from normswap.files import model_specs
+from normswap.files.file_request import ConvertedEntry, FileRequest
+from normswap.files.inputs import check_input_options, errors_name, read_input
 from normswap.files.model_specs import Source
-from normswap.files.one_model import EPS, Done, Job, convert_entry, noise_for
-from normswap.inspection.examine import examine
-from normswap.report.inspection import Inspection, Layer
+from normswap.files.one_model import convert_entry
+from normswap.files.paths import default_output, format_by_ending
+from normswap.files.recipe import state_dict_with_recipe
 from normswap.report.report import Change, Cost, Report
 from normswap.targets.target import PLAIN_TARGET, parse_target
 from normswap.training import optimizer_states
+from normswap.training.optimizer_states import Parameters
 from normswap.training.optimizers import state_changes
 
 
@@ -85,183 +87,29 @@ def convert_file(
         NormswapError: with nothing written.
     """
     started = time.monotonic()
-    asked, target = Options(**options), parse_target(to)
-    if not model_specs.is_spec(str(path)):
-        reading.check_input(Path(path))
-    out = default_out(path, to, format) if out is None else Path(out)
-    form = _form(out, format)
-    if not dry_run:
-        writing.check_format(out, form, overwrite)
+    conversion, target = Options(**options), parse_target(to)
+    out = _checked_output(path, to, out, format, None if dry_run else overwrite)
+    spec = next((str(s) for s in (path, model) if isinstance(s, str) and model_specs.is_spec(s)), None)
     if isinstance(calibrate, str | os.PathLike):
         progress(f"reading {calibrate}")
-        known = next((str(s) for s in (path, model) if isinstance(s, str) and model_specs.is_spec(s)), None)
-        calibrate = read_samples(
-            calibrate, spec=known, weights=weights, input_size=input_size, mean=mean, std=std
-        )  # fmt: skip
+        calibrate = read_samples(calibrate, spec=spec, weights=weights, input_size=input_size, mean=mean, std=std)
     elif calibrate is not None:
         calibrate = input_batches(calibrate)
     elif input_size or mean or std:
         raise OptionError("--input-size, --mean and --std are for the pictures of --calibrate")
-    asked = replace(asked, calibrate=calibrate)
-    job = Job(target, asked, model, model_args or {}, eps, input_shape, example_inputs, fold, progress)
+    request = FileRequest(
+        target, replace(conversion, calibrate=calibrate), model, model_args or {}, eps, input_shape, example_inputs, fold, progress
+    )  # fmt: skip
     progress(f"reading {path}")
-    _check_source(path, model, key, weights)
-    if model_specs.is_spec(str(path)):
-        found = Checkpoint(Path(str(path)), "pt", model_specs.build(str(path), weights, job.arguments))
-    else:
-        found = reading.read_checkpoint(
-            path, trust=trust, allow=allow, scratch=None if dry_run else out.resolve().parent
-        )
-    with _naming(path):
-        found, report = _convert(found, key, job)
+    check_input_options(path, model, key, weights)
+    scratch = None if dry_run else out.resolve().parent
+    found = read_input(path, weights=weights, model_args=request.model_args, trust=trust, allow=allow, scratch=scratch)
+    with errors_name(path):
+        converted, report = _convert_models(found, key, request)
     if not dry_run:
         progress(f"writing {out}")
-        _write(found, out, form, key, overwrite)
+        _write(converted, out, format or format_by_ending(out), key, overwrite)
     return _with_cost(report, started)
-
-
-def _check_source(path: str | os.PathLike[str], model: Source | None, key: str | None, weights: str | None) -> None:
-    """Options that do not go with what is converted."""
-    if not model_specs.is_spec(str(path)):
-        if weights is not None:
-            raise OptionError(f"--weights {weights} is for a model of a library; {path} has its own")
-    elif model is not None or key is not None:
-        raise OptionError(f"--model and --key are for files; {path} is a model itself")
-
-
-def _with_cost(report: Report, started: float) -> Report:
-    return replace(report, cost=Cost(time.monotonic() - started, mapped_memory.peak_memory()))
-
-
-def inspect_file(
-    path: str | os.PathLike[str],
-    *,
-    model: Source | None = None,
-    model_args: Mapping[str, Any] | None = None,
-    weights: str | None = None,
-    key: str | None = None,
-    input_shape: Sequence[int] | None = None,
-    allow: Iterable[str] = (),
-    trust: bool = False,
-    progress: Progress = lambda phase: None,
-) -> Inspection:
-    """`normswap.inspect` on the model in a file or a folder, or on a model of a library; the arguments are those of `convert_file`.
-
-    A file of tensors without their model is inspected as far as its keys tell: the batch norms, and what has the shape of a convolution.
-    """
-    progress(f"reading {path}")
-    _check_source(path, model, key, weights)
-    path = Path(path)
-    if model_specs.is_spec(str(path)):
-        made = model_specs.build(str(path), weights, model_args or {})
-        return _examined(made, input_shape, progress)
-    found = reading.read_checkpoint(path, trust=trust, allow=allow)
-    entry = contents.find_entries(found.content, key, path)[0]
-    with _naming(path):
-        if isinstance(entry.value, nn.Module):
-            if model is not None:
-                raise OptionError(
-                    f"--model is for files without their model; {path} holds a {type(entry.value).__name__}"
-                )
-            return _examined(entry.value, input_shape, progress)
-        if model is None and checkpoint.stored_recipe(entry.value) is None:
-            seen = examine(norms_by_keys.norms_of(entry.value, EPS), progress=progress)
-            extra = [
-                Layer((p,), "weight", "convolution", "", None, None, None, None, "", "")
-                for p in norms_by_keys.convolution_keys(entry.value)
-            ]
-            return replace(seen, model="tensors without their model", layers=(*seen.layers, *extra))
-        source, arguments = source_of(entry.value, model, model_args or {}, path)
-        return _examined(fill(entry.value, source, arguments, path)[0][1], input_shape, progress)
-
-
-def _examined(model: nn.Module, shape: Sequence[int] | None, progress: Progress) -> Inspection:
-    inputs, name = noise_for(model, shape)
-    return examine(model, inputs, name, probe_only=shape is None, progress=progress)
-
-
-@contextmanager
-def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors about the content of a file name the file."""
-    try:
-        yield
-    except (ModelError, FileError) as error:
-        if str(path) in str(error):
-            raise
-        raise type(error)(f"{path}: {error}") from error
-
-
-def _convert(found: Checkpoint, key: str | None, job: Job) -> tuple[Checkpoint, Report]:
-    """Every copy of the model in `found`, and what optimizers hold of its parameters."""
-    content = found.content
-    dones: list[Done] = []
-    copies: list[Change] = []
-    made: dict[int, Done] = {}  # one module may stand under two names
-    models = contents.find_entries(content, key, found.path)
-    for entry in models:
-        place = id(entry.value)
-        done = made[place] = made.get(place) or convert_entry(entry, found.path, job)
-        content = contents.with_value_at(content, entry, done.value)
-        if dones:
-            how, exact = "converted like the model", done.report.exact
-            copies.append(Change((entry.name,), "copy", "copy of the model", "converted", how, exact))
-        dones.append(done)
-    first, report = dones[0], dones[0].report
-    content, changes, notices = _mend(content, first, flat=found.kind == "dcp")
-    held, more, further = _mend(dict(found.optimizers), first)
-    if others := contents.other_models(found.content, models):
-        further.append(f"not converted, though it looks like a model: {', '.join(others)}; convert it with --key")
-    report = replace(
-        report, changes=(*report.changes, *copies, *changes, *more), warnings=(*report.warnings, *notices, *further)
-    )
-    return replace(found, content=content, optimizers=held), report
-
-
-# ---- optimizers ----
-
-
-def _mend(content: Any, done: Done, flat: bool = False) -> tuple[Any, list[Change], list[str]]:
-    """`content` with its optimizers' states carried over, a change for each parameter, and what could not be done."""
-    mended, carried, lost = (optimizer_states.remap_flat_states if flat else optimizer_states.remap_states)(
-        content, done.ways
-    )
-    changes = [change for name, state in carried.items() for change in state_changes(name, state)]
-    reason = "dropped, since nothing tells which parameter each of its states belongs to; start it anew"
-    return mended, changes, [f"{name}: {reason}" for name in lost]
-
-
-# ---- writing, loading, folding ----
-
-
-def _write(found: Checkpoint, out: Path, form: str | None, key: str | None, overwrite: bool) -> None:
-    if form is not None and form != found.kind:
-        alone = contents.find_entries(found.content, key, found.path)[0].value
-        if form == "pt" and not isinstance(alone, nn.Module):
-            tensors = OrderedDict((k, v) for k, v in alone.items() if isinstance(v, Tensor))
-            checkpoint.store_recipe(tensors, checkpoint.stored_recipe(alone))
-            alone = tensors
-        elif isinstance(alone, nn.Module):
-            alone = _state_of(alone)
-        found = replace(found, kind=form, content=alone)
-    writing.write_checkpoint(found, out, form, overwrite=overwrite, mapped=not model_specs.is_spec(str(found.path)))
-
-
-def _state_of(model: nn.Module) -> Any:
-    state = model.state_dict()
-    checkpoint.store_recipe(state, checkpoint.stored_recipe(model))
-    return state
-
-
-def _form(out: Path, form: str | None) -> str | None:
-    """The format that was asked for, or that the name of the output tells."""
-    return form or ("safetensors" if out.suffix == ".safetensors" else None)
-
-
-def default_out(path: str | os.PathLike[str], suffix: str, form: str | None = None) -> Path:
-    """`model.gn-ws.pt` beside `model.pt`; `resnet50.gn-ws.pt` in this folder for `torchvision:resnet50`."""
-    if model_specs.is_spec(str(path)):
-        return writing.path_beside(f"{model_specs.short_name(str(path))}.pt", suffix, form)
-    return writing.path_beside(path, suffix, form)
 
 
 def fold_file(
@@ -275,74 +123,115 @@ def fold_file(
     trust: bool = False,
     overwrite: bool = False,
 ) -> Report:
-    """Fold the converted model in a file into plain torch layers and save it; `model.fold.pt` by default."""
+    """Fold the converted model in a file into plain torch layers and save it; `model.fold.pt` by default.
+
+    The arguments are those of `convert_file`, and so are the errors.
+    """
     if model_specs.is_spec(str(path)):
         raise OptionError(f"{path} is a model, not a converted file; convert it first: --to fold, or --to gn-ws --fold")
     started = time.monotonic()
-    out = default_out(path, "fold") if out is None else Path(out)
+    out = default_output(path, "fold") if out is None else Path(out)
     writing.check_format(out, None, overwrite)
     found = reading.read_checkpoint(path, trust=trust, allow=allow, scratch=out.resolve().parent)
-    with _naming(path):
-        found, report = _convert(found, key, Job(PLAIN_TARGET, Options(), model, model_args or {}))
-    writing.write_checkpoint(found, out, overwrite=overwrite)
+    with errors_name(path):
+        folded, report = _convert_models(found, key, FileRequest(PLAIN_TARGET, Options(), model, model_args or {}))
+    writing.write_checkpoint(folded, out, overwrite=overwrite)
     return _with_cost(report, started)
 
 
-def load(
+def _checked_output(
     path: str | os.PathLike[str],
-    *,
-    model: Source | None = None,
-    model_args: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    trust: bool = False,
-    allow: Iterable[str] = (),
-) -> nn.Module:
-    """The model in a file or folder, converted or not, on the CPU.
-
-    A file of tensors needs `model`, the one before conversion: a factory, a spec (see `convert_file`) or a module, which is
-    copied; the recipe in the file converts it before the tensors go in, strictly. A library's model needs none.
-    Files are read without running code: classes must be modules of torch, torchvision, timm or
-    normswap, or stand in `allow` by full name (`package.module.Class`). `trust` lifts that, and runs whatever
-    the file says.
-
-    Raises:
-        FileError: no such file, a broken one, or one whose tensors or recipe do not fit the model.
-        UnsafeFileError: a class that is not allowed, by name.
-    """
-    path = Path(path)
-    found = reading.read_checkpoint(path, trust=trust, allow=allow)
-    entry = contents.find_entries(found.content, key, path)[0]
-    if isinstance(entry.value, nn.Module):
-        return entry.value
-    source, arguments = source_of(entry.value, model, model_args, path)
-    try:
-        with _naming(path):
-            return fill(entry.value, source, arguments, path)[0][1]
-    except OptionError as error:
-        if model is not None:
-            raise
-        raise FileError(f"{path}: its recipe names a model that cannot be made: {error}") from None
-
-
-def save(
-    model: nn.Module, path: str | os.PathLike[str], *, report: Report | None = None, overwrite: bool = False
+    to: str,
+    out: str | os.PathLike[str] | None,
+    format: str | None,
+    overwrite: bool | None,
 ) -> Path:
-    """Save `model` whole, with the recipe of `report` as its attribute `normswap_recipe`; `.safetensors`: its state dict.
+    """Where to write. Raises before any work where the input cannot be read or the output not be written.
 
-    Raises `FileError`, with nothing written: the file exists and `overwrite` is not set, its folder cannot be written,
-    or the model holds something that cannot be pickled.
+    With `overwrite` None nothing will be written, and the output is not looked at.
     """
-    path = Path(path)
-    form = _form(path, None)
-    writing.check_format(path, form, overwrite)
-    had = vars(model).get(RECIPE)
-    try:
-        if report is not None:
-            setattr(model, RECIPE, report.recipe)
-        content = _state_of(model) if form == "safetensors" else model
-        return writing.write_checkpoint(Checkpoint(path, form or "pt", content), path, overwrite=overwrite)
-    finally:
-        if report is not None and had is None:
-            delattr(model, RECIPE)
-        elif report is not None:
-            setattr(model, RECIPE, had)
+    if not model_specs.is_spec(str(path)):
+        reading.check_input(Path(path))
+    out = default_output(path, to, format) if out is None else Path(out)
+    if overwrite is not None:
+        writing.check_format(out, format or format_by_ending(out), overwrite)
+    return out
+
+
+def _with_cost(report: Report, started: float) -> Report:
+    return replace(report, cost=Cost(time.monotonic() - started, mapped_memory.peak_memory()))
+
+
+# ---- the models in a checkpoint, and their optimizers ----
+
+
+def _convert_models(found: Checkpoint, key: str | None, request: FileRequest) -> tuple[Checkpoint, Report]:
+    """`found` with every copy of its model converted, and with them what optimizers hold of the first one's parameters."""
+    entries = contents.find_entries(found.content, key, found.path)
+    converted = _convert_each(entries, found.path, request)
+    content = found.content
+    for entry, new in zip(entries, converted, strict=True):
+        content = contents.with_value_at(content, entry, new.value)
+    first = converted[0]
+    inside = _remap_optimizers(content, first.parameter_pairs, flat=found.kind == "dcp")
+    beside = _remap_optimizers(dict(found.optimizers), first.parameter_pairs)
+    copies = [
+        Change((entry.name,), "copy", "copy of the model", "converted", "converted like the model", new.report.exact)
+        for entry, new in zip(entries[1:], converted[1:], strict=True)
+    ]
+    others = ", ".join(contents.other_models(found.content, entries))
+    not_converted = [f"not converted, though it looks like a model: {others}; convert it with --key"] if others else []
+    report = replace(
+        first.report,
+        changes=(*first.report.changes, *copies, *inside.changes, *beside.changes),
+        warnings=(*first.report.warnings, *inside.warnings, *beside.warnings, *not_converted),
+    )
+    return replace(found, content=inside.content, optimizers=beside.content), report
+
+
+def _convert_each(entries: Sequence[Entry], where: Path, request: FileRequest) -> list[ConvertedEntry]:
+    """Every entry converted, one after the other; a module that stands under two names once, since it is changed in place."""
+    done: dict[int, ConvertedEntry] = {}
+    for entry in entries:
+        if id(entry.value) not in done:
+            done[id(entry.value)] = convert_entry(entry, where, request)
+    return [done[id(entry.value)] for entry in entries]
+
+
+class _Remapped(NamedTuple):
+    """Content with its optimizers' states carried over, a change for each parameter, and what could not be done."""
+
+    content: Any
+    changes: list[Change]
+    warnings: list[str]
+
+
+def _remap_optimizers(content: Any, pairs: Sequence[tuple[Parameters, Parameters]], flat: bool = False) -> _Remapped:
+    """The optimizers' states in `content` for the parameters after; `flat`: as a distributed checkpoint keeps them."""
+    remap = optimizer_states.remap_flat_states if flat else optimizer_states.remap_states
+    content, states, lost = remap(content, pairs)
+    changes = [change for name, state in states.items() for change in state_changes(name, state)]
+    reason = "dropped, since nothing tells which parameter each of its states belongs to; start it anew"
+    return _Remapped(content, changes, [f"{name}: {reason}" for name in lost])
+
+
+# ---- writing ----
+
+
+def _write(found: Checkpoint, out: Path, format: str | None, key: str | None, overwrite: bool) -> None:
+    """Write `found` like the input, or in another format: then the model alone, since not every format holds other entries."""
+    if format is not None and format != found.kind:
+        found = replace(found, kind=format, content=_model_alone(found, format, key))
+    writing.write_checkpoint(found, out, format, overwrite=overwrite, mapped=not model_specs.is_spec(str(found.path)))
+
+
+def _model_alone(found: Checkpoint, format: str, key: str | None) -> Any:
+    """The model of a checkpoint as a state dict with its recipe, without what is no tensor in a file of torch's."""
+    model = contents.find_entries(found.content, key, found.path)[0].value
+    if isinstance(model, nn.Module):
+        return state_dict_with_recipe(model)
+    if format != "pt":
+        return model
+    tensors = OrderedDict((name, value) for name, value in model.items() if isinstance(value, Tensor))
+    checkpoint.store_recipe(tensors, checkpoint.stored_recipe(model))
+    return tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from normswap.checkpoints import checkpoint, mapped_memory, state_keys
 from normswap.checkpoints.checkpoint import RECIPE
 from normswap.checkpoints.contents import Entry
 from normswap.checkpoints.state_keys import Binding
-from normswap.conversion.convert import Options, Progress, run
+from normswap.conversion.convert import Options, run
 from normswap.errors import FileError, NormswapError, OptionError, first_line
 from normswap.files import model_specs, norms_by_keys, recipe
+from normswap.files.file_request import ConvertedEntry, FileRequest
 from normswap.files.model_for_state import fill, parameters_of, source_of, with_others
 from normswap.files.model_specs import Source
 from normswap.report.report import Left, Node, Report
-from normswap.targets.target import PLAIN_TARGET, Target
-from normswap.training.optimizer_states import Parameter
+from normswap.targets.target import PLAIN_TARGET
 
 EPS = 1e-5
 """Assumed of a norm in a file without its model: torch's default."""
@@ -30,71 +30,53 @@ BARE_NORMS = ("gn", "ln", "in", "est", "bcn", "frozen")
 _LARGE = 200_000_000  # parameters: a larger model is not run on noise without being asked to
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to do to each model in a file."""
-
-    target: Target
-    options: Options
-    model: Source | None
-    arguments: Mapping[str, Any]
-    eps: float | None = None
-    input_shape: Sequence[int] | None = None
-    example_inputs: Any = None
-    fold: bool = False
-    progress: Progress = lambda phase: None
-
-
-@dataclass(frozen=True)
-class Done:
-    """A converted entry: its new value, the report, and what an optimizer may have had as parameters, and will have."""
-
-    value: Any
-    report: Report
-    ways: tuple[tuple[tuple[Parameter, ...], tuple[Parameter, ...]], ...]
-
-
-def convert_entry(entry: Entry, where: Path, job: Job) -> Done:
+def convert_entry(entry: Entry, where: Path, request: FileRequest) -> ConvertedEntry:
     if isinstance(entry.value, nn.Module):
-        return _convert_whole(entry.value, where, job)
-    if job.target is PLAIN_TARGET:
-        return _convert_tensors(entry, *source_of(entry.value, job.model, job.arguments, where), where, job)
-    if job.model is None:
-        return _convert_bare(entry, where, job)
-    if job.eps is not None:
+        return _convert_whole(entry.value, where, request)
+    if request.target is PLAIN_TARGET:
+        return _convert_tensors(
+            entry, *source_of(entry.value, request.model, request.model_args, where), where, request
+        )
+    if request.model is None:
+        return _convert_bare(entry, where, request)
+    if request.eps is not None:
         raise OptionError("--eps is for files without their model; the one that --model makes has its own")
-    return _convert_tensors(entry, job.model, job.arguments, where, job)
+    return _convert_tensors(entry, request.model, request.model_args, where, request)
 
 
-def _convert_whole(model: nn.Module, where: Path, job: Job) -> Done:
+def _convert_whole(model: nn.Module, where: Path, request: FileRequest) -> ConvertedEntry:
     """A module."""
-    if job.model is not None or (job.arguments and not model_specs.is_spec(str(where))):
+    if request.model is not None or (request.model_args and not model_specs.is_spec(str(where))):
         raise OptionError(f"--model is for files without their model; {where} holds a {type(model).__name__}")
-    if job.eps is not None:
+    if request.eps is not None:
         raise OptionError(f"--eps is for files without their model; {where} has the eps of each norm")
     before, folded = parameters_of(model), _folded(model)
     try:
-        converted, report = _convert_module(model, job)
+        converted, report = _convert_module(model, request)
     except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, NormswapError) or model_specs.is_spec(str(where)):
             raise
         raise FileError(f"{where}: its module is damaged, or of another version ({first_line(error)})") from error
-    checkpoint.store_recipe(converted, folded if job.target is PLAIN_TARGET else report.recipe)
-    return Done(converted, report, ((before, parameters_of(converted)),))
+    checkpoint.store_recipe(converted, folded if request.target is PLAIN_TARGET else report.recipe)
+    return ConvertedEntry(converted, report, ((before, parameters_of(converted)),))
 
 
-def _convert_tensors(entry: Entry, model: Source, arguments: Mapping[str, Any], where: Path, job: Job) -> Done:
+def _convert_tensors(
+    entry: Entry, model: Source, arguments: Mapping[str, Any], where: Path, request: FileRequest
+) -> ConvertedEntry:
     """A state dict whose model is known."""
     named = f"{where}: {entry.name}" if entry.keys else where
     filled = fill(entry.value, model, arguments, named)
     before = parameters_of(filled[0][1])
-    converted = [(binding, *_convert_module(made, job)) for binding, made in filled]
+    converted = [(binding, *_convert_module(made, request)) for binding, made in filled]
     binding, made, report = converted[0]
     states = [made.state_dict() for _, made, _ in converted]
     value = state_keys.rebuild(entry.value, [binding for binding, _, _ in converted], states)
     previous = checkpoint.stored_recipe(entry.value)
     told = (
-        _folded(entry.value) if job.target is PLAIN_TARGET else _with_source(report.recipe, model, arguments, previous)
+        _folded(entry.value)
+        if request.target is PLAIN_TARGET
+        else _with_source(report.recipe, model, arguments, previous)
     )
     checkpoint.store_recipe(value, told)
     bound = {name for binding, _, _ in converted for name in binding.names.values()}
@@ -104,10 +86,10 @@ def _convert_tensors(entry: Entry, model: Source, arguments: Mapping[str, Any], 
     report = replace(report, recipe=told or report.recipe, warnings=(*report.warnings, *notices))
     after = parameters_of(made)
     with_beside = with_others(entry.value, binding, made, before), with_others(value, binding, made, after)
-    return Done(value, report, ((before, after), with_beside))
+    return ConvertedEntry(value, report, ((before, after), with_beside))
 
 
-def _convert_module(model: nn.Module, job: Job) -> tuple[nn.Module, Report]:
+def _convert_module(model: nn.Module, job: FileRequest) -> tuple[nn.Module, Report]:
     """`run` in place, on noise if there are no inputs, and folded if asked."""
     if job.target is PLAIN_TARGET:
         return run(model, PLAIN_TARGET, Options(), may_be_idle=True, inplace=True, release=mapped_memory.release)
@@ -157,7 +139,7 @@ def _with_baked(report: Report, baked: Report) -> Report:
     return replace(report, changes=changes, totals=replace(report.totals, **sizes), modules=modules)
 
 
-def _convert_bare(entry: Entry, where: Path, job: Job) -> Done:
+def _convert_bare(entry: Entry, where: Path, job: FileRequest) -> ConvertedEntry:
     """A state dict on its tensors alone."""
     norm, weight = job.target.norm, job.target.weight or job.options.recurrent
     if weight is not None or norm is None or norm.name not in BARE_NORMS:
@@ -199,7 +181,7 @@ def _convert_bare(entry: Entry, where: Path, job: Job) -> Done:
         norms_by_keys.within_norms_prefix(entry.value, every[0]),
         norms_by_keys.within_norms_prefix(entry.value, every[1]),
     )
-    return Done(value, report, (every, inner))
+    return ConvertedEntry(value, report, (every, inner))
 
 
 def _counts(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS
 from normswap.analysis.running import Seen
 from normswap.analysis.sites import Site, find_sites
 from normswap.calibration.measuring import Measured
+from normswap.checkpoints import checkpoint
 from normswap.conversion.convert import Options, fold, run
 from normswap.errors import FileError
 from normswap.layers.matching import Moments
@@ -139,3 +140,10 @@ def _relative(layers: Mapping[str, Any], sites: Mapping[str, Any]) -> dict[str, 
         if all(path in sites for path in shortened):
             return shortened
     return dict(layers)
+
+
+def state_dict_with_recipe(model: nn.Module) -> dict[str, Any]:
+    """The state dict of a model, with the recipe that the model has as an attribute."""
+    state = model.state_dict()
+    checkpoint.store_recipe(state, checkpoint.stored_recipe(model))
+    return state

@@ -19,7 +19,7 @@ import normswap
 from normswap.checkpoints.reading import read_checkpoint
 from normswap.cli.commands import app
 from normswap.errors import first_line
-from normswap.files import convert_file
+from normswap.files.paths import default_output
 
 sys.path.insert(0, str(Path(__file__).parent / "threats"))
 from make import HURT, MARK, MAY_CONVERT, MAY_LOAD, THREATS, net
@@ -66,7 +66,7 @@ def problems(name: str, path: Path, folder: Path) -> Iterator[str]:
     """Every call on a hostile file, and what is wrong with its outcome."""
     may_load, may_convert = name in MAY_LOAD, name in MAY_LOAD | MAY_CONVERT
     before = listing(folder)
-    out = convert_file.default_out(path, "gn")
+    out = default_output(path, "gn")
     calls: dict[str, tuple[Callable[[], object], bool]] = {
         "load": (lambda: normswap.load(path), may_load),
         "load with a model": (lambda: normswap.load(path, model=net), may_load),

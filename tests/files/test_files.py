@@ -18,8 +18,8 @@ from torch import nn
 import normswap
 from normswap import FileError, UnsafeFileError
 from normswap.checkpoints import reading
+from normswap.checkpoints.checkpoint import RECIPE
 from normswap.files import model_specs
-from normswap.files.convert_file import RECIPE
 
 
 @pytest.fixture

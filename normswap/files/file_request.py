@@ -1,0 +1,45 @@
+"""What is asked of each model in a file, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from normswap.conversion.convert import Options, Progress
+from normswap.files.model_specs import Source
+from normswap.report.report import Report
+from normswap.targets.target import Target
+from normswap.training.optimizer_states import Parameters
+
+
+@dataclass(frozen=True)
+class FileRequest:
+    """What to do with each model in a file."""
+
+    target: Target
+    options: Options
+    model: Source | None
+    """What makes the model of a state dict; None: the file holds a module, or its tensors go alone."""
+    model_args: Mapping[str, Any]
+    """Keyword arguments of a model that is made."""
+    eps: float | None = None
+    """Of norms whose tensors are alone; None: torch's default."""
+    input_shape: Sequence[int] | None = None
+    """Of a batch of noise to run the model on."""
+    example_inputs: Any = None
+    """In place of noise."""
+    fold: bool = False
+    """Leave plain torch layers."""
+    progress: Progress = lambda phase: None
+
+
+@dataclass(frozen=True)
+class ConvertedEntry:
+    """A model in a file after its conversion."""
+
+    value: Any
+    """The module or the state dict that takes the entry's place."""
+    report: Report
+    parameter_pairs: tuple[tuple[Parameters, Parameters], ...]
+    """Parameters before and after, as far as each pair may be what an optimizer was made for, likeliest first."""

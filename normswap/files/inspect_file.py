@@ -1,0 +1,71 @@
+"""The inspection of a model in a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normswap.checkpoints import checkpoint, contents
+from normswap.conversion.convert import Progress
+from normswap.errors import OptionError
+from normswap.files import model_specs, norms_by_keys
+from normswap.files.inputs import check_input_options, errors_name, read_input
+from normswap.files.model_for_state import fill, source_of
+from normswap.files.model_specs import Source
+from normswap.files.one_model import EPS, noise_for
+from normswap.inspection.examine import examine
+from normswap.report.inspection import Inspection, Layer
+
+
+def inspect_file(
+    path: str | os.PathLike[str],
+    *,
+    model: Source | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+    key: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    allow: Iterable[str] = (),
+    trust: bool = False,
+    progress: Progress = lambda phase: None,
+) -> Inspection:
+    """`normswap.inspect` on the model in a file or a folder, or on a model of a library; the arguments are those of `convert_file`.
+
+    A file of tensors without their model is inspected as far as its keys tell: the batch norms, and what has the shape of a convolution.
+    """
+    progress(f"reading {path}")
+    check_input_options(path, model, key, weights)
+    found = read_input(path, weights=weights, model_args=model_args or {}, trust=trust, allow=allow)
+    if model_specs.is_spec(str(path)):
+        return _examine_module(found.content, input_shape, progress)
+    path = Path(path)
+    value = contents.find_entries(found.content, key, path)[0].value
+    with errors_name(path):
+        if isinstance(value, nn.Module):
+            if model is not None:
+                raise OptionError(f"--model is for files without their model; {path} holds a {type(value).__name__}")
+            return _examine_module(value, input_shape, progress)
+        if model is None and checkpoint.stored_recipe(value) is None:
+            return _examine_tensors(value, progress)
+        source, arguments = source_of(value, model, model_args or {}, path)
+        return _examine_module(fill(value, source, arguments, path)[0][1], input_shape, progress)
+
+
+def _examine_module(model: nn.Module, shape: Sequence[int] | None, progress: Progress) -> Inspection:
+    inputs, name = noise_for(model, shape)
+    return examine(model, inputs, name, probe_only=shape is None, progress=progress)
+
+
+def _examine_tensors(state: Mapping[str, Any], progress: Progress) -> Inspection:
+    """What the keys of a state dict tell: norms by their statistics, convolutions by the dimensions of their weight."""
+    norms = examine(norms_by_keys.norms_of(state, EPS), progress=progress)
+    convolutions = [
+        Layer((path,), "weight", "convolution", "", None, None, None, None, "", "")
+        for path in norms_by_keys.convolution_keys(state)
+    ]
+    return replace(norms, model="tensors without their model", layers=(*norms.layers, *convolutions))

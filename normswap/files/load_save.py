@@ -1,0 +1,89 @@
+"""Converted models from files, and into files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normswap.checkpoints import contents, reading, writing
+from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
+from normswap.errors import FileError, OptionError
+from normswap.files.inputs import errors_name
+from normswap.files.model_for_state import fill, source_of
+from normswap.files.model_specs import Source
+from normswap.files.paths import format_by_ending
+from normswap.files.recipe import state_dict_with_recipe
+from normswap.report.report import Report
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: Source | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    trust: bool = False,
+    allow: Iterable[str] = (),
+) -> nn.Module:
+    """The model in a file or folder, converted or not, on the CPU.
+
+    A file of tensors needs `model`, the one before conversion: a factory, a spec (see `convert_file`) or a module, which is
+    copied; the recipe in the file converts it before the tensors go in, strictly. A library's model needs none.
+    Files are read without running code: classes must be modules of torch, torchvision, timm or
+    normswap, or stand in `allow` by full name (`package.module.Class`). `trust` lifts that, and runs whatever
+    the file says.
+
+    Args:
+        path: a file (whole module, state dict, training checkpoint, safetensors) or a folder (distributed checkpoint,
+            weight files with an index).
+        model: what makes the model of a file of tensors.
+        model_args: keyword arguments of a model that is made.
+        key: which entry of a training checkpoint is the model, where it has none of the usual names.
+        trust: run whatever code the file holds.
+        allow: full names of classes that the file may hold.
+
+    Raises:
+        FileError: no such file, a broken one, or one whose tensors or recipe do not fit the model.
+        UnsafeFileError: a class that is not allowed, by name.
+    """
+    path = Path(path)
+    found = reading.read_checkpoint(path, trust=trust, allow=allow)
+    value = contents.find_entries(found.content, key, path)[0].value
+    if isinstance(value, nn.Module):
+        return value
+    source, arguments = source_of(value, model, model_args, path)
+    try:
+        with errors_name(path):
+            return fill(value, source, arguments, path)[0][1]
+    except OptionError as error:
+        if model is not None:
+            raise
+        raise FileError(f"{path}: its recipe names a model that cannot be made: {error}") from None
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike[str], *, report: Report | None = None, overwrite: bool = False
+) -> Path:
+    """Save `model` whole, with the recipe of `report` as its attribute `normswap_recipe`; `.safetensors`: its state dict.
+
+    Raises `FileError`, with nothing written: the file exists and `overwrite` is not set, its folder cannot be written,
+    or the model holds something that cannot be pickled.
+    """
+    path = Path(path)
+    format = format_by_ending(path)
+    writing.check_format(path, format, overwrite)
+    own = vars(model).get(RECIPE)
+    try:
+        if report is not None:
+            setattr(model, RECIPE, report.recipe)
+        content = state_dict_with_recipe(model) if format == "safetensors" else model
+        return writing.write_checkpoint(Checkpoint(path, format or "pt", content), path, overwrite=overwrite)
+    finally:  # the caller's model is as it was, whatever happened
+        if report is not None and own is None:
+            delattr(model, RECIPE)
+        elif report is not None:
+            setattr(model, RECIPE, own)
