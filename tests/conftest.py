@@ -1,4 +1,4 @@
-"""One thread a worker: the suite runs in parallel processes. Slow tests run where `-m` asks for them, and else say so."""
+"""One thread a worker: the suite runs in parallel processes. Slow tests run if `-m` asks for them, or say so."""
 
 import pytest
 import torch

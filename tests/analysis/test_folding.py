@@ -1,4 +1,4 @@
-"""Folding is never wrong: forwards that do something between a convolution and its norm in ways that are hard to see."""
+"""Folding is never wrong: forwards that do something between a convolution and its norm, hard to see."""
 
 import copy
 import enum

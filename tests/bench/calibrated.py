@@ -1,9 +1,9 @@
 """Accuracy right after conversion with unlabelled data, of networks that were trained with BatchNorm.
 
-Run: python tests/bench/calibrated.py [--json] [--results FILE] [--cache FOLDER] [--seeds 1] [--seconds 60] [--targets "gn;gn-ws strict"]
-[--tasks digits,gratings] [--threads 2]; up to a minute for each net, seed and target. The folder keeps the trained weights. The data are
-256 training images without labels; accuracy is top-1 on held-out images, the mean over the seeds. Columns: before; matched without data;
-calibrated; and what share of the accuracy before that is.
+Run: python tests/bench/calibrated.py [--json] [--results FILE] [--cache FOLDER] [--seeds 1] [--seconds 60] [--targets
+"gn;gn-ws strict"] [--tasks digits,gratings] [--threads 2]; up to a minute for each net, seed and target. The folder
+keeps the trained weights. The data are 256 training images without labels; accuracy is top-1 on held-out images, the
+mean over the seeds. Columns: before; matched without data; calibrated; and what share of the accuracy before that is.
 """
 
 from __future__ import annotations

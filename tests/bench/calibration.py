@@ -1,9 +1,10 @@
 """Accuracy after conversion with unlabelled data: matched, re-estimated layer by layer, and distilled.
 
-Run: python tests/bench/calibration.py [--json] [--cache FOLDER] [--nets A,B] [--targets "gn auto;ln"] [--train norms,biases,all]
-[--seconds 15,60 | --steps 100,400] [--threads 2], where the folder keeps the trained weights; a number of steps says the same on a busy
-machine. The data are 256 training pictures without labels; accuracy is top-1 on the held-out pictures. Columns: before;
-matched; re-estimated alone; distilled, by what is trained and for how long; each with what was kept. Rows come on stderr as they are done.
+Run: python tests/bench/calibration.py [--json] [--cache FOLDER] [--nets A,B] [--targets "gn auto;ln"] [--train
+norms,biases,all] [--seconds 15,60 | --steps 100,400] [--threads 2], where the folder keeps the trained weights; a
+number of steps says the same on a busy machine. The data are 256 training pictures without labels; accuracy is top-1 on
+the held-out pictures. Columns: before; matched; re-estimated alone; distilled, by what is trained and for how long;
+each with what was kept. Rows come on stderr as they are done.
 """
 
 from __future__ import annotations
@@ -67,6 +68,5 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    main(
-        __doc__, measure, cache=None, nets=None, targets=None, train="norms,biases,all", seconds="15,60", steps=None, threads=2
-    )  # fmt: skip
+    options = {"cache": None, "nets": None, "targets": None, "train": "norms,biases,all", "seconds": "15,60"}
+    main(__doc__, measure, **options, steps=None, threads=2)

@@ -1,9 +1,9 @@
 """Time and peak memory of converting a large checkpoint, beside a bare script that loads and saves it.
 
-Run: python tests/bench/checkpoint_io.py [--json] [--megabytes 2048] [--folder FOLDER]. Each row is one process, run in turn, in
-the same folder: `normswap convert` against `torch.load` and `torch.save` (or the library's pair for safetensors and distributed
-checkpoints). Peaks are above the floor, the peak of a process that only imports the libraries. For a distributed checkpoint the
-largest shard is the measure.
+Run: python tests/bench/checkpoint_io.py [--json] [--megabytes 2048] [--folder FOLDER]. Each row is one process, run in
+turn, in the same folder: `normswap convert` against `torch.load` and `torch.save` (or the library's pair for
+safetensors and distributed checkpoints). Peaks are above the floor, the peak of a process that only imports the
+libraries. For a distributed checkpoint the largest shard is the measure.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ BARE = {
     "pt": "torch.save(torch.load('big.pt'), 'bare.pt')",
     "safetensors": "safetensors.torch.save_file(safetensors.torch.load_file('big.safetensors'), 'bare.safetensors')",
     "dcp": (
-        "state = {k: torch.empty(m.size) for k, m in dcp.FileSystemReader('big').read_metadata().state_dict_metadata.items()}\n"
+        "sizes = dcp.FileSystemReader('big').read_metadata().state_dict_metadata.items()\n"
+        "state = {k: torch.empty(m.size) for k, m in sizes}\n"
         "dcp.load(state, checkpoint_id='big'); dcp.save(state, checkpoint_id='bare')"
     ),
 }
@@ -93,7 +94,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
                 yield {
                     "kind": kind, "target": target, "bare s": bare_time, "ours s": taken, "times": taken / bare_time,
                     "bare peak MB": (bare_peak - floor) / 2**20, "ours MB": (peak - floor) / 2**20,
-                    "of bare": (peak - floor) / (bare_peak - floor), "of largest shard": (peak - floor) / shard if kind == "dcp" else "",
+                    "of bare": (peak - floor) / (bare_peak - floor),
+                    "of largest shard": (peak - floor) / shard if kind == "dcp" else "",
                 }  # fmt: skip
     finally:
         shutil.rmtree(folder)

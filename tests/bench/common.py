@@ -76,9 +76,9 @@ def main(
 ) -> None:
     """Run `measure`, which yields rows, and print them as a table, or with `--json` as data.
 
-    With `--results FILE` the data is written to the file, and `picture`, an SVG drawn of the rows, beside it; with `--add` too,
-    after the rows that the file has, so that a long benchmark can be run in parts.
-    `options` are further arguments of the script, by name, each with its default; one whose default is False is a flag.
+    With `--results FILE` the data is written to the file, and `picture`, an SVG drawn of the rows, beside it; with
+    `--add` too, after the rows that the file has, so that a long benchmark can be run in parts. `options` are further
+    arguments of the script, by name, each with its default; one whose default is False is a flag.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print data instead of a table")
@@ -119,7 +119,7 @@ def main(
 
 
 def joined(first: Row, second: Row) -> Row:
-    """The results of two parts as one: minutes added up, and the arguments in which they differ listed one after the other."""
+    """The results of two parts as one: minutes added up, arguments that differ listed one after the other."""
     was, made = first["environment"], second["environment"]
     asked = {
         name: value if (old := was["arguments"].get(name, value)) == value else f"{old},{value}" if value else old

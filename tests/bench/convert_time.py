@@ -1,14 +1,15 @@
 """Time and peak memory of a conversion, beside other converters, and of the command beside a bare script.
 
-Run: python tests/bench/convert_time.py [--json] [--results FILE] [--rounds 3] [--models resnet50,...] [--threads 2]; a few minutes.
-In-process: batch norm to group norm of a model that is there already, each converter in turn in each round, a number the least of
-the rounds: ours copying and in place, `opacus.validators.ModuleValidator.fix` (which copies, and resets gain and bias), torch's
-`SyncBatchNorm.convert_sync_batchnorm` (in place), and composer's `replace_module_classes` (in place; resets too), where it is there:
-`pip install --no-deps mosaicml`, since it pins an old torch and its surgery needs nothing but torch. "10,000 norms" is a made net. Peak memory
-is what a process of its own held at most, above one that only builds the model, as a multiple of the model's size; a copy is 1. The
-command is `normswap convert FILE --to gn` on a whole module; the bare script imports the same libraries, loads and saves. "Graph analysis" is
-the part of a conversion that traces forwards, of the largest models by number of modules and of those with the most branches, beside
-`torch.fx.symbolic_trace`.
+Run: python tests/bench/convert_time.py [--json] [--results FILE] [--rounds 3] [--models resnet50,...] [--threads 2]; a
+few minutes. In-process: batch norm to group norm of a model that is there already, each converter in turn in each
+round, a number the least of the rounds: ours copying and in place, `opacus.validators.ModuleValidator.fix` (which
+copies, and resets gain and bias), torch's `SyncBatchNorm.convert_sync_batchnorm` (in place), and composer's
+`replace_module_classes` (in place; resets too), where it is there: `pip install --no-deps mosaicml`, since it pins an
+old torch and its surgery needs nothing but torch. "10,000 norms" is a made net. Peak memory is what a process of its
+own held at most, above one that only builds the model, as a multiple of the model's size; a copy is 1. The command is
+`normswap convert FILE --to gn` on a whole module; the bare script imports the same libraries, loads and saves. "Graph
+analysis" is the part of a conversion that traces forwards, of the largest models by number of modules and of those with
+the most branches, beside `torch.fx.symbolic_trace`.
 """
 
 from __future__ import annotations
@@ -130,13 +131,13 @@ def conversions(names: list[str], rounds: int, memory: bool) -> Iterator[Row]:
         for converter, found in times.items():
             held = (peak(name, converter) - floor) / size if memory else None
             yield {
-                "model": name, "converter": converter, "seconds": min(found), "times": min(found) / min(times["ours, copying"]),
-                "memory": held,
+                "model": name, "converter": converter, "seconds": min(found),
+                "times": min(found) / min(times["ours, copying"]), "memory": held,
             }  # fmt: skip
 
 
 def analyses(names: list[str], rounds: int) -> Iterator[Row]:
-    """What feeds what, of a model on the meta device, beside one symbolic trace of it by torch.fx, where that can trace it."""
+    """What feeds what, of a model on the meta device, beside a symbolic trace by torch.fx, where that succeeds."""
     for name in names:
         with torch.device("meta"):
             model = timm.create_model(name.removeprefix("timm:")) if name.startswith("timm:") else build(name)

@@ -1,11 +1,13 @@
 """Which start and which target to take at which batch size: nets trained with BatchNorm, fine-tuned on a shifted task.
 
-Run: python tests/bench/fine_tune.py [--json] [--results FILE] [--cache FOLDER] [--quick] [--nets A,B] [--seeds 3] [--batches 1,2,4,16]
-[--steps 200,200,100,50] [--rates 2e-4,6e-4,1.8e-3] [--threads 1] [--processes 1] [--starts "gn matched;gn calibrated"]
-[--task shifted]. The task is the digits turned, fainter and noisy, or with `--task same` those that the nets were trained on. A calibrated
-start was fitted for up to half a minute to 256 unlabelled images of the old task. Every start gets the same: AdamW with a rate that falls to 0 by a cosine, the best of the rates by the accuracy on 300 images apart (net of
-seed 0, half the steps), then that many steps from the net of each seed. Each number is accuracy on held-out images: the mean
-over the seeds, with its standard deviation. "steps" are the steps done of the whole budget, so those in between are not yet cooled down.
+Run: python tests/bench/fine_tune.py [--json] [--results FILE] [--cache FOLDER] [--quick] [--nets A,B] [--seeds 3]
+[--batches 1,2,4,16] [--steps 200,200,100,50] [--rates 2e-4,6e-4,1.8e-3] [--threads 1] [--processes 1] [--starts "gn
+matched;gn calibrated"] [--task shifted]. The task is the digits turned, fainter and noisy, or with `--task same` those
+that the nets were trained on. A calibrated start was fitted for up to half a minute to 256 unlabelled images of the old
+task. Every start gets the same: AdamW with a rate that falls to 0 by a cosine, the best of the rates by the accuracy on
+300 images apart (net of seed 0, half the steps), then that many steps from the net of each seed. Each number is
+accuracy on held-out images: the mean over the seeds, with its standard deviation. "steps" are the steps done of the
+whole budget, so those in between are not yet cooled down.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ LOOKS = (25, 50, 100)
 
 
 def start_from(net: nn.Module, start: str, images: Tensor) -> nn.Module:
-    """A copy of the net with the norms, and the gain and bias, of that start; `images` are those it may be calibrated on."""
+    """A copy of the net with the norms, gain and bias of that start; it may be calibrated on `images`."""
     options = STARTS[start]
     if options is None:
         return copy.deepcopy(net)

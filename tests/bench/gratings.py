@@ -1,4 +1,4 @@
-"""A made task with larger pictures: which grating lies in a patch of a noisy picture, at contrasts that differ fivefold."""
+"""A made task with larger pictures: which grating lies in a patch of a noisy picture, at different contrasts."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""How many groups keep most: accuracy and drift right after conversion to matched GroupNorm, over 1, 2, 4, … groups and `auto`,
-which on data (256 training images, whose labels are not used) chooses by what they show; nothing is fitted to them here.
+"""How many groups keep most: accuracy and drift after conversion to matched GroupNorm, for 1, 2, 4, … and `auto`.
 
-Run: python tests/bench/groups.py [--json] [--results FILE] [--cache FOLDER] [--seeds 3] [--threads 1]; about five minutes on one
-core once the nets are trained. A number that a layer's channels can't be divided by becomes the largest divisor below it.
-Each number is the mean over the seeds, with its standard deviation. The last rows are the mean over all nets: what to hold `auto` against.
+On data (256 training images, whose labels are not used) `auto` chooses by what they show; nothing is fitted to them.
+
+Run: python tests/bench/groups.py [--json] [--results FILE] [--cache FOLDER] [--seeds 3] [--threads 1]; about five
+minutes on one core once the nets are trained. A number that a layer's channels can't be divided by becomes the largest
+divisor below it. Each number is the mean over the seeds, with its standard deviation. The last rows are the mean over
+all nets: what to hold `auto` against.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What is proven with other libraries: the tests in tests/integration, run, with the versions that they ran with.
 
-Run: python tests/bench/neighbours.py [--json] [--results FILE] [--only NAME]; about ten minutes. A row is a library or an engine: which tests are its
-proof, how many passed, and the versions. A test that fails or is skipped for want of a package ends the run.
+Run: python tests/bench/neighbours.py [--json] [--results FILE] [--only NAME]; about ten minutes. A row is a library or
+an engine: which tests are its proof, how many passed, and the versions. A test that fails or is skipped for want of a
+package ends the run.
 """
 
 from __future__ import annotations
@@ -32,18 +33,57 @@ class Neighbour:
 
 
 NEIGHBOURS = (
-    Neighbour("timm", ("timm",), "test_timm_families.py", "every family with BatchNorm: `gn`, `gn-ws`, `frozen`, `fold`; `timm:NAME`; activations in norms; its data config for calibration"),
-    Neighbour("torchvision detection and segmentation", ("torchvision",), "test_torchvision_tasks.py", "training at batch 1 after `gn-ws`, with FPN and heads; frozen backbones"),
-    Neighbour("transformers", ("transformers",), "test_transformers.py", "vision models and a detector, converted, trained, saved and loaded with the recipe"),
-    Neighbour("segmentation-models-pytorch", ("segmentation-models-pytorch",), "test_segmentation_models.py", "U-Net and others, decoder included, trained at batch 1"),
-    Neighbour("Lightning", ("lightning",), "test_lightning.py", "checkpoints of `Trainer.fit` converted and resumed; converted models trained"),
-    Neighbour("Opacus", ("opacus",), "test_opacus.py", "nothing left to complain of; gradients for each sample equal a loop's, `gn-ws` too; private training. Not `est` and `bcn`, which follow their samples, nor operations in place, which its hooks do not allow"),
-    Neighbour("federated averaging", ("torch",), "test_federated.py", "rounds on clients whose data differ; no state depends on a batch"),
-    Neighbour("DDP, FSDP2, torchrun", ("torch",), "test_distributed.py", "a step on two processes equals one process's; conversion on meta, weights from a distributed checkpoint; calibration by all together. FSDP2 runs on a CPU from torch 2.7 on"),
-    Neighbour("torch.compile", ("torch",), "test_compile_fullgraph.py", "`fullgraph=True`, no graph break, forward and backward equal to eager"),
-    Neighbour("torch.export, ONNX, torch.jit.trace", ("torch", "onnx", "onnxruntime"), "test_export.py", "equal to eager, in onnxruntime to 1e-4, folded and not"),
-    Neighbour("autocast, layouts, copies, EMA, torch.func", ("torch",), "test_amp_and_copies.py", "bfloat16 and float16, channels-last kept, pickle, hooks, `AveragedModel`, `vmap` over samples"),
-    Neighbour("torch.optim", ("torch",), "test_optimizers.py", "`remap_optimizer` for optimizers made before, `param_groups` for new ones"),
+    Neighbour(
+        "timm", ("timm",), "test_timm_families.py",
+        "every family with BatchNorm: `gn`, `gn-ws`, `frozen`, `fold`; `timm:NAME`; activations in norms; its data "
+        "config for calibration",
+    ),
+    Neighbour(
+        "torchvision detection and segmentation", ("torchvision",), "test_torchvision_tasks.py",
+        "training at batch 1 after `gn-ws`, with FPN and heads; frozen backbones",
+    ),
+    Neighbour(
+        "transformers", ("transformers",), "test_transformers.py",
+        "vision models and a detector, converted, trained, saved and loaded with the recipe",
+    ),
+    Neighbour(
+        "segmentation-models-pytorch", ("segmentation-models-pytorch",), "test_segmentation_models.py",
+        "U-Net and others, decoder included, trained at batch 1",
+    ),
+    Neighbour(
+        "Lightning", ("lightning",), "test_lightning.py",
+        "checkpoints of `Trainer.fit` converted and resumed; converted models trained",
+    ),
+    Neighbour(
+        "Opacus", ("opacus",), "test_opacus.py",
+        "nothing left to complain of; gradients for each sample equal a loop's, `gn-ws` too; private training. Not "
+        "`est` and `bcn`, which follow their samples, nor operations in place, which its hooks do not allow",
+    ),
+    Neighbour(
+        "federated averaging", ("torch",), "test_federated.py",
+        "rounds on clients whose data differ; no state depends on a batch",
+    ),
+    Neighbour(
+        "DDP, FSDP2, torchrun", ("torch",), "test_distributed.py",
+        "a step on two processes equals one process's; conversion on meta, weights from a distributed checkpoint; "
+        "calibration by all together. FSDP2 runs on a CPU from torch 2.7 on",
+    ),
+    Neighbour(
+        "torch.compile", ("torch",), "test_compile_fullgraph.py",
+        "`fullgraph=True`, no graph break, forward and backward equal to eager",
+    ),
+    Neighbour(
+        "torch.export, ONNX, torch.jit.trace", ("torch", "onnx", "onnxruntime"), "test_export.py",
+        "equal to eager, in onnxruntime to 1e-4, folded and not",
+    ),
+    Neighbour(
+        "autocast, layouts, copies, EMA, torch.func", ("torch",), "test_amp_and_copies.py",
+        "bfloat16 and float16, channels-last kept, pickle, hooks, `AveragedModel`, `vmap` over samples",
+    ),
+    Neighbour(
+        "torch.optim", ("torch",), "test_optimizers.py",
+        "`remap_optimizer` for optimizers made before, `param_groups` for new ones",
+    ),
 )  # fmt: skip
 
 

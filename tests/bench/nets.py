@@ -1,7 +1,7 @@
 """Small networks of torchvision and timm, trained with BatchNorm: what the benchmarks of accuracy convert.
 
-Run: python tests/bench/nets.py [--json] [--cache FOLDER] [--seeds 3], to train them all and to see how well they do. The
-architectures are the libraries' own, made narrow so that each trains on one core within half a minute.
+Run: python tests/bench/nets.py [--json] [--cache FOLDER] [--seeds 3], to train them all and to see how well they do.
+The architectures are the libraries' own, made narrow so that each trains on one core within half a minute.
 """
 
 from __future__ import annotations

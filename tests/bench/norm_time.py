@@ -1,9 +1,9 @@
-"""What a ResNet-50 costs on this machine with other norms in it, contiguous and channels-last, in training and in eval mode.
+"""What a ResNet-50 costs here with other norms in it, contiguous and channels-last, in train and in eval mode.
 
-Run: python tests/bench/norm_time.py [--json] [--results FILE] [--batches 1,8] [--rounds 7] [--threads 2]; ten minutes. All variants take turns in
-each round; a number is the median over the rounds of the time as a multiple of the net with BatchNorm, in the same layout, in the same
-round. A training step is forward and backward at 224². Last, at batch 1, steps of the nets as `torch.compile` makes them, as multiples of
-the step with BatchNorm that is not compiled.
+Run: python tests/bench/norm_time.py [--json] [--results FILE] [--batches 1,8] [--rounds 7] [--threads 2]; ten minutes.
+All variants take turns in each round; a number is the median over the rounds of the time as a multiple of the net with
+BatchNorm, in the same layout, in the same round. A training step is forward and backward at 224². Last, at batch 1,
+steps of the nets as `torch.compile` makes them, as multiples of the step with BatchNorm that is not compiled.
 """
 
 from __future__ import annotations

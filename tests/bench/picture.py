@@ -85,7 +85,8 @@ def _panel(chart: Chart, colours: Mapping[str, str], width: int) -> str:
             for place, value in points.items():
                 x = across(place) - 0.42 * pitch + index * breadth
                 parts.append(
-                    f'<rect x="{x:.1f}" y="{up(value):.1f}" width="{breadth:.1f}" height="{bottom - up(value):.1f}" fill="{colour}"/>'
+                    f'<rect x="{x:.1f}" y="{up(value):.1f}" width="{breadth:.1f}" height="{bottom - up(value):.1f}" '
+                    f'fill="{colour}"/>'
                 )
             continue
         line = " ".join(f"{across(place):.1f},{up(points[place]):.1f}" for place in places if place in points)

@@ -1,10 +1,11 @@
 """LSTM and GRU with layer normalization inside: their speed, and accuracy right after conversion, before any training.
 
-Run: python tests/bench/recurrent.py [--json] [--threads 1] [--rounds 7]; under two minutes. Speed: milliseconds of forward and backward over 50
-steps, and how many times as long that takes as a loop over torch's own cell, as such a loop with layer norms pasted in,
-and as torch's fused layer, which has none; the rounds of all four alternate, and their median counts. Accuracy: nets trained on
-scikit-learn's digits, read as eight rows of eight, the mean over two seeds: before, with gain 1, started without data and
-started from 256 training images. "mean 1": the same images, moved so that their mean is far from the assumed 0.
+Run: python tests/bench/recurrent.py [--json] [--threads 1] [--rounds 7]; under two minutes. Speed: milliseconds of
+forward and backward over 50 steps, and how many times as long that takes as a loop over torch's own cell, as such a
+loop with layer norms pasted in, and as torch's fused layer, which has none; the rounds of all four alternate, and their
+median counts. Accuracy: nets trained on scikit-learn's digits, read as eight rows of eight, the mean over two seeds:
+before, with gain 1, started without data and started from 256 training images. "mean 1": the same images, moved so that
+their mean is far from the assumed 0.
 """
 
 from __future__ import annotations

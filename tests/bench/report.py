@@ -1,6 +1,7 @@
 """The picture of a report that the README opens with: a MobileNetV2 that was trained on the digits, converted.
 
-Run: python tests/bench/report.py [--cache FOLDER]; half a minute, or seconds where the folder has the trained weights. Writes results/report.svg.
+Run: python tests/bench/report.py [--cache FOLDER]; half a minute, or seconds where the folder has the trained weights.
+Writes results/report.svg.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How long the views of a report take for the largest models of torchvision, by number of modules.
 
-Run: python tests/bench/report_time.py [--json] [--results FILE] [--models efficientnet_v2_l,densenet201] [--rounds 5]; half a minute. The least of
-the rounds, also as a multiple of `repr(model)`, which prints the same tree without a word on it. "lines" is what the terminal
-gets at 80 columns.
+Run: python tests/bench/report_time.py [--json] [--results FILE] [--models efficientnet_v2_l,densenet201] [--rounds 5];
+half a minute. The least of the rounds, also as a multiple of `repr(model)`, which prints the same tree without a word
+on it. "lines" is what the terminal gets at 80 columns.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Accuracy and drift right after conversion, before any training, of networks that were trained with BatchNorm.
 
 Run: python tests/bench/retention.py [--json] [--results FILE] [--cache FOLDER] [--seeds 3] [--calibrate-seconds S]
-[--tasks digits,gratings] [--threads 1]; about ten minutes on one core once the nets are trained, and S seconds for each of
-195 calibrations. The folder keeps the trained
-weights. Each number is the mean over the seeds, with its standard deviation. Columns: accuracy before; then after
-conversion, by what becomes of gain and bias: reset, copied, matched; and with `--calibrate-seconds`, matched and then
-calibrated on 256 training images, with `auto` groups alone. The drift is the relative L2 distance of the outputs. `ln` is one group, `in` one
-channel a group, and `gn-ws preserve` is the same function as `gn` from every start.
+[--tasks digits,gratings] [--threads 1]; about ten minutes on one core once the nets are trained, and S seconds for each
+of 195 calibrations. The folder keeps the trained weights. Each number is the mean over the seeds, with its standard
+deviation. Columns: accuracy before; then after conversion, by what becomes of gain and bias: reset, copied, matched;
+and with `--calibrate-seconds`, matched and then calibrated on 256 training images, with `auto` groups alone. The drift
+is the relative L2 distance of the outputs. `ln` is one group, `in` one channel a group, and `gn-ws preserve` is the
+same function as `gn` from every start.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class LayerScale(nn.Module):
 
 
 def stack(norms: int, scaled: bool = False) -> nn.Module:
-    """A net of 3×3 convolutions of 8 channels, each with a norm behind it, ten a stage; with `scaled`, a layer scale behind each."""
+    """3×3 convolutions of 8 channels, each with a norm behind it, ten a stage; with `scaled`, a layer scale too."""
 
     def block(channels: int) -> nn.Module:
         last = [LayerScale()] if scaled else []

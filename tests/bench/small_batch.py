@@ -1,12 +1,13 @@
 """The field's claim, from scratch: which norm still learns when the batch is small.
 
-Run: python tests/bench/small_batch.py [--json] [--results FILE] [--quick] [--seeds 3] [--batches 1,2,4,8,16,32] [--epochs 2] [--threads 1]; about
-ten minutes on one core. A net of five convolutions with BatchNorm, fresh, is converted to each target (weight
-standardization in the paper's form, `--ws strict`; WN is `fold-wn`) and trained on scikit-learn's digits at 12×12 with SGD.
-Equal numbers of samples are seen at every batch size. The rate is the best of four, each linear in the batch size, for each norm
-and batch size alike, by the accuracy on 300 images apart (a seed apart). Numbers are errors on held-out images: the mean
-over the seeds, with its standard deviation. WN from a random start, with no data to scale it by as its paper
-does, learns in some seeds only. The picture puts the others beside the published errors of ResNet-50 on ImageNet (Wu & He 2018; Qiao et al. 2019).
+Run: python tests/bench/small_batch.py [--json] [--results FILE] [--quick] [--seeds 3] [--batches 1,2,4,8,16,32]
+[--epochs 2] [--threads 1]; about ten minutes on one core. A net of five convolutions with BatchNorm, fresh, is
+converted to each target (weight standardization in the paper's form, `--ws strict`; WN is `fold-wn`) and trained on
+scikit-learn's digits at 12×12 with SGD. Equal numbers of samples are seen at every batch size. The rate is the best of
+four, each linear in the batch size, for each norm and batch size alike, by the accuracy on 300 images apart (a seed
+apart). Numbers are errors on held-out images: the mean over the seeds, with its standard deviation. WN from a random
+start, with no data to scale it by as its paper does, learns in some seeds only. The picture puts the others beside the
+published errors of ResNet-50 on ImageNet (Wu & He 2018; Qiao et al. 2019).
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def picture(rows: list[Row]) -> str:
-    """Error over batch size: measured on the left, published on the right. WN would flatten the others; the table has it."""
+    """Error over batch size: measured on the left, published on the right; without WN, which would flatten the rest."""
     measured: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
         if row["norm"] == "WN":

@@ -1,12 +1,13 @@
 """What weight standardization and weight normalization cost in training, beside other ways to write them.
 
-Run: python tests/bench/step_time.py [--json] [--results FILE] [--batches 1,2,8] [--rounds 7] [--threads 2]; ten minutes. A step is forward
-and backward of a ResNet-50 with GroupNorm at 224², in train mode; all variants take turns in each round, and a number is the median over the
-rounds of the time as a multiple of the plain net's in the same round. Then its weights alone (forward and backward of all that are
-standardized, no convolution), as a multiple of copying them once; the forward in eval mode without gradients, of the plain net,
-of the converted one, and of that folded; and a step of each net as `torch.compile` makes it, as a multiple of the plain one's. Peak memory
-is that of a process that does two steps, above one that only builds the net, in MiB. "spelled out" is the paper's arithmetic, as in its code; "timm" is `timm.layers.StdConv2d`; "torch" is
-`torch.nn.utils.parametrizations.weight_norm`.
+Run: python tests/bench/step_time.py [--json] [--results FILE] [--batches 1,2,8] [--rounds 7] [--threads 2]; ten
+minutes. A step is forward and backward of a ResNet-50 with GroupNorm at 224², in train mode; all variants take turns in
+each round, and a number is the median over the rounds of the time as a multiple of the plain net's in the same round.
+Then its weights alone (forward and backward of all that are standardized, no convolution), as a multiple of copying
+them once; the forward in eval mode without gradients, of the plain net, of the converted one, and of that folded; and a
+step of each net as `torch.compile` makes it, as a multiple of the plain one's. Peak memory is that of a process that
+does two steps, above one that only builds the net, in MiB. "spelled out" is the paper's arithmetic, as in its code;
+"timm" is `timm.layers.StdConv2d`; "torch" is `torch.nn.utils.parametrizations.weight_norm`.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def forward(net: nn.Module, x: Tensor) -> None:
 
 
 def compiled(net: nn.Module) -> nn.Module:
-    """The net as torch compiles it; so many of one class that dynamo would take them for one net that changes and give up."""
+    """The net as torch compiles it. A high limit: dynamo takes many nets of one class for one that changes."""
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(net)  # type: ignore[return-value]
 
@@ -122,8 +123,9 @@ def weights_step(net: nn.Module) -> Callable[[], None]:
 
 def peak(name: str, batch: int, steps: int) -> float:
     """MiB that a process of its own held at most."""
-    made = f"import step_time as s, torch; torch.set_num_threads(1); net = s.VARIANTS[{name!r}](); x = torch.randn({batch}, 3, {SIZE}, {SIZE})"
-    return peak_of(f"{made}\nfor _ in range({steps}): s.step(net, x)") / 2**20
+    made = f"net = s.VARIANTS[{name!r}](); x = torch.randn({batch}, 3, {SIZE}, {SIZE})"
+    start = "import step_time as s, torch; torch.set_num_threads(1)"
+    return peak_of(f"{start}; {made}\nfor _ in range({steps}): s.step(net, x)") / 2**20
 
 
 def compared(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple[float, float]]:

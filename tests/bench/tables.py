@@ -147,7 +147,7 @@ def norm_time(rows: list[Row]) -> list[list[str]]:
 
 
 def step_time(rows: list[Row]) -> list[list[str]]:
-    """A line a variant: the time as a multiple of the plain net's at each batch size, of a copy for the weights alone; and peak memory."""
+    """A line a variant: its time at each batch size, a multiple of the plain net's or a copy's, and peak memory."""
     places = list(dict.fromkeys(row["what"] for row in rows))
     held = [place for place in places if place.startswith("step")]
     found = {(row["variant"], row["what"]): row for row in rows}
@@ -161,7 +161,7 @@ def step_time(rows: list[Row]) -> list[list[str]]:
 
 
 def speed(rows: list[Row]) -> list[list[str]]:
-    """In short: a training step of a ResNet-50 with other norms beside BatchNorm, and with other weights beside plain ones."""
+    """In short: a training step of a ResNet-50, other norms beside BatchNorm and other weights beside plain ones."""
     norms = json.loads((RESULTS / "norm_time.json").read_text())["rows"]
     times = {
         (f"`{row['norm']}`, beside BatchNorm", row["batch"]): row["times"]

@@ -253,7 +253,7 @@ CHANGES = {
 
 
 def killed_at_event(source: Path, number: int, exchange: bool, overwrite: bool) -> None:
-    """Convert, and die as the file system is about to be changed for the time `number`; end with code 0 if it never is."""
+    """Convert, and die just before change `number` of the file system; end with code 0 if there is none."""
     left = number
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:

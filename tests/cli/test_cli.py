@@ -246,7 +246,8 @@ def test_what_needs_no_torch_does_not_import_it(arguments: list[str]) -> None:
 )
 def test_functions_are_not_hidden_by_files_of_their_name(first: str) -> None:
     code = f"{first}\nimport normswap\nfrom normswap import convert, diff, inspect\n"
-    code += "for f in (convert, diff, inspect, normswap.convert, normswap.diff, normswap.inspect): assert type(f).__name__ == 'function', f\n"
+    code += "functions = convert, diff, inspect, normswap.convert, normswap.diff, normswap.inspect\n"
+    code += "for f in functions: assert type(f).__name__ == 'function', f\n"
     code += "assert set(normswap.__all__) <= set(dir(normswap))\nassert not hasattr(normswap, 'nothing')\n"
     code += "for name in normswap.__all__: getattr(normswap, name)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -84,7 +84,9 @@ KINDS: dict[str, Kind] = {
     "Conv3d, BatchNorm3d": Kind("batch", lambda: nn.BatchNorm3d(WIDTH), lambda: nn.Conv3d(3, WIDTH, 3), (3, 5, 5, 5)),
     "ConvTranspose1d": Kind("batch", lambda: nn.BatchNorm1d(WIDTH), lambda: nn.ConvTranspose1d(3, WIDTH, 3), (3, 9)),
     "ConvTranspose2d in groups": Kind("batch", B2, lambda: nn.ConvTranspose2d(4, WIDTH, 3, groups=2), (4, 7, 7)),
-    "ConvTranspose3d": Kind("batch", lambda: nn.BatchNorm3d(WIDTH), lambda: nn.ConvTranspose3d(3, WIDTH, 2), (3, 4, 4, 4)),
+    "ConvTranspose3d": Kind(
+        "batch", lambda: nn.BatchNorm3d(WIDTH), lambda: nn.ConvTranspose3d(3, WIDTH, 2), (3, 4, 4, 4)
+    ),
     "depthwise": Kind("batch", B2, lambda: nn.Conv2d(WIDTH, WIDTH, 3, groups=WIDTH, bias=False), (WIDTH, 7, 7)),
     "Linear, BatchNorm1d": Kind("batch", lambda: nn.BatchNorm1d(WIDTH), lambda: nn.Linear(5, WIDTH), (5,)),
     "SyncBatchNorm": Kind("batch", lambda: nn.SyncBatchNorm(WIDTH), conv, MAP),
@@ -99,18 +101,34 @@ KINDS: dict[str, Kind] = {
     "GroupNorm on (N, C)": Kind("group", lambda: nn.GroupNorm(2, WIDTH), lambda: nn.Linear(5, WIDTH), (5,)),
     "GroupNormAct": Kind("group", timms("GroupNormAct"), conv, MAP),
     "GroupNorm, one group": Kind("one group", lambda: nn.GroupNorm(1, WIDTH), conv, MAP),
-    "InstanceNorm1d": Kind("instance", lambda: nn.InstanceNorm1d(WIDTH, affine=True), lambda: nn.Conv1d(3, WIDTH, 3), (3, 9)),
+    "InstanceNorm1d": Kind(
+        "instance", lambda: nn.InstanceNorm1d(WIDTH, affine=True), lambda: nn.Conv1d(3, WIDTH, 3), (3, 9)
+    ),
     "InstanceNorm2d": Kind("instance", lambda: nn.InstanceNorm2d(WIDTH), conv, MAP),
     "InstanceNorm3d": Kind("instance", lambda: nn.InstanceNorm3d(WIDTH), lambda: nn.Conv3d(3, WIDTH, 3), (3, 5, 5, 5)),
-    "InstanceNorm, tracked": Kind("tracked", lambda: nn.InstanceNorm2d(WIDTH, affine=True, track_running_stats=True), conv, MAP),
-    "InstanceNorm, tracked, no affine": Kind("tracked", lambda: nn.InstanceNorm2d(WIDTH, track_running_stats=True), conv, MAP),
+    "InstanceNorm, tracked": Kind(
+        "tracked", lambda: nn.InstanceNorm2d(WIDTH, affine=True, track_running_stats=True), conv, MAP
+    ),
+    "InstanceNorm, tracked, no affine": Kind(
+        "tracked", lambda: nn.InstanceNorm2d(WIDTH, track_running_stats=True), conv, MAP
+    ),
     "LayerNorm2d": Kind("position", lambda: LayerNorm2d(WIDTH), conv, MAP),
     "LayerNormAct2d": Kind("position", timms("LayerNormAct2d"), conv, MAP),
     "Linear, LayerNorm": Kind("last", lambda: nn.LayerNorm(WIDTH), lambda: nn.Linear(5, WIDTH), (5,)),
-    "RNN": Kind("batch", lambda: nn.BatchNorm1d(WIDTH), lambda: Recurrent(nn.RNN(3, WIDTH, batch_first=True)), (3, 6), False),
-    "LSTM": Kind("batch", lambda: nn.BatchNorm1d(WIDTH), lambda: Recurrent(nn.LSTM(3, WIDTH // 2, 2, batch_first=True, bidirectional=True)), (3, 6), False),
-    "GRU": Kind("batch", lambda: nn.BatchNorm1d(WIDTH), lambda: Recurrent(nn.GRU(3, WIDTH, 2, batch_first=True)), (3, 6), False),
+    "RNN": Kind(
+        "batch", lambda: nn.BatchNorm1d(WIDTH), lambda: Recurrent(nn.RNN(3, WIDTH, batch_first=True)), (3, 6), False
+    ),
+    "LSTM": Kind(
+        "batch",
+        lambda: nn.BatchNorm1d(WIDTH),
+        lambda: Recurrent(nn.LSTM(3, WIDTH // 2, 2, batch_first=True, bidirectional=True)),
+        (3, 6),
+        False,
+    ),
+    "GRU": Kind(
+        "batch", lambda: nn.BatchNorm1d(WIDTH), lambda: Recurrent(nn.GRU(3, WIDTH, 2, batch_first=True)), (3, 6), False
+    ),
     "RNNCell": Kind("batch", lambda: nn.BatchNorm1d(WIDTH), lambda: Recurrent(nn.RNNCell(3, WIDTH)), (3, 6), False),
     "LSTMCell": Kind("batch", lambda: nn.BatchNorm1d(WIDTH), lambda: Recurrent(nn.LSTMCell(3, WIDTH)), (3, 6), False),
     "GRUCell": Kind("batch", lambda: nn.BatchNorm1d(WIDTH), lambda: Recurrent(nn.GRUCell(3, WIDTH)), (3, 6), False),
-}  # fmt: skip
+}

@@ -20,8 +20,9 @@ import normswap
 
 @dataclass(frozen=True)
 class Quirk:
-    """A model, the shape of its input, and what must change: norms by gn, ln and in; by frozen; by fold; convolutions by ws, and
-    by wn, which takes those without a norm as well."""
+    """A model, the shape of its input, and what must change: norms by gn, ln and in; by frozen; by fold; convolutions
+    by ws, and by wn, which takes those without a norm as well.
+    """
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...] = (2, 3, 8, 8)
@@ -304,12 +305,19 @@ QUIRKS: dict[str, Quirk] = {
     "bfloat16": Quirk(lambda: conv_norm().bfloat16(), dtype=torch.bfloat16),
     "float64": Quirk(lambda: conv_norm().double(), dtype=torch.float64),
     "mixed dtypes": Quirk(lambda: touched(conv_norm(), _mixed_precision), dtype=torch.bfloat16),
-    "mixed modes": Quirk(lambda: touched(nn.Sequential(conv_norm(), nn.Sequential(B(8))), _mixed_modes), norms=2, fold=1),
+    "mixed modes": Quirk(
+        lambda: touched(nn.Sequential(conv_norm(), nn.Sequential(B(8))), _mixed_modes), norms=2, fold=1
+    ),
     "channels-last": Quirk(lambda: conv_norm().to(memory_format=torch.channels_last)),
-    "channels-last 3d": Quirk(lambda: nn.Sequential(nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8)).to(memory_format=torch.channels_last_3d), (2, 3, 6, 6, 6)),
+    "channels-last 3d": Quirk(
+        lambda: nn.Sequential(nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8)).to(memory_format=torch.channels_last_3d),
+        (2, 3, 6, 6, 6),
+    ),
     "subclass with its own forward": Quirk(lambda: nn.Sequential(conv_norm(), OwnForward(8))),
     "plain subclass": Quirk(lambda: conv_norm(norm=PlainSubclass(8))),
-    "forward set on the instance": Quirk(lambda: touched(nn.Sequential(conv_norm(), B(8)), lambda m: setattr(m[1], "forward", torch.tanh))),
+    "forward set on the instance": Quirk(
+        lambda: touched(nn.Sequential(conv_norm(), B(8)), lambda m: setattr(m[1], "forward", torch.tanh))
+    ),
     "synchronized": Quirk(lambda: nn.SyncBatchNorm.convert_sync_batchnorm(conv_norm())),
     "1d on (N, C)": Quirk(lambda: mlp(32), (4, 6), ws=0),
     "1d on (N, 4)": Quirk(lambda: mlp(4), (4, 6), ws=0),
@@ -333,12 +341,20 @@ QUIRKS: dict[str, Quirk] = {
     "forward hook": Quirk(lambda: touched(conv_norm(), _add("register_forward_hook", _notes))),
     "lambda hook": Quirk(lambda: touched(conv_norm(), _add("register_forward_hook", lambda m, i, o: None))),
     "pre-hook": Quirk(lambda: touched(conv_norm(), _add("register_forward_pre_hook", _notes)), fold=0),
-    "hook on the convolution": Quirk(lambda: touched(conv_norm(), lambda m: m.conv.register_forward_hook(_notes)), fold=0),
+    "hook on the convolution": Quirk(
+        lambda: touched(conv_norm(), lambda m: m.conv.register_forward_hook(_notes)), fold=0
+    ),
     "spectral_norm": Quirk(lambda: conv_norm(conv=lambda: spectral_norm(nn.Conv2d(3, 8, 3))), fold=0, ws=0),
-    "spectral_norm parametrization": Quirk(lambda: conv_norm(conv=lambda: parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))), fold=0, ws=0),
+    "spectral_norm parametrization": Quirk(
+        lambda: conv_norm(conv=lambda: parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))), fold=0, ws=0
+    ),
     "weight_norm": Quirk(lambda: conv_norm(conv=_old_weight_norm), fold=0, ws=0),
-    "weight_norm parametrization": Quirk(lambda: conv_norm(conv=lambda: parametrizations.weight_norm(nn.Conv2d(3, 8, 3))), fold=0, ws=0),
-    "pruned": Quirk(lambda: conv_norm(conv=lambda: prune.l1_unstructured(nn.Conv2d(3, 8, 3), "weight", 0.3)), fold=0, ws=0),
+    "weight_norm parametrization": Quirk(
+        lambda: conv_norm(conv=lambda: parametrizations.weight_norm(nn.Conv2d(3, 8, 3))), fold=0, ws=0
+    ),
+    "pruned": Quirk(
+        lambda: conv_norm(conv=lambda: prune.l1_unstructured(nn.Conv2d(3, 8, 3), "weight", 0.3)), fold=0, ws=0
+    ),
     "lazy, run once": Quirk(_lazy_run),
     "branches on data": Quirk(OnData, fold=0),
     "cannot be traced": Quirk(Untraceable, norms=2, fold=1, ws=2),
@@ -349,6 +365,12 @@ QUIRKS: dict[str, Quirk] = {
     "plain Python list": Quirk(PlainList, warns=True),
     "tied norms": Quirk(TiedNorms, norms=2, ws=2),
     "tied convolutions": Quirk(TiedConvs, norms=2, fold=0, ws=2),
-    "one channel, one element": Quirk(lambda: nn.Sequential(nn.Linear(6, 1), nn.BatchNorm1d(1)), (4, 6), norms=0, frozen=1, ws=0),
-    "zero and constant filters": Quirk(lambda: touched(conv_norm(), lambda m: m.conv.weight.data[:4].copy_(torch.tensor([0.0, 1.0, 1e-6, 1e3]).view(4, 1, 1, 1)))),
-}  # fmt: skip
+    "one channel, one element": Quirk(
+        lambda: nn.Sequential(nn.Linear(6, 1), nn.BatchNorm1d(1)), (4, 6), norms=0, frozen=1, ws=0
+    ),
+    "zero and constant filters": Quirk(
+        lambda: touched(
+            conv_norm(), lambda m: m.conv.weight.data[:4].copy_(torch.tensor([0.0, 1.0, 1e-6, 1e3]).view(4, 1, 1, 1))
+        )
+    ),
+}

@@ -1,4 +1,4 @@
-"""What each of two processes does, started by torchrun from test_distributed: arguments FOLDER; writes FOLDER/RANK.pt."""
+"""What each of two processes does, started by torchrun from test_distributed with FOLDER; writes FOLDER/RANK.pt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converted models under what training scripts do to a model: autocast, layouts, copies, hooks, EMA, torch.func, checkpointing."""
+"""What training scripts do to converted models: autocast, layouts, copies, hooks, EMA, torch.func, checkpointing."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_scaled_loss_trains_as_an_unscaled_one() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_another_dtype(target: str, dtype: torch.dtype) -> None:
-    """Converted and then cast, or cast and then converted: all of it has the dtype, and it runs, and trains, near the float32 one."""
+    """Converted then cast, or cast then converted: all of it has the dtype; it runs and trains near the float32 one."""
     full = converted(target)
     wanted = full(X)
     F.cross_entropy(wanted, Y).backward()
@@ -323,7 +323,7 @@ WHEN = ("before saving", "after saving", "before loading", "after loading")
 
 
 class _Note:
-    """The hooks of one test; a deep copy of a model copies the list that a partial holds, so this one is asked for it."""
+    """The hooks of one test. A deep copy of a model copies a list that a partial holds; this stays one object."""
 
     seen: list[tuple[str, str, nn.Module]]
 
@@ -500,7 +500,7 @@ class Softened(nn.Module):
 
 @pytest.mark.parametrize(("target", "name"), [("gn-ws", "weight"), ("gn-wn", "weight_v"), ("gn-wn", "weight_g")])
 def test_a_parametrization_on_a_computed_weight(target: str, name: str) -> None:
-    """What is computed, is computed from the parametrized tensor; what torch takes away again, leaves the layer as it was."""
+    """The weight is computed from the parametrized tensor; once that is taken away the layer is as it was."""
     model = converted(target)
     layer = model.maps[0]
     before, plain = model(X), getattr(layer, name).detach().clone()

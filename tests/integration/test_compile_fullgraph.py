@@ -123,7 +123,7 @@ def test_by_inductor(target: str, train: bool) -> None:
 
 
 def test_a_cumulative_average_of_batches() -> None:
-    """`momentum=None`, whose rate is a number that depends on a buffer; torch's own batch norm breaks the graph there."""
+    """`momentum=None`: the rate is a number that depends on a buffer; torch's batch norm breaks the graph there."""
     torch.manual_seed(0)
     net = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None)))
     model = normswap.convert(net, "est").model.train()

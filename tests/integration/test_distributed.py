@@ -1,4 +1,4 @@
-"""Two processes: data parallel, sharded, converted on meta and filled from a distributed checkpoint, calibrated together."""
+"""Two processes: data parallel, sharded, filled from a distributed checkpoint after meta, calibrated together."""
 
 from __future__ import annotations
 

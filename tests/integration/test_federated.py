@@ -1,4 +1,4 @@
-"""Federated rounds on clients whose data differ, with torch alone: converted models depend on no batch, and average well."""
+"""Federated rounds on clients whose data differ, with torch alone: models that depend on no batch average well."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_batch_norm_is_still_refused() -> None:
 
 
 def test_activations_in_place_are_named() -> None:
-    """Opacus's backward hooks and operations in place do not go together; `normswap inspect` says so, and what to do."""
+    """Opacus's backward hooks do not allow operations in place; `normswap inspect` says so, and what to do."""
     model = normswap.convert(models.mobilenet_v2(num_classes=5), "gn-ws").model.train()
     advice = {found.situation: found for found in normswap.inspect(models.mobilenet_v2()).advice}
     assert "inplace=False" in next(found.why for name, found in advice.items() if "private" in name)

@@ -1,4 +1,4 @@
-"""Every family of timm that has batch norm, by one small member, and what timm's norms and data recipes ask of a conversion."""
+"""Every family of timm with batch norm, by one small member; what timm's norms and data recipes ask of a conversion."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 class Member(NamedTuple):
-    """A model of a family: its name, the side of a picture that it takes, how many batch norms `fold` may leave at most (they have
-    no layer of their own before them, or none that can be seen), and arguments that make it smaller.
+    """A model of a family: its name, the side of a picture that it takes, how many batch norms `fold` may leave at most
+    (they have no layer of their own before them, or none that can be seen), and arguments that make it smaller.
     """
 
     name: str
@@ -104,7 +104,7 @@ FAMILIES = {
 
 
 class _WithoutInitialization(TorchFunctionMode):
-    """Leaves out every operation in place: most of the time that a model takes on meta goes into first values that it has not."""
+    """Leaves out every operation in place: on meta most time would go into first values, which it does not hold."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -250,7 +250,7 @@ def with_dropout(model: nn.Module, kind: type[nn.Module]) -> dict[str, nn.Module
 def check_behind(
     norms: dict[str, nn.Module], converted: nn.Module, x: Tensor, bare: Callable[[nn.Module, Tensor], Tensor]
 ) -> None:
-    """Each new norm has the old one's dropout and activation, and is `act(drop(bare(norm, input)))` in train mode too."""
+    """Each new norm has the old one's dropout and activation: `act(drop(bare(norm, input)))`, in train mode too."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     for path in norms:
 

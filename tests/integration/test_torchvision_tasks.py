@@ -1,4 +1,4 @@
-"""Detection and segmentation models of torchvision: trained at batch 1 after a conversion, and what becomes of frozen backbones."""
+"""torchvision's detection and segmentation models: trained at batch 1 after a conversion; frozen backbones."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def detections(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_report(model: nn.Module, converted: nn.Module, report: normswap.Report) -> None:
-    """Every layer is named, those of the pyramid and of the heads too; nothing has become trainable that was not, or the reverse."""
+    """Every layer is named, the pyramid's and the heads' too; what is trainable is what was trainable before."""
     check_named(converted, report)
     beside = {path for path, m in model.named_modules() if isinstance(m, nn.Conv2d) and "backbone.body" not in path}
     assert any("fpn" in path for path in beside) and any("head" in path for path in beside)

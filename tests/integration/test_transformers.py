@@ -321,7 +321,7 @@ def test_a_folder_in_shards_is_converted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", [*APPROXIMATE, "frozen", "fold"])
 def test_a_converted_model_is_saved_and_loaded_by_hand(tmp_path: Path, target: str) -> None:
-    """`save_pretrained` writes no recipe, so the architecture is made as it was before: convert, then load, strictly."""
+    """`save_pretrained` writes no recipe, so the model is made as before: convert, then load, strictly."""
     model = trained(factory)
     wanted = normswap.convert(model, target).model
     wanted.save_pretrained(tmp_path)

@@ -27,8 +27,10 @@ NAMES = (
     "LSTMCell",
 )
 RECURRENT: dict[str, Callable[[], nn.Module]] = {
-    "RNN": lambda: nn.RNN(3, 4, bidirectional=True), "LSTM": lambda: nn.LSTM(3, 4, 2, batch_first=True), "GRU": lambda: nn.GRU(3, 4),
-}  # fmt: skip
+    "RNN": lambda: nn.RNN(3, 4, bidirectional=True),
+    "LSTM": lambda: nn.LSTM(3, 4, 2, batch_first=True),
+    "GRU": lambda: nn.GRU(3, 4),
+}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -73,7 +75,7 @@ def test_export_copy_and_pickle(name: str, target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "LSTMCell"])
 def test_a_symbolic_trace(name: str, target: str) -> None:
-    """By torch.fx, on which feature extractors and quantization are built; the weights are parameters of the graph still."""
+    """By torch.fx, on which feature extractors and quantization are built; weights are still the graph's parameters."""
     model = normswap.convert(KINDS[name].make(), target, **OPTIONS).model.eval()
     traced, x = fx.symbolic_trace(model), KINDS[name].data()[0]
     torch.testing.assert_close(traced(x), model(x))

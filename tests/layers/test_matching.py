@@ -89,7 +89,7 @@ def test_scaled_filters_scale_the_output(groups: int) -> None:
 
 
 def test_a_dead_channel_does_not_drown_its_group() -> None:
-    """Matched by the letter, its gain would be over a hundred: samples differ a little in their statistics, and it shows it."""
+    """Matched by the letter, its gain would be over a hundred, which would show how samples' statistics differ."""
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(3, 16, 3).double(), nn.BatchNorm2d(16).double()
     x = torch.randn(64, 3, 12, 12).double() * (0.5 + torch.rand(64, 1, 1, 1))

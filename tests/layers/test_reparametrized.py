@@ -185,7 +185,7 @@ def test_gradients(groups: int | None) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own forward mode
 @pytest.mark.parametrize("zeros", [False, True])
 def test_a_fused_kernel_or_not(zeros: bool) -> None:
-    """A filter of zeros takes another way than torch's kernel, with the same result and gradients; forwards and twice too."""
+    """A filter of zeros takes another way than torch's kernel: same result, gradients, second and forward ones too."""
     torch.manual_seed(0)
     v, g = torch.randn(4, 3, 2, 2, dtype=torch.float64), torch.rand(4, 1, 1, 1, dtype=torch.float64)
     if zeros:

@@ -211,7 +211,10 @@ SCRIPTS = {
         lambda m, e, o, s: {
             "model": m, "optimizer": o, "lr_scheduler": s, "epoch": 7,
             "args": argparse.Namespace(lr=0.1, data_path="/data", norm_weight_decay=0.0, opt="sgd"), "model_ema": e,
-            "scaler": {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 3},
+            "scaler": {
+                "scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
+                "_growth_tracker": 3,
+            },
         },
         {"model": unchanged, "model_ema": averaged},
         groups=torchvision_groups,
@@ -239,9 +242,11 @@ SCRIPTS = {
     ),
     "mmengine": Script(
         lambda m, e, o, s: {
-            "meta": {"epoch": 3, "iter": 99, "cfg": "model = dict()", "seed": 0, "dataset_meta": {"classes": ["a", "b"]}},
-            "state_dict": m, "message_hub": {"log_scalars": {}, "runtime_info": OrderedDict(epoch=2), "resumed_keys": {}},
-            "optimizer": o, "param_schedulers": [s],
+            "meta": {
+                "epoch": 3, "iter": 99, "cfg": "model = dict()", "seed": 0, "dataset_meta": {"classes": ["a", "b"]},
+            },
+            "message_hub": {"log_scalars": {}, "runtime_info": OrderedDict(epoch=2), "resumed_keys": {}},
+            "state_dict": m, "optimizer": o, "param_schedulers": [s],
         },
         {"state_dict": unchanged},
     ),
@@ -255,13 +260,16 @@ SCRIPTS = {
         optimizer=("optimizer_state_dict",),
     ),
     "compiled": Script(lambda m, e, o, s: {"model": m, "optimizer": o}, {"model": lambda m: Holder("_orig_mod", m)}),
-    "parallel": Script(lambda m, e, o, s: {"net": m, "optimizer": o, "acc": 93.1}, {"net": lambda m: Holder("module", m)}),
+    "parallel": Script(
+        lambda m, e, o, s: {"net": m, "optimizer": o, "acc": 93.1}, {"net": lambda m: Holder("module", m)}
+    ),
     "compiled, then parallel": Script(
         lambda m, e, o, s: {"state_dict": m, "optimizer": o, "best_acc1": torch.tensor(71.2)},
         {"state_dict": lambda m: Holder("module", Holder("_orig_mod", m))},
     ),
     "parallel, then compiled": Script(
-        lambda m, e, o, s: {"state_dict": m, "optimizer": o}, {"state_dict": lambda m: Holder("_orig_mod", Holder("module", m))}
+        lambda m, e, o, s: {"state_dict": m, "optimizer": o},
+        {"state_dict": lambda m: Holder("_orig_mod", Holder("module", m))},
     ),
 }  # fmt: skip
 

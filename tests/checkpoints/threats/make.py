@@ -148,7 +148,8 @@ def made_module(folder: Path) -> None:
     """The module `unlisted` in `folder`; to import it, to build its class or to call its factory leaves the mark."""
     run = f"open({str(folder / MARK)!r}, 'w').close()"
     (folder / "unlisted.py").write_text(
-        f"{run}\nclass Unlisted:\n    def __setstate__(self, content):\n        {run}\ndef factory(**arguments):\n    {run}\n"
+        f"{run}\nclass Unlisted:\n    def __setstate__(self, content):\n        {run}\n"
+        f"def factory(**arguments):\n    {run}\n"
     )
 
 

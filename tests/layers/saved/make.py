@@ -1,8 +1,8 @@
-"""Writes `layers.pt` and `outputs.pt`: whole modules of every layer class, and what they give, by the version that is installed.
+"""Writes `layers.pt` and `outputs.pt`: modules of every layer class, and what they give, by the installed version.
 
-The files beside this script are those of the last commit before the code moved into packages. Files that users have saved
-name classes by their old places (`normswap.weights`, `normswap.recurrent`), and have to load for good: do not make
-them anew; make others, with another name, when the places change again.
+The files beside this script are those of the last commit before the code moved into packages. Files that users have
+saved name classes by their old places (`normswap.weights`, `normswap.recurrent`), and have to load for good: do not
+make them anew; make others, with another name, when the places change again.
 
     python tests/layers/saved/make.py FOLDER
 """
