@@ -21,7 +21,7 @@ from normswap.errors import OptionError
 from normswap.files import model_specs
 from normswap.files.file_request import ConvertedEntry, FileRequest
 from normswap.files.inputs import check_input_options, errors_name, read_input
-from normswap.files.model_specs import Source
+from normswap.files.model_specs import ModelSource
 from normswap.files.one_model import convert_entry
 from normswap.files.paths import default_output, format_by_ending
 from normswap.files.recipe import state_dict_with_recipe
@@ -37,7 +37,7 @@ def convert_file(
     to: str,
     out: str | os.PathLike[str] | None = None,
     *,
-    model: Source | None = None,
+    model: ModelSource | None = None,
     model_args: Mapping[str, Any] | None = None,
     weights: str | None = None,
     key: str | None = None,
@@ -116,7 +116,7 @@ def fold_file(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    model: Source | None = None,
+    model: ModelSource | None = None,
     model_args: Mapping[str, Any] | None = None,
     key: str | None = None,
     allow: Iterable[str] = (),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from normswap.conversion.convert import Options, Progress
-from normswap.files.model_specs import Source
+from normswap.files.model_specs import ModelSource
 from normswap.report.report import Report
 from normswap.targets.target import Target
 from normswap.training.optimizer_states import Parameters
@@ -19,7 +19,7 @@ class FileRequest:
 
     target: Target
     options: Options
-    model: Source | None
+    model: ModelSource | None
     """What makes the model of a state dict; None: the file holds a module, or its tensors go alone."""
     model_args: Mapping[str, Any]
     """Keyword arguments of a model that is made."""

@@ -12,11 +12,11 @@ from normswap.checkpoints import reading
 from normswap.checkpoints.checkpoint import Checkpoint
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.files import model_specs
-from normswap.files.model_specs import Source
+from normswap.files.model_specs import ModelSource
 
 
 def check_input_options(
-    path: str | os.PathLike[str], model: Source | None, key: str | None, weights: str | None
+    path: str | os.PathLike[str], model: ModelSource | None, key: str | None, weights: str | None
 ) -> None:
     """Raise `OptionError` for options that do not go with what is given."""
     if not model_specs.is_spec(str(path)):

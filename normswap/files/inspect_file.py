@@ -15,8 +15,8 @@ from normswap.conversion.convert import Progress
 from normswap.errors import OptionError
 from normswap.files import model_specs, norms_by_keys
 from normswap.files.inputs import check_input_options, errors_name, read_input
-from normswap.files.model_for_state import fill, source_of
-from normswap.files.model_specs import Source
+from normswap.files.model_for_state import find_source, models_on_tensors
+from normswap.files.model_specs import ModelSource
 from normswap.files.one_model import EPS, noise_for
 from normswap.inspection.examine import examine
 from normswap.report.inspection import Inspection, Layer
@@ -25,7 +25,7 @@ from normswap.report.inspection import Inspection, Layer
 def inspect_file(
     path: str | os.PathLike[str],
     *,
-    model: Source | None = None,
+    model: ModelSource | None = None,
     model_args: Mapping[str, Any] | None = None,
     weights: str | None = None,
     key: str | None = None,
@@ -52,8 +52,8 @@ def inspect_file(
             return _examine_module(value, input_shape, progress)
         if model is None and checkpoint.stored_recipe(value) is None:
             return _examine_tensors(value, progress)
-        source, arguments = source_of(value, model, model_args or {}, path)
-        return _examine_module(fill(value, source, arguments, path)[0][1], input_shape, progress)
+        source, arguments = find_source(value, model, model_args or {}, path)
+        return _examine_module(models_on_tensors(value, source, arguments, path)[0][1], input_shape, progress)
 
 
 def _examine_module(model: nn.Module, shape: Sequence[int] | None, progress: Progress) -> Inspection:

@@ -13,8 +13,8 @@ from normswap.checkpoints import contents, reading, writing
 from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
 from normswap.errors import FileError, OptionError
 from normswap.files.inputs import errors_name
-from normswap.files.model_for_state import fill, source_of
-from normswap.files.model_specs import Source
+from normswap.files.model_for_state import find_source, models_on_tensors
+from normswap.files.model_specs import ModelSource
 from normswap.files.paths import format_by_ending
 from normswap.files.recipe import state_dict_with_recipe
 from normswap.report.report import Report
@@ -23,7 +23,7 @@ from normswap.report.report import Report
 def load(
     path: str | os.PathLike[str],
     *,
-    model: Source | None = None,
+    model: ModelSource | None = None,
     model_args: Mapping[str, Any] | None = None,
     key: str | None = None,
     trust: bool = False,
@@ -55,10 +55,10 @@ def load(
     value = contents.find_entries(found.content, key, path)[0].value
     if isinstance(value, nn.Module):
         return value
-    source, arguments = source_of(value, model, model_args, path)
+    source, arguments = find_source(value, model, model_args, path)
     try:
         with errors_name(path):
-            return fill(value, source, arguments, path)[0][1]
+            return models_on_tensors(value, source, arguments, path)[0][1]
     except OptionError as error:
         if model is not None:
             raise

@@ -9,19 +9,18 @@ import inspect
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from normswap import libraries
 from normswap.errors import ModelError, OptionError, first_line
 
 LIBRARIES = ("torchvision", "timm")
-Source = str | nn.Module | Callable[..., nn.Module]
+ModelSource = str | nn.Module | Callable[..., nn.Module]
+"""What makes a model: a spec, a factory, or the module itself."""
 
 
 def is_spec(text: str) -> bool:
@@ -44,10 +43,10 @@ def build(spec: str, weights: str | None = None, arguments: Mapping[str, Any] | 
         raise OptionError(
             f"{spec!r} is no model; write torchvision:NAME, timm:NAME, package.module:factory or file.py:factory"
         )
-    makers = {"torchvision": _of_torchvision, "timm": _of_timm}
+    makers = {"torchvision": _torchvision_maker, "timm": _timm_maker}
     if library not in makers and weights is not None:
         raise OptionError(f"--weights {weights}: {spec} is no model of a library; load its weights from a file")
-    make = makers[library](name, weights) if library in makers else _factory(spec)
+    make = makers[library](name, weights) if library in makers else _imported_factory(spec)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of initializations that will change: the weights are random or replaced
@@ -63,7 +62,7 @@ def build(spec: str, weights: str | None = None, arguments: Mapping[str, Any] | 
     return model.eval()
 
 
-def make(source: Source, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+def make_model(source: ModelSource, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """The model of a spec, a factory that is called, or a module as it is."""
     if isinstance(source, str):
         return build(source, arguments=arguments)
@@ -73,22 +72,6 @@ def make(source: Source, arguments: Mapping[str, Any] | None = None) -> nn.Modul
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model factory returned a {type(model).__name__}, not a torch.nn.Module")
     return model
-
-
-@contextmanager
-def weightless() -> Iterator[None]:
-    """Models made in here get no memory for their weights, which a file will bring. Some cannot be made so."""
-    with torch.device("meta"):
-        yield
-
-
-def is_weightless(model: nn.Module) -> bool:
-    """Whether some tensor of `model`, also one in a plain attribute, still has no memory."""
-    for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(value, torch.Tensor) and value.is_meta:
-                return True
-    return False
 
 
 def parse_arguments(pairs: list[str]) -> dict[str, Any]:
@@ -108,7 +91,7 @@ def parse_arguments(pairs: list[str]) -> dict[str, Any]:
 # ---- where models come from ----
 
 
-def _of_torchvision(name: str, weights: str | None) -> Callable[..., Any]:
+def _torchvision_maker(name: str, weights: str | None) -> Callable[..., Any]:
     from torchvision import models  # here, since a conversion of a file does not need it
 
     libraries.check_torchvision_model(name)
@@ -120,29 +103,28 @@ def _of_torchvision(name: str, weights: str | None) -> Callable[..., Any]:
     return lambda **given: models.get_model(name, **arguments, **given)
 
 
-def _of_timm(name: str, weights: str | None) -> Callable[..., Any]:
+def _timm_maker(name: str, weights: str | None) -> Callable[..., Any]:
     timm, full = libraries.import_timm(name), libraries.timm_name(name, weights)
     return lambda **given: timm.create_model(full, pretrained=weights is not None, **given)
 
 
-def _factory(spec: str) -> Callable[..., Any]:
+def _imported_factory(spec: str) -> Callable[..., Any]:
     place, _, name = spec.rpartition(":")
     module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_package(place, spec)
-    found: Any = module
+    found: object = module
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise OptionError(f"{spec}: there is no function {name} in it; it has {', '.join(names[:8]) or 'none'}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _module_of_file(path: Path) -> Any:
-    if not path.is_file():
-        raise OptionError(f"{path}: no such file; the model is looked for in file.py:factory")
     name = path.stem
-    described = importlib.util.spec_from_file_location(name, path)
-    assert described is not None and described.loader is not None  # for the type checker: the file ends in .py
+    described = importlib.util.spec_from_file_location(name, path) if path.is_file() else None
+    if described is None or described.loader is None:
+        raise OptionError(f"{path}: no such file; the model is looked for in file.py:factory")
     module = importlib.util.module_from_spec(described)
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)  # for what the file imports from beside it

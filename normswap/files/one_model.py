@@ -19,8 +19,8 @@ from normswap.conversion.convert import Options, run
 from normswap.errors import FileError, NormswapError, OptionError, first_line
 from normswap.files import model_specs, norms_by_keys, recipe
 from normswap.files.file_request import ConvertedEntry, FileRequest
-from normswap.files.model_for_state import fill, parameters_of, source_of, with_others
-from normswap.files.model_specs import Source
+from normswap.files.model_for_state import find_source, models_on_tensors, parameters_of_model, parameters_of_state
+from normswap.files.model_specs import ModelSource
 from normswap.report.report import Left, Node, Report
 from normswap.targets.target import PLAIN_TARGET
 
@@ -35,7 +35,7 @@ def convert_entry(entry: Entry, where: Path, request: FileRequest) -> ConvertedE
         return _convert_whole(entry.value, where, request)
     if request.target is PLAIN_TARGET:
         return _convert_tensors(
-            entry, *source_of(entry.value, request.model, request.model_args, where), where, request
+            entry, *find_source(entry.value, request.model, request.model_args, where), where, request
         )
     if request.model is None:
         return _convert_bare(entry, where, request)
@@ -50,7 +50,7 @@ def _convert_whole(model: nn.Module, where: Path, request: FileRequest) -> Conve
         raise OptionError(f"--model is for files without their model; {where} holds a {type(model).__name__}")
     if request.eps is not None:
         raise OptionError(f"--eps is for files without their model; {where} has the eps of each norm")
-    before, folded = parameters_of(model), _folded(model)
+    before, folded = parameters_of_model(model), _folded(model)
     try:
         converted, report = _convert_module(model, request)
     except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
@@ -58,16 +58,16 @@ def _convert_whole(model: nn.Module, where: Path, request: FileRequest) -> Conve
             raise
         raise FileError(f"{where}: its module is damaged, or of another version ({first_line(error)})") from error
     checkpoint.store_recipe(converted, folded if request.target is PLAIN_TARGET else report.recipe)
-    return ConvertedEntry(converted, report, ((before, parameters_of(converted)),))
+    return ConvertedEntry(converted, report, ((before, parameters_of_model(converted)),))
 
 
 def _convert_tensors(
-    entry: Entry, model: Source, arguments: Mapping[str, Any], where: Path, request: FileRequest
+    entry: Entry, model: ModelSource, arguments: Mapping[str, Any], where: Path, request: FileRequest
 ) -> ConvertedEntry:
     """A state dict whose model is known."""
     named = f"{where}: {entry.name}" if entry.keys else where
-    filled = fill(entry.value, model, arguments, named)
-    before = parameters_of(filled[0][1])
+    filled = models_on_tensors(entry.value, model, arguments, named)
+    before = parameters_of_model(filled[0][1])
     converted = [(binding, *_convert_module(made, request)) for binding, made in filled]
     binding, made, report = converted[0]
     states = [made.state_dict() for _, made, _ in converted]
@@ -84,8 +84,11 @@ def _convert_tensors(
     listed = ", ".join(beside[:3]) + ("" if len(beside) <= 3 else f" and {len(beside) - 3} more")
     notices = (f"beside the model, kept as it was: {listed}",) if beside else ()
     report = replace(report, recipe=told or report.recipe, warnings=(*report.warnings, *notices))
-    after = parameters_of(made)
-    with_beside = with_others(entry.value, binding, made, before), with_others(value, binding, made, after)
+    after = parameters_of_model(made)
+    with_beside = (
+        parameters_of_state(entry.value, binding, made, before),
+        parameters_of_state(value, binding, made, after),
+    )
     return ConvertedEntry(value, report, ((before, after), with_beside))
 
 
@@ -195,7 +198,7 @@ def _counts(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, in
 
 
 def _with_source(
-    made: Mapping[str, Any], model: Source | None, arguments: Mapping[str, Any], previous: Any
+    made: Mapping[str, Any], model: ModelSource | None, arguments: Mapping[str, Any], previous: Any
 ) -> dict[str, Any]:
     """A recipe with the spec of its model, where that is a library's, and the conversion before it."""
     spec = model if isinstance(model, str) and model_specs.is_spec(model) else None
