@@ -17,7 +17,7 @@ from normswap.files import model_specs, norms_by_keys
 from normswap.files.inputs import check_input_options, errors_name, read_input
 from normswap.files.model_for_state import find_source, models_on_tensors
 from normswap.files.model_specs import ModelSource
-from normswap.files.one_model import EPS, noise_for
+from normswap.files.one_model import noise_for
 from normswap.inspection.examine import examine
 from normswap.report.inspection import Inspection, Layer
 
@@ -34,9 +34,10 @@ def inspect_file(
     trust: bool = False,
     progress: Progress = lambda phase: None,
 ) -> Inspection:
-    """`normswap.inspect` on the model in a file or a folder, or on a model of a library; the arguments are those of `convert_file`.
+    """`normswap.inspect` on the model in a file or a folder, or on a model of a library.
 
-    A file of tensors without their model is inspected as far as its keys tell: the batch norms, and what has the shape of a convolution.
+    The arguments and the errors are those of `convert_file`. A file of tensors without their model is inspected as far as
+    its keys tell: the batch norms, and what has the shape of a convolution.
     """
     progress(f"reading {path}")
     check_input_options(path, model, key, weights)
@@ -63,9 +64,9 @@ def _examine_module(model: nn.Module, shape: Sequence[int] | None, progress: Pro
 
 def _examine_tensors(state: Mapping[str, Any], progress: Progress) -> Inspection:
     """What the keys of a state dict tell: norms by their statistics, convolutions by the dimensions of their weight."""
-    norms = examine(norms_by_keys.norms_of(state, EPS), progress=progress)
+    norms = examine(norms_by_keys.module_of_norms(state, norms_by_keys.DEFAULT_EPS), progress=progress)
     convolutions = [
         Layer((path,), "weight", "convolution", "", None, None, None, None, "", "")
-        for path in norms_by_keys.convolution_keys(state)
+        for path in norms_by_keys.convolution_paths(state)
     ]
     return replace(norms, model="tensors without their model", layers=(*norms.layers, *convolutions))

@@ -1,4 +1,4 @@
-"""State dicts without their model: norms are told by their keys."""
+"""Tensors without their model: norms, convolutions and parameters are told by keys and shapes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from normswap.training.optimizer_states import Parameter
 
-_STATISTICS = ("running_mean", "running_var")
+DEFAULT_EPS = 1e-5
+"""Assumed of a norm, since no state dict holds it: torch's default."""
 _AFFINE = ("weight", "bias")
+_STATISTICS = ("running_mean", "running_var")
+_BUFFERS = (*_STATISTICS, "num_batches_tracked")
 
 
 class BatchNorm(nn.SyncBatchNorm):
@@ -25,6 +28,7 @@ def norm_prefixes(state: Mapping[str, Any]) -> list[str]:
 
 
 def _is_norm(state: Mapping[str, Any], prefix: str) -> bool:
+    """Whether mean and variance are there, and whatever else a norm has is a vector of the same length, gain and bias included."""
     found = [state.get(prefix + name) for name in (*_STATISTICS, *_AFFINE)]
     counted = state.get(f"{prefix}num_batches_tracked")
     if counted is not None and not isinstance(counted, Tensor):
@@ -36,29 +40,36 @@ def _is_norm(state: Mapping[str, Any], prefix: str) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
+    """Whether arithmetic goes: not of whole numbers or quantized, not sparse, and with memory."""
     known = tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     return known and tensor.layout is torch.strided and not tensor.is_meta
 
 
-def norms_of(state: Mapping[str, Any], eps: float) -> nn.Module:
-    """A module whose children are the norms in `state`, each under its full path as its name, on the tensors of `state`.
+def norm_keys(state: Mapping[str, Any]) -> list[str]:
+    """The keys of all norms in `state`, in its order."""
+    wanted = {prefix + name for prefix in norm_prefixes(state) for name in (*_AFFINE, *_BUFFERS)}
+    return [key for key in state if key in wanted]
 
-    A lone norm at the root of `state` is returned itself. `eps` is assumed, since no state dict holds it.
+
+def module_of_norms(state: Mapping[str, Any], eps: float) -> nn.Module:
+    """A module whose children are the norms in `state`, each with its full path as its name, on the tensors of `state`.
+
+    A lone norm at the root of `state` is returned itself.
     """
     root = nn.Module()
     held: set[int] = set()
     for prefix in norm_prefixes(state):
-        channels = len(state[f"{prefix}running_mean"])
-        norm = BatchNorm(channels, eps=eps, affine=False, device="meta")
+        norm = BatchNorm(len(state[f"{prefix}running_mean"]), eps=eps, affine=False, device="meta")
         for name in _AFFINE:
             tensor = state.get(prefix + name)
             if tensor is not None:
-                taken = tensor.data_ptr() in held and not tensor.is_meta
+                # Two norms may share a gain. Each gets its own new one, so what they share cannot be written into.
+                shared = tensor.data_ptr() in held and not tensor.is_meta
                 held.add(tensor.data_ptr())
-                tensor = nn.Parameter(tensor.detach().clone() if taken else tensor.detach())  # tied values part
+                tensor = nn.Parameter(tensor.detach().clone() if shared else tensor.detach())
             norm.register_parameter(name, tensor)
         norm.affine = norm.weight is not None
-        for name in (*_STATISTICS, "num_batches_tracked"):
+        for name in _BUFFERS:
             norm.register_buffer(name, state.get(prefix + name))
         if not prefix:
             return norm
@@ -66,8 +77,8 @@ def norms_of(state: Mapping[str, Any], eps: float) -> nn.Module:
     return root
 
 
-def convolution_keys(state: Mapping[str, Any]) -> list[str]:
-    """The modules whose weight has the dimensions of a convolution's, by path."""
+def convolution_paths(state: Mapping[str, Any]) -> list[str]:
+    """The paths of modules whose weight has the dimensions of a convolution's."""
     return [
         name.removesuffix(".weight")
         for name, value in state.items()
@@ -75,25 +86,35 @@ def convolution_keys(state: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def is_statistic(name: str) -> bool:
-    """Whether a key is one of a batch norm's buffers."""
-    return name.rpartition(".")[2] in (*_STATISTICS, "num_batches_tracked")
+def _is_buffer(name: str) -> bool:
+    return name.rpartition(".")[2] in _BUFFERS
 
 
-def parameters(state: Mapping[str, Any]) -> tuple[Parameter, ...]:
+def count_elements_by_keys(state: Mapping[str, Any]) -> tuple[int, int]:
+    """Elements of all parameters and of all buffers, which are those of batch norms."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    buffers = sum(value.numel() for name, value in tensors.items() if _is_buffer(name))
+    return sum(value.numel() for value in tensors.values()) - buffers, buffers
+
+
+def parameters_by_keys(state: Mapping[str, Any]) -> tuple[Parameter, ...]:
     """What of a state dict are parameters, as far as keys tell: all but statistics and whole numbers; tied ones once."""
     seen: set[Any] = set()
     found = []
     for name, value in state.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not is_statistic(name):
-            place = (value.data_ptr(), tuple(value.shape), value.stride())
-            if place not in seen or not value.numel():
+        if isinstance(value, Tensor) and value.is_floating_point() and not _is_buffer(name):
+            memory = (value.data_ptr(), tuple(value.shape), value.stride())
+            if memory not in seen or not value.numel():
                 found.append(Parameter(name, tuple(value.shape)))
-            seen.add(place)
+            seen.add(memory)
     return tuple(found)
 
 
-def within_norms_prefix(state: Mapping[str, Any], found: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
-    """Those of `found` under the name that all norms of `state` begin with, if there is one: others are no part of the model."""
+def under_the_norms_prefix(state: Mapping[str, Any], parameters: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
+    """Those of `parameters` under the first name that the keys of all norms of `state` begin with, if it is one name.
+
+    In the state of a training script's own module, what stands under other names (a loss with weights) may not have been
+    given to the optimizer.
+    """
     tops = {p.partition(".")[0] for p in norm_prefixes(state)}
-    return tuple(p for p in found if p.name.partition(".")[0] in tops) if len(tops) == 1 else found
+    return tuple(p for p in parameters if p.name.partition(".")[0] in tops) if len(tops) == 1 else parameters

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from normswap.analysis.noise import guess_inputs
 from normswap.checkpoints import checkpoint, mapped_memory, state_keys
@@ -24,8 +24,6 @@ from normswap.files.model_specs import ModelSource
 from normswap.report.report import Left, Node, Report
 from normswap.targets.target import PLAIN_TARGET
 
-EPS = 1e-5
-"""Assumed of a norm in a file without its model: torch's default."""
 BARE_NORMS = ("gn", "ln", "in", "est", "bcn", "frozen")
 _LARGE = 200_000_000  # parameters: a larger model is not run on noise without being asked to
 
@@ -151,50 +149,41 @@ def _convert_bare(entry: Entry, where: Path, job: FileRequest) -> ConvertedEntry
             f"{where}: holds tensors without their model, which {needs} needs: give it with --model "
             f"(torchvision:NAME, timm:NAME or file.py:factory). {', '.join(BARE_NORMS)} work without"
         )
-    eps = EPS if job.eps is None else job.eps
+    eps = norms_by_keys.DEFAULT_EPS if job.eps is None else job.eps
     if not (math.isfinite(eps) and eps >= 0):
         raise OptionError(f"--eps {eps}: must be 0 or more, and finite")
     previous = checkpoint.stored_recipe(entry.value)
     if previous is not None:
         recipe.check(previous, where)
-    norms = norms_by_keys.norms_of(entry.value, eps)
+    norms = norms_by_keys.module_of_norms(entry.value, eps)
     converted, report = run(norms, job.target, job.options, inplace=True, progress=job.progress)
-    names = {
-        p + n
-        for p in norms_by_keys.norm_prefixes(entry.value)
-        for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        if p + n in entry.value
-    }
-    value = state_keys.rebuild(
-        entry.value,
-        [Binding({name: name for name in [n for n in entry.value if n in names]})],
-        [converted.state_dict()],
-    )
+    own_keys = Binding({key: key for key in norms_by_keys.norm_keys(entry.value)})
+    value = state_keys.rebuild(entry.value, [own_keys], [converted.state_dict()])
     reason = f"{job.target.name} changes no weights of this kind"
-    left = [Left(path, "weight", "convolution", reason) for path in norms_by_keys.convolution_keys(entry.value)]
+    left = [Left(path, "weight", "convolution", reason) for path in norms_by_keys.convolution_paths(entry.value)]
     notices = (f"eps is not in the file: {eps:g} is assumed (--eps); nor are the sizes of maps, and what follows what",)
     made = _with_source(report.recipe, None, {}, previous)
     checkpoint.store_recipe(value, made)
-    totals = replace(report.totals, left=report.totals.left + len(left), **_counts(entry.value, value))
+    (parameters_before, buffers_before), (parameters_after, buffers_after) = map(
+        norms_by_keys.count_elements_by_keys, (entry.value, value)
+    )
+    totals = replace(
+        report.totals,
+        left=report.totals.left + len(left),
+        parameters_before=parameters_before,
+        parameters_after=parameters_after,
+        buffers_before=buffers_before,
+        buffers_after=buffers_after,
+    )
     report = replace(
         report, left=(*report.left, *left), warnings=(*report.warnings, *notices), totals=totals, recipe=made
     )
-    every = norms_by_keys.parameters(entry.value), norms_by_keys.parameters(value)
+    every = norms_by_keys.parameters_by_keys(entry.value), norms_by_keys.parameters_by_keys(value)
     inner = (
-        norms_by_keys.within_norms_prefix(entry.value, every[0]),
-        norms_by_keys.within_norms_prefix(entry.value, every[1]),
+        norms_by_keys.under_the_norms_prefix(entry.value, every[0]),
+        norms_by_keys.under_the_norms_prefix(entry.value, every[1]),
     )
     return ConvertedEntry(value, report, (every, inner))
-
-
-def _counts(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, int]:
-    counts = {}
-    for when, state in (("before", before), ("after", after)):
-        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        buffers = sum(value.numel() for name, value in tensors.items() if norms_by_keys.is_statistic(name))
-        counts[f"parameters_{when}"] = sum(value.numel() for value in tensors.values()) - buffers
-        counts[f"buffers_{when}"] = buffers
-    return counts
 
 
 def _with_source(
