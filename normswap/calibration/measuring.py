@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from normswap.analysis.known_norms import eps_of
 from normswap.analysis.running import Seen, run_model, temporary_hooks
@@ -24,19 +25,21 @@ AUTO_GROUPS, AUTO_CHANNELS = 8, 4
 _DATA = "calibration data"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measured:
-    """What the data showed of one norm: moments, sizes, an empty tensor of its input's dtype and device, and by numbers of
-    groups the mean square error of the matched group norm.
-    """
+    """What the data showed of one norm."""
 
     moments: Moments
+    """Before and behind the norm, over all samples."""
     seen: Seen
+    """The sizes of its input."""
     like: Tensor
+    """Without elements: it has the dtype and the device of the input."""
     errors: Mapping[int, float] = field(default_factory=dict)
+    """By number of groups: the square error, summed over the data, of the group norm that is matched to the norm."""
 
 
-class _Gatherer:
+class _MomentGatherer:
     """Mean and variance over batches, merged by the parallel form of Chan, Golub & LeVeque 1983."""
 
     def __init__(self) -> None:
@@ -59,34 +62,46 @@ class _Gatherer:
         return self.squares / self.count
 
 
+class _NormGatherer:
+    """Gathers over batches what passes through one norm."""
+
+    def __init__(self, site: Site, compare_groups: bool):
+        self.site, self.compare_groups = site, compare_groups
+        self.before, self.behind = _MomentGatherer(), _MomentGatherer()
+        self.like = torch.empty(0)
+        self.errors: dict[int, float] = {}
+
+    def add(self, values: Tensor) -> None:
+        """`values` of shape (N, C, *spatial): an input of the norm."""
+        self.before.add(values)
+        self.behind.add(_normalized(self.site, values))
+        self.like = values.new_empty(0)
+        for groups, error in _group_errors(self.site, values) if self.compare_groups else ():
+            self.errors[groups] = self.errors.get(groups, 0.0) + error
+
+    def measured(self, seen: Seen) -> Measured:
+        moments = Moments(self.before.mean, self.before.var, self.behind.mean, self.behind.var)
+        if not all(values.isfinite().all() for values in moments):
+            raise ModelError(f"{self.site.path}: its input on the calibration data is not finite")
+        return Measured(moments, seen, self.like, self.errors)
+
+
 def measure_norms(
     model: nn.Module, batches: Sequence[Any], sites: Sequence[Site], compare_groups: bool = True
 ) -> dict[str, Measured]:
     """Run `model` in eval mode on `batches` and gather, by path, what passes through each norm of `sites`.
 
-    Numbers of groups are tried on the data only with `compare_groups`. Raises `ModelError` where the model does not run on a batch, or a value is not finite.
+    Numbers of groups are tried on the data only with `compare_groups`. Raises `ModelError` where the model does not run on
+    a batch, or a value is not finite.
     """
-    gatherers: dict[str, tuple[_Gatherer, _Gatherer]] = {}
+    gatherers: dict[str, _NormGatherer] = {}  # in the order in which norms are reached: the first that fails is named
     seen: dict[str, Seen] = {}
-    like: dict[str, Tensor] = {}
-    errors: dict[str, dict[int, float]] = {}
 
-    def watch(site: Site) -> Any:
+    def watch(site: Site) -> RemovableHandle:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not args or not isinstance(args[0], Tensor) or args[0].dim() < 2:
-                return
-            values = args[0]
-            last = site.form == "last" and values.dim() > 2
-            values = values.movedim(-1, 1) if last else values
-            if values.shape[1] != site.channels:
-                return  # another layout than this norm's own: what it says would be of other channels
-            before, behind = gatherers.setdefault(site.path, (_Gatherer(), _Gatherer()))
-            before.add(values)
-            behind.add(_normalized(site, values))
-            like[site.path] = args[0].new_empty(0)
-            known = errors.setdefault(site.path, {})
-            for groups, error in _group_errors(site, values) if compare_groups else ():
-                known[groups] = known.get(groups, 0.0) + error
+            values = _channels_second(site, args)
+            if values is not None:
+                gatherers.setdefault(site.path, _NormGatherer(site, compare_groups)).add(values)
 
         return site.module.register_forward_pre_hook(note)
 
@@ -95,14 +110,18 @@ def measure_norms(
             for path, now in run_model(model, batch, sites, name=_DATA).seen.items():
                 least = min(now.elements, seen[path].elements) if path in seen else now.elements
                 seen[path] = Seen(now.dims, least)
-    found = {
-        path: Measured(Moments(before.mean, before.var, behind.mean, behind.var), seen[path], like[path], errors[path])
-        for path, (before, behind) in gatherers.items()
-    }
-    for path, measured in found.items():
-        if not all(values.isfinite().all() for values in measured.moments):
-            raise ModelError(f"{path}: its input on the calibration data is not finite")
-    return found
+    return {path: gatherer.measured(seen[path]) for path, gatherer in gatherers.items()}
+
+
+def _channels_second(site: Site, args: tuple[Any, ...]) -> Tensor | None:
+    """The input of a norm as (N, C, *spatial); None where it is no such thing.
+
+    In a layout other than the norm's own, what the numbers say would be of other channels.
+    """
+    if not args or not isinstance(args[0], Tensor) or args[0].dim() < 2:
+        return None
+    values = args[0].movedim(-1, 1) if site.form == "last" and args[0].dim() > 2 else args[0]
+    return values if values.shape[1] == site.channels else None
 
 
 def affine_of(norm: nn.Module, like: Tensor, reset: bool = False) -> tuple[Tensor, Tensor]:
@@ -125,7 +144,7 @@ def _normalized(site: Site, values: Tensor) -> Tensor:
 
 
 def _group_errors(site: Site, values: Tensor) -> Iterator[tuple[int, float]]:
-    """The square error of the matched group norm that would stand in for a norm by running statistics, for few to more groups."""
+    """By number of groups, one first: the square error of the group norm matched to a norm by running statistics."""
     norm, channels = site.module, site.channels
     if site.form != "data":
         return
@@ -145,10 +164,10 @@ def _group_errors(site: Site, values: Tensor) -> Iterator[tuple[int, float]]:
 def measure_recurrent(
     model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]
 ) -> dict[str, dict[str, VectorMoments]]:
-    """Run `model` in eval mode on `batches` and gather, by path, what layer norms inside its LSTMs and GRUs would see."""
+    """Run `model` in eval mode on `batches`; gather, by path, what layer norms inside its LSTMs and GRUs would see."""
     found: dict[str, dict[str, VectorMoments]] = {}
 
-    def watch(site: Site) -> Any:
+    def watch(site: Site) -> RemovableHandle:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found[site.path] = recurrent_matching.merge_moments(
                 found.get(site.path, {}), recurrent_matching.measured_moments(module, *args, **kwargs)
