@@ -60,21 +60,23 @@ def convert_file(
     """Convert the model in a file or a folder, or a model of a library, and write it in the same kind; what the CLI calls.
 
     Args:
-        path: a file (whole module, state dict, training checkpoint, safetensors), a folder (distributed checkpoint, weight files
-            with an index), or `torchvision:NAME`, `timm:NAME`.
+        path: a file (whole module, state dict, training checkpoint, safetensors), a folder (distributed checkpoint,
+            weight files with an index), or `torchvision:NAME`, `timm:NAME`.
         to: the target, as for `normswap.convert`.
         out: where to write; by default `model.gn-ws.pt` beside the input (`resnet50.gn-ws.pt` here).
         model: what the tensors belong to, where the file holds no module: a spec (`torchvision:NAME`, `timm:NAME`,
-            `package.module:factory`, `file.py:factory`), a factory, or a module. `gn`, `ln`, `in` and `frozen` do without.
+            `package.module:factory`, `file.py:factory`), a factory, or a module. `gn`, `ln`, `in`, `est`, `bcn` and
+            `frozen` do without.
         model_args: keyword arguments of a model that is built.
         weights: the published weights of a library's model, by name.
         key: which entry of a training checkpoint is the model, where it has none of the usual names.
         eps: of the norms in a file without its model; 1e-5 is assumed.
         input_shape: the shape of an input batch; group counts then regard the sizes of feature maps.
         example_inputs: the same with inputs of your own.
-        calibrate: data as for `normswap.convert`, or the path of a folder of pictures or of a file of tensors (`.pt`, `.npy`, `.npz`,
-            `.safetensors`); pictures are prepared as the library's model has it.
-        input_size, mean, std: how pictures are prepared else: side or (height, width), and a number a channel for values from 0 to 1.
+        calibrate: data as for `normswap.convert`, or the path of a folder of pictures or of a file of tensors (`.pt`,
+            `.npy`, `.npz`, `.safetensors`); pictures are prepared as the library's model has it.
+        input_size, mean, std: how pictures are prepared else: side or (height, width), and a number a channel for values
+            from 0 to 1.
         fold: bake standardized weights in and leave plain torch layers.
         format: write `pt`, `safetensors` or `dcp` instead; of a training checkpoint, the model alone.
         allow, trust: which classes a file may hold; see `normswap.load`.
@@ -97,8 +99,9 @@ def convert_file(
         calibrate = input_batches(calibrate)
     elif input_size or mean or std:
         raise OptionError("--input-size, --mean and --std are for the pictures of --calibrate")
+    conversion = replace(conversion, calibrate=calibrate)
     request = FileRequest(
-        target, replace(conversion, calibrate=calibrate), model, model_args or {}, eps, input_shape, example_inputs, fold, progress
+        target, conversion, model, model_args or {}, eps, input_shape, example_inputs, fold, progress
     )  # fmt: skip
     progress(f"reading {path}")
     check_input_options(path, model, key, weights)
@@ -166,7 +169,7 @@ def _with_cost(report: Report, started: float) -> Report:
 
 
 def _convert_models(found: Checkpoint, key: str | None, request: FileRequest) -> tuple[Checkpoint, Report]:
-    """`found` with every copy of its model converted, and with them what optimizers hold of the first one's parameters."""
+    """`found` with every copy of its model converted, and what optimizers hold of its parameters carried over."""
     entries = contents.find_entries(found.content, key, found.path)
     converted = _convert_each(entries, found.path, request)
     content = found.content
@@ -190,7 +193,7 @@ def _convert_models(found: Checkpoint, key: str | None, request: FileRequest) ->
 
 
 def _convert_each(entries: Sequence[Entry], where: Path, request: FileRequest) -> list[ConvertedEntry]:
-    """Every entry converted, one after the other; a module that stands under two names once, since it is changed in place."""
+    """Every entry converted in turn; a module that stands under two names once, since it is changed in place."""
     done: dict[int, ConvertedEntry] = {}
     for entry in entries:
         if id(entry.value) not in done:
@@ -219,7 +222,7 @@ def _remap_optimizers(content: Any, pairs: Sequence[tuple[Parameters, Parameters
 
 
 def _write(found: Checkpoint, out: Path, format: str | None, key: str | None, overwrite: bool) -> None:
-    """Write `found` like the input, or in another format: then the model alone, since not every format holds other entries."""
+    """Write `found` like the input; in another format the model alone, since not every format holds other entries."""
     if format is not None and format != found.kind:
         found = replace(found, kind=format, content=_model_alone(found, format, key))
     writing.write_checkpoint(found, out, format, overwrite=overwrite, mapped=not model_specs.is_spec(str(found.path)))

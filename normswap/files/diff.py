@@ -17,33 +17,42 @@ from normswap.checkpoints.mapped_memory import release
 from normswap.report.report import Change, Left, Node, Report, Totals
 
 Side = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
-TARGET = "diff"
+"""What can be compared: a model, a state dict, or the path of a checkpoint that holds one."""
 
 
 def diff(a: Side, b: Side, *, key: str | None = None, trust: bool = False, allow: Iterable[str] = ()) -> Report:
-    """What differs between `a` and `b`: two models, state dicts, or files and folders that hold some.
+    """What differs between `a` and `b`.
 
-    A change is of the kind "module" (another class at a path, where both sides have modules) or "tensor": added, removed,
-    renamed (another key, the same values), reshaped, of another dtype, or changed in value, with `amount`, the
-    relative L2 distance ‖b − a‖ / ‖a‖. What is the same is in `left`. Raises `FileError` as `normswap.load` does.
+    Args:
+        a, b: two models, state dicts, or paths of files and folders that hold some.
+        key: which entry of a training checkpoint is the model, where it has none of the usual names.
+        trust, allow: which classes a file may hold; see `normswap.load`.
+
+    Returns:
+        A report whose changes are of the kind "module" (another class at a path, where both sides have modules) or
+        "tensor": added, removed, renamed (another key, the same values), reshaped, of another dtype, or changed in value,
+        with `amount`, the relative L2 distance ‖b − a‖ / ‖a‖. What is the same is in `left`.
+
+    Raises:
+        FileError: as `normswap.load` does.
     """
-    old, new = (_open(side, key, trust, allow) for side in (a, b))
+    old, new = (_opened(side, key, trust, allow) for side in (a, b))
     before, after = _tensors(old), _tensors(new)
-    nodes = tuple(_tree(old, new))
-    changes = [*_modules(nodes), *_changes(before, after)]
+    nodes = tuple(_module_tree(old, new))
+    changes = [*_module_changes(nodes), *_tensor_changes(before, after)]
     differ = {path for change in changes if change.kind == "tensor" for path in change.paths}
     left = tuple(
         Left(name, "tensor", str(value.dtype).removeprefix("torch."), "same")
         for name, value in before.items()
         if name not in differ
     )
-    counts = [_count(side) for side in (old, new)]
-    totals = Totals(0, 0, len(left), counts[0][0], counts[1][0], counts[0][1], counts[1][1])
-    made = tuple(_made(old, "the first") + _made(new, "the second"))
-    return Report(TARGET, tuple(changes), left, totals, warnings=made, modules=nodes)
+    (parameters_before, buffers_before), (parameters_after, buffers_after) = map(_count_elements, (old, new))
+    totals = Totals(0, 0, len(left), parameters_before, parameters_after, buffers_before, buffers_after)
+    origins = (*_origin(old, "the first"), *_origin(new, "the second"))
+    return Report("diff", tuple(changes), left, totals, warnings=origins, modules=nodes)
 
 
-def _open(side: Side, key: str | None, trust: bool, allow: Iterable[str]) -> Any:
+def _opened(side: Side, key: str | None, trust: bool, allow: Iterable[str]) -> Any:
     if isinstance(side, nn.Module | Mapping):
         return side
     found = reading.read_checkpoint(side, trust=trust, allow=allow)
@@ -55,15 +64,15 @@ def _tensors(side: Any) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _tree(old: Any, new: Any) -> Iterator[Node]:
+def _module_tree(old: Any, new: Any) -> Iterator[Node]:
     """The modules of both sides by path, where both have some."""
     if isinstance(old, nn.Module) and isinstance(new, nn.Module):
         before, after = (dict(side.named_modules(remove_duplicate=False)) for side in (old, new))
         for path in dict.fromkeys([*before, *after]):
-            yield Node(path, *(_layer(side[path]) if path in side else "" for side in (before, after)))
+            yield Node(path, *(_class_of(side[path]) if path in side else "" for side in (before, after)))
 
 
-def _modules(nodes: Iterable[Node]) -> Iterator[Change]:
+def _module_changes(nodes: Iterable[Node]) -> Iterator[Change]:
     """Paths that lead to modules of different classes, or only on one side."""
     for node in nodes:
         if node.before != node.after:
@@ -71,31 +80,31 @@ def _modules(nodes: Iterable[Node]) -> Iterator[Change]:
             yield Change((node.path,), "module", node.before or "nothing", node.after or "nothing", how, False)
 
 
-def _layer(module: nn.Module) -> str:
+def _class_of(module: nn.Module) -> str:
     groups = f"({module.num_groups})" if isinstance(module, nn.GroupNorm) else ""
     return f"{type(module).__name__}{groups}"
 
 
-def _changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[Change]:
-    gone = [name for name in before if name not in after]
-    come = [name for name in after if name not in before]
-    renamed = _renamed({name: before[name] for name in gone}, {name: after[name] for name in come})
-    for name in gone:
+def _tensor_changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[Change]:
+    removed = {name: value for name, value in before.items() if name not in after}
+    added = {name: value for name, value in after.items() if name not in before}
+    renamed = _new_names(removed, added)
+    for name in removed:
         if name not in renamed:
             yield Change((name,), "tensor", _shape(before[name]), "nothing", "removed", False)
             continue
         amount = _distance(before[name], after[renamed[name]])
         how = "renamed and changed in value" if amount else "renamed"
-        yield Change((name,), "tensor", *_names(name, renamed[name]), how, not amount, amount=amount or None)
-    for name in come:
+        yield Change((name,), "tensor", *_shown_names(name, renamed[name]), how, not amount, amount=amount or None)
+    for name in added:
         if name not in renamed.values():
             yield Change((name,), "tensor", "nothing", _shape(after[name]), "added", False)
     for name in before:
         if name in after:
-            yield from _compared(name, before[name], after[name])
+            yield from _change_of_one(name, before[name], after[name])
 
 
-def _compared(name: str, old: Tensor, new: Tensor) -> Iterator[Change]:
+def _change_of_one(name: str, old: Tensor, new: Tensor) -> Iterator[Change]:
     change = partial(Change, (name,), "tensor", _shape(old), _shape(new))
     if old.shape != new.shape:
         yield change("reshaped", False)
@@ -120,25 +129,25 @@ def _distance(old: Tensor, new: Tensor) -> float:
     return 0.0 if same.all() else relative_distance(a, b)
 
 
-def _names(old: str, new: str) -> tuple[str, str]:
+def _shown_names(old: str, new: str) -> tuple[str, str]:
     """Two names of a tensor, with what they share at the end left out where one is the other behind a prefix."""
     if new.endswith(f".{old}"):
         return "…", f"{new.removesuffix(old)}…"
     return (f"{old.removesuffix(new)}…", "…") if old.endswith(f".{new}") else (old, new)
 
 
-def _renamed(gone: Mapping[str, Tensor], come: Mapping[str, Tensor]) -> dict[str, str]:
+def _new_names(removed: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> dict[str, str]:
     """Old to new names, each of the new ones taken once: the same behind a prefix, or else the same values."""
     found: dict[str, str] = {}
     alike: dict[Any, list[str]] = {}
-    for name, value in come.items():
+    for name, value in added.items():
         alike.setdefault((value.shape, value.dtype, name.rpartition(".")[2]), []).append(name)
     for by_name in (True, False):
-        for name, value in gone.items():
+        for name, value in removed.items():
             candidates = alike.get((value.shape, value.dtype, name.rpartition(".")[2]), []) if name not in found else []
             for other in candidates:
                 prefixed = other.endswith(f".{name}") or name.endswith(f".{other}")
-                if prefixed if by_name else value.numel() > 1 and _distance(value, come[other]) == 0:
+                if prefixed if by_name else value.numel() > 1 and _distance(value, added[other]) == 0:
                     found[name] = other
                     candidates.remove(other)
                     break
@@ -149,14 +158,14 @@ def _shape(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.shape))}]"
 
 
-def _count(side: Any) -> tuple[int, int]:
+def _count_elements(side: Any) -> tuple[int, int]:
     """Elements of parameters and of buffers; of a state dict, all count as parameters."""
     if isinstance(side, nn.Module):
         return sum(p.numel() for p in side.parameters()), sum(b.numel() for b in side.buffers())
     return sum(tensor.numel() for tensor in _tensors(side).values()), 0
 
 
-def _made(side: Any, which: str) -> list[str]:
+def _origin(side: Any, which: str) -> list[str]:
     recipe = checkpoint.stored_recipe(side)
     target = recipe.get("target") if isinstance(recipe, Mapping) else None
     return [f"{which} was made by normswap: {target}"] if isinstance(target, str) else []

@@ -31,20 +31,18 @@ def load(
 ) -> nn.Module:
     """The model in a file or folder, converted or not, on the CPU.
 
-    A file of tensors needs `model`, the one before conversion: a factory, a spec (see `convert_file`) or a module, which is
-    copied; the recipe in the file converts it before the tensors go in, strictly. A library's model needs none.
-    Files are read without running code: classes must be modules of torch, torchvision, timm or
-    normswap, or stand in `allow` by full name (`package.module.Class`). `trust` lifts that, and runs whatever
-    the file says.
+    A file of tensors needs its model: the recipe in the file converts that before the tensors go in, strictly. Files are
+    read without running code: classes must be modules of torch, torchvision, timm or normswap, or stand in `allow`.
 
     Args:
         path: a file (whole module, state dict, training checkpoint, safetensors) or a folder (distributed checkpoint,
             weight files with an index).
-        model: what makes the model of a file of tensors.
+        model: the model of a file of tensors, before conversion: a factory, a spec (see `convert_file`) or a module, which
+            is copied. What was converted as a library's model needs none.
         model_args: keyword arguments of a model that is made.
         key: which entry of a training checkpoint is the model, where it has none of the usual names.
         trust: run whatever code the file holds.
-        allow: full names of classes that the file may hold.
+        allow: full names (`package.module.Class`) of other classes that the file may hold.
 
     Raises:
         FileError: no such file, a broken one, or one whose tensors or recipe do not fit the model.
@@ -68,10 +66,17 @@ def load(
 def save(
     model: nn.Module, path: str | os.PathLike[str], *, report: Report | None = None, overwrite: bool = False
 ) -> Path:
-    """Save `model` whole, with the recipe of `report` as its attribute `normswap_recipe`; `.safetensors`: its state dict.
+    """Save `model`, converted or not, and return where.
 
-    Raises `FileError`, with nothing written: the file exists and `overwrite` is not set, its folder cannot be written,
-    or the model holds something that cannot be pickled.
+    Args:
+        model: saved whole, or as its state dict where `path` ends in `.safetensors`.
+        path: the file.
+        report: of the conversion; its recipe goes into the file, as the attribute `normswap_recipe` of the model there.
+        overwrite: replace an existing file.
+
+    Raises:
+        FileError: with nothing written: the file exists and `overwrite` is not set, its folder cannot be written, or the
+            model holds something that cannot be pickled.
     """
     path = Path(path)
     format = format_by_ending(path)

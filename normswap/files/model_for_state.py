@@ -27,7 +27,7 @@ _MOST_ARGUMENT = 1_000_000
 def find_source(
     state: Any, model: ModelSource | None, arguments: Mapping[str, Any] | None, where: Path
 ) -> tuple[ModelSource, Mapping[str, Any]]:
-    """What makes the model of a state dict, with its arguments: what was given, or the library's model that its recipe names.
+    """What makes the model of a state dict, with arguments: what was given, or the library's model that its recipe names.
 
     Raises `FileError` where there is neither; `where` is the file.
     """
@@ -72,8 +72,8 @@ def models_on_tensors(
         fresh = clone(source) if isinstance(source, nn.Module) else model_specs.make_model(source, arguments)
         return fresh if stored is None else recipe.replay(fresh, stored, where)
 
-    # First without memory for the weights, which the file brings. Some models cannot be made so: they compute with their
-    # weights as they are made, or hold tensors that no file has. Those are made a second time, with memory.
+    # First without memory for the weights, which the file brings. Some models cannot be made so: they compute with
+    # their weights as they are made, or hold tensors that no file has. Those are made a second time, with memory.
     for context in (nullcontext(),) if isinstance(source, nn.Module) else (torch.device("meta"), nullcontext()):
         try:
             with context:
@@ -140,9 +140,10 @@ def parameters_of_model(model: nn.Module) -> tuple[Parameter, ...]:
 def parameters_of_state(
     state: Mapping[str, Any], binding: Binding, model: nn.Module, parameters: tuple[Parameter, ...]
 ) -> tuple[Parameter, ...]:
-    """What an optimizer of the whole of `state` sees, in its order: `parameters` of the model by their keys, and what stands beside.
+    """What an optimizer of all of `state` sees, in its order: `parameters` of the model by their keys, and others beside.
 
-    A training script's own module holds the model under a prefix, and may have parameters besides: a loss with weights, a teacher.
+    A training script's own module holds the model under a prefix, and may have parameters beside it, such as a loss with
+    weights.
     """
     own = {binding.outer(p.name): p for p in parameters}
     bound = {*binding.names.values(), *(binding.outer(name) for name in model.state_dict())}

@@ -28,7 +28,7 @@ def norm_prefixes(state: Mapping[str, Any]) -> list[str]:
 
 
 def _is_norm(state: Mapping[str, Any], prefix: str) -> bool:
-    """Whether mean and variance are there, and whatever else a norm has is a vector of the same length, gain and bias included."""
+    """Whether mean and variance are there, and they and what there is of gain and bias are vectors of one length."""
     found = [state.get(prefix + name) for name in (*_STATISTICS, *_AFFINE)]
     counted = state.get(f"{prefix}num_batches_tracked")
     if counted is not None and not isinstance(counted, Tensor):
@@ -111,10 +111,10 @@ def parameters_by_keys(state: Mapping[str, Any]) -> tuple[Parameter, ...]:
 
 
 def under_the_norms_prefix(state: Mapping[str, Any], parameters: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
-    """Those of `parameters` under the first name that the keys of all norms of `state` begin with, if it is one name.
+    """Those of `parameters` under the name that the keys of all norms of `state` begin with, if it is one name.
 
-    In the state of a training script's own module, what stands under other names (a loss with weights) may not have been
-    given to the optimizer.
+    In the state of a training script's own module, the model stands under one name; what stands under others, such as a
+    loss with weights, may not have been given to the optimizer.
     """
     tops = {p.partition(".")[0] for p in norm_prefixes(state)}
     return tuple(p for p in parameters if p.name.partition(".")[0] in tops) if len(tops) == 1 else parameters
