@@ -30,8 +30,8 @@ def diff(a: Side, b: Side, *, key: str | None = None, trust: bool = False, allow
 
     Returns:
         A report whose changes are of the kind "module" (another class at a path, where both sides have modules) or
-        "tensor": added, removed, renamed (another key, the same values), reshaped, of another dtype, or changed in value,
-        with `amount`, the relative L2 distance ‖b − a‖ / ‖a‖. What is the same is in `left`.
+        "tensor": added, removed, renamed (another key, the same values), reshaped, of another dtype, or changed in
+        value, with `amount`, the relative L2 distance ‖b − a‖ / ‖a‖. What is the same is in `left`.
 
     Raises:
         FileError: as `normswap.load` does.

@@ -36,8 +36,8 @@ def inspect_file(
 ) -> Inspection:
     """`normswap.inspect` on the model in a file or a folder, or on a model of a library.
 
-    The arguments and the errors are those of `convert_file`. A file of tensors without their model is inspected as far as
-    its keys tell: the batch norms, and what has the shape of a convolution.
+    The arguments and the errors are those of `convert_file`. A file of tensors without their model is inspected as far
+    as its keys tell: the batch norms, and what has the shape of a convolution.
     """
     progress(f"reading {path}")
     check_input_options(path, model, key, weights)

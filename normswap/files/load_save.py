@@ -31,14 +31,14 @@ def load(
 ) -> nn.Module:
     """The model in a file or folder, converted or not, on the CPU.
 
-    A file of tensors needs its model: the recipe in the file converts that before the tensors go in, strictly. Files are
-    read without running code: classes must be modules of torch, torchvision, timm or normswap, or stand in `allow`.
+    A file of tensors needs its model: the recipe in the file converts that before the tensors go in, strictly. Files
+    are read without running code: classes must be modules of torch, torchvision, timm or normswap, or stand in `allow`.
 
     Args:
         path: a file (whole module, state dict, training checkpoint, safetensors) or a folder (distributed checkpoint,
             weight files with an index).
-        model: the model of a file of tensors, before conversion: a factory, a spec (see `convert_file`) or a module, which
-            is copied. What was converted as a library's model needs none.
+        model: the model of a file of tensors, before conversion: a factory, a spec (see `convert_file`) or a module,
+            which is copied. What was converted as a library's model needs none.
         model_args: keyword arguments of a model that is made.
         key: which entry of a training checkpoint is the model, where it has none of the usual names.
         trust: run whatever code the file holds.
@@ -75,8 +75,8 @@ def save(
         overwrite: replace an existing file.
 
     Raises:
-        FileError: with nothing written: the file exists and `overwrite` is not set, its folder cannot be written, or the
-            model holds something that cannot be pickled.
+        FileError: with nothing written: the file exists and `overwrite` is not set, its folder cannot be written, or
+            the model holds something that cannot be pickled.
     """
     path = Path(path)
     format = format_by_ending(path)

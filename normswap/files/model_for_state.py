@@ -27,7 +27,7 @@ _MOST_ARGUMENT = 1_000_000
 def find_source(
     state: Any, model: ModelSource | None, arguments: Mapping[str, Any] | None, where: Path
 ) -> tuple[ModelSource, Mapping[str, Any]]:
-    """What makes the model of a state dict, with arguments: what was given, or the library's model that its recipe names.
+    """What makes the model of a state dict, with arguments: what was given, or what its recipe names in a library.
 
     Raises `FileError` where there is neither; `where` is the file.
     """
@@ -140,10 +140,10 @@ def parameters_of_model(model: nn.Module) -> tuple[Parameter, ...]:
 def parameters_of_state(
     state: Mapping[str, Any], binding: Binding, model: nn.Module, parameters: tuple[Parameter, ...]
 ) -> tuple[Parameter, ...]:
-    """What an optimizer of all of `state` sees, in its order: `parameters` of the model by their keys, and others beside.
+    """What an optimizer of all of `state` sees, in its order: the model's `parameters`, and others by their keys.
 
-    A training script's own module holds the model under a prefix, and may have parameters beside it, such as a loss with
-    weights.
+    A training script's own module holds the model under a prefix, and may have parameters beside it, such as a loss
+    with weights.
     """
     own = {binding.outer(p.name): p for p in parameters}
     bound = {*binding.names.values(), *(binding.outer(name) for name in model.state_dict())}

@@ -98,7 +98,7 @@ def count_elements_by_keys(state: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def parameters_by_keys(state: Mapping[str, Any]) -> tuple[Parameter, ...]:
-    """What of a state dict are parameters, as far as keys tell: all but statistics and whole numbers; tied ones once."""
+    """The parameters of a state dict, as far as keys tell: all but statistics and whole numbers; tied ones once."""
     seen: set[Any] = set()
     found = []
     for name, value in state.items():

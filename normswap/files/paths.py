@@ -12,8 +12,8 @@ from normswap.files import model_specs
 def default_output(path: str | os.PathLike[str], suffix: str, format: str | None = None) -> Path:
     """`model.gn-ws.pt` beside `model.pt`; for a folder, or an index in one, `folder.gn-ws` beside that.
 
-    For a model of a library, `resnet50.gn-ws.pt` in the folder where the command runs. The ending is that of `format`, or
-    the input's.
+    For a model of a library, `resnet50.gn-ws.pt` in the folder where the command runs. The ending is that of `format`,
+    or the input's.
     """
     endings = {"pt": ".pt", "safetensors": ".safetensors"}
     path = Path(f"{model_specs.short_name(str(path))}.pt" if model_specs.is_spec(str(path)) else path)
