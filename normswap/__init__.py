@@ -7,7 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normswap.conversion.convert import Conversion, convert, fold
+    from normswap.conversion.convert import convert, fold
+    from normswap.conversion.pipeline import Conversion
     from normswap.errors import FileError, ModelError, NormswapError, OptionError, UnsafeFileError
     from normswap.files.convert_file import convert_file
     from normswap.files.diff import diff
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from normswap.training.optimizers import param_groups, remap_optimizer
 
 _HOMES = {
-    "Conversion": "conversion.convert",
+    "Conversion": "conversion.pipeline",
     "convert": "conversion.convert",
     "fold": "conversion.convert",
     "diff": "files.diff",

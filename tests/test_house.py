@@ -54,15 +54,9 @@ def test_no_circle() -> None:
 
 
 def test_every_row_has_its_function_and_every_target_its_name() -> None:
-    rows = [
-        *target_table.NORMS.values(),
-        *target_table.WEIGHTS.values(),
-        *target_table.RECURRENT.values(),
-        target_table.PLAIN_NORM,
-        target_table.PLAIN_WEIGHT,
-    ]
-    for row in rows:
-        assert callable(target._FUNCTIONS[row.function])
+    assert set(target.NORM_FUNCTIONS) == {*target_table.NORM_FORMS, target_table.PLAIN_FORM.name}
+    assert set(target.WEIGHT_FUNCTIONS) == {*target_table.WEIGHT_FORMS, target_table.PLAIN_FORM.name}
+    assert set(target.RECURRENT_FUNCTIONS) == set(target_table.RECURRENT_FORMS)
     assert list(target_table.TARGET_FORMS) == list(normswap.TARGETS)
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from normswap.cli import options as opt
 from normswap.errors import NormswapError, OptionError
-from normswap.target_table import NORMS, RECURRENT, TARGET_FORMS, WEIGHTS
+from normswap.target_table import NORM_FORMS, RECURRENT_FORMS, TARGET_FORMS, WEIGHT_FORMS
 
 _PHASES = 9  # words of progress that a conversion gives: the length of the bar
 _PATIENCE = 1.0  # seconds before the bar shows
@@ -207,7 +207,11 @@ def targets() -> None:
     [bold]normswap targets[/]
     """
     console = Console()
-    tables = (("a normalization becomes", NORMS), ("a weight becomes", WEIGHTS), ("with --recurrent", RECURRENT))
+    tables = (
+        ("a normalization becomes", NORM_FORMS),
+        ("a weight becomes", WEIGHT_FORMS),
+        ("with --recurrent", RECURRENT_FORMS),
+    )
     for title, forms in tables:
         table = Table(box=None, pad_edge=False)
         for heading in ("name", title, "in eval mode", "paper", "choose it for"):

@@ -2,43 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from normswap.analysis.sites import Site
-from normswap.conversion.accounting import is_reported
-from normswap.errors import OptionError
-from normswap.report.report import Left
-from normswap.targets.context import Context, Swap, parse_groups
-from normswap.targets.target import Target, plan_norm, plan_weight
+from normswap.analysis.statistics import is_untrained
+from normswap.conversion.accounting import changes_of, is_reported, unasked_layers, why_nothing_to_convert
+from normswap.conversion.evidence import Evidence, Survey
+from normswap.conversion.request import Phase, Request
+from normswap.errors import ModelError, OptionError
+from normswap.report.report import Change, Left
+from normswap.targets.context import Context, Swap
+from normswap.targets.options import parse_groups
+from normswap.targets.target import PLAIN_TARGET, Target, plan_norm, plan_weight
 from normswap.targets.weights import strict_rescaling
 
 
-def decide(sites: Sequence[Site], chosen: set[Site], target: Target, context: Context) -> tuple[list[Swap], list[Left]]:
-    """A swap, built, or a reason for every site and for each norm that is called as a function; norms first, since what they
-    fold into changes the weights.
+@dataclass(frozen=True)
+class Plan:
+    """All that a conversion is about to do, and all that it leaves."""
+
+    swaps: Sequence[Swap]
+    changes: Sequence[Change]
+    """The swaps as the report has them."""
+    left: Sequence[Left]
+    """What stays, by path, with the reason."""
+    notices: Sequence[str]
+    """Warnings for the report."""
+
+    @property
+    def fitted(self) -> list[str]:
+        """The paths of new norms that are not exact: calibration may bring them nearer."""
+        sites = [swap.site for swap in self.swaps if not swap.exact]
+        return [site.path for site in sites if site.kind == "norm" or site.layer_kind == "rnn"]
+
+
+def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Plan:
+    """Build the replacements; raises `ModelError` or `OptionError` where there is nothing to convert, or too many groups."""
+    request.begin(Phase.PLAN)
+    options, sites = request.options, survey.sites
+    context = Context(
+        options=options,
+        flow=survey.flow,
+        sites={site.path: site for site in sites},
+        shared=survey.shared,
+        excluded=survey.excluded,
+        seen=evidence.seen,
+        measured=evidence.measured,
+        vectors=evidence.vectors,
+        recorded_groups=request.recorded.groups,
+        release=request.release,
+    )
+    swaps, left = plan_sites(sites, survey.chosen, request.target, context)
+    left += survey.hidden
+    if not swaps and not request.may_be_idle:
+        unasked = unasked_layers(sites, options.layers, options.recurrent)
+        raise ModelError(why_nothing_to_convert(request.target, left) + unasked)
+    _check_groups(request.target, swaps, options.groups)
+    notices = [*survey.notices, *_notices(survey, request, swaps)]
+    return Plan(swaps, changes_of(swaps), sorted(left, key=lambda entry: entry.path), notices)
+
+
+def plan_sites(
+    sites: Sequence[Site], chosen: Collection[Site], target: Target, context: Context
+) -> tuple[list[Swap], list[Left]]:
+    """A swap, built, or a reason, for each site and for each norm that is called as a function.
+
+    Norms come first: what they fold into changes the weights, which are then planned with the norms' scales in them.
     """
-    norms = [site for site in sites if site.kind == "norm"]
-    weights = [site for site in sites if site.kind == "weight"]
-    if target.weight is not None and target.weight.name == "ws" and context.ws == "strict":
-        for site in norms:
-            into = context.sites.get(context.flow.feeder(site.path)[0] or "")
-            if into in chosen and site in chosen and isinstance(plan_weight(into, target, context), Swap):
-                context.rescaled[site.path] = strict_rescaling(into)
+    if target.weight is not None and target.weight.name == "ws" and context.options.ws == "strict":
+        context = replace(context, rescaling=_rescaling(sites, chosen, target, context))
     plans: dict[Site, Swap | str] = dict.fromkeys(sites, "not selected")
-    for site in norms:
-        if site in chosen:
-            swap = plans[site] = plan_norm(site, target, context)
-            if isinstance(swap, Swap) and swap.absorb:
-                context.absorbed[swap.absorb.site.path] = swap.absorb.affine.scale
-    for site in weights:
-        if site in chosen:
-            plans[site] = plan_weight(site, target, context)
+    for site in sites:
+        if site.kind == "norm" and site in chosen:
+            plans[site] = plan_norm(site, target, context)
+    absorbed = [swap.absorption for swap in plans.values() if isinstance(swap, Swap) and swap.absorption]
+    context = replace(context, folded_scales={into.site.path: into.affine.scale for into in absorbed})
+    for site in sites:
+        if site.kind == "weight" and site in chosen:
+            swap = plans[site] = plan_weight(site, target, context)
+            if isinstance(swap, Swap) and swap.tied_lengths:
+                context = replace(context, tied_lengths={**context.tied_lengths, **swap.tied_lengths})
     swaps = [plan for plan in plans.values() if isinstance(plan, Swap)]
-    layers = (*context.layers, "rnn") if context.recurrent else context.layers
     left = [
-        Left(path, site.kind, site.name, plan)
-        for site, plan in plans.items()
-        if isinstance(plan, str) and site.path not in context.absorbed and is_reported(site, layers)
+        Left(path, site.kind, site.name, reason)
+        for site, reason in plans.items()
+        if isinstance(reason, str)
+        and site.path not in context.folded_scales
+        and is_reported(site, context.options.reported_layers)
         for path in site.paths
     ]
     unheld = "is a function call that no module holds"
@@ -46,8 +99,37 @@ def decide(sites: Sequence[Site], chosen: set[Site], target: Target, context: Co
     return swaps, left
 
 
-def check_groups(target: Target, swaps: Sequence[Swap], groups: str | int) -> None:
+def _rescaling(
+    sites: Sequence[Site], chosen: Collection[Site], target: Target, context: Context
+) -> Mapping[str, Tensor]:
+    """By the path of a norm: how strict standardization multiplies the filters of the convolution before it."""
+    found = {}
+    for site in sites:
+        into = context.sites.get(context.flow.feeder(site.path)[0] or "") if site.kind == "norm" else None
+        if into in chosen and site in chosen and into and isinstance(plan_weight(into, target, context), Swap):
+            found[site.path] = strict_rescaling(into)
+    return found
+
+
+def _check_groups(target: Target, swaps: Sequence[Swap], groups: str | int) -> None:
     _, number = parse_groups(groups)
     widths = [swap.site.channels for swap in swaps if swap.site.kind == "norm"]
-    if target.norm and target.norm.name in ("gn", "bcn") and widths and number > max(widths):
+    if target.norm and target.norm.takes_groups and widths and number > max(widths):
         raise OptionError(f"groups: {groups} is more than the {max(widths)} channels of the widest layer")
+
+
+def _notices(survey: Survey, request: Request, swaps: Sequence[Swap]) -> list[str]:
+    """What a user should know though nothing is wrong: half of the target found nothing, or there is nothing to keep."""
+    target, options, notices = request.target, request.options, []
+    kinds = {swap.site.kind for swap in swaps}
+    if target.norm and swaps and "norm" not in kinds:
+        notices.append(
+            f"no norm was changed: the model has none that {target.norm.name} can replace; see what was left"
+        )
+    batch_norms = [site.module for site in survey.sites if site in survey.chosen and site.is_batch_norm]
+    if batch_norms and all(is_untrained(norm) for norm in batch_norms):
+        notices.append("the running statistics were never trained: there is no function to keep")
+    if target.weight and target is not PLAIN_TARGET and swaps and "weight" not in kinds:
+        unasked = unasked_layers(survey.sites, options.layers, options.recurrent)
+        notices.append(f"no weight was changed{unasked}; see what was left")
+    return notices

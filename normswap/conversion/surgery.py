@@ -2,56 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normswap.analysis.copies import MODULE_STATE
 from normswap.analysis.known_norms import own_attributes
 from normswap.analysis.sites import Site
+from normswap.conversion.request import Phase, Request
 from normswap.layers.matching import scale_filters_, widen
 from normswap.layers.reparametrized import NORMALIZED, STANDARDIZED, filter_groups
-from normswap.targets.context import Absorb, Swap
+from normswap.targets.context import Absorption, Swap
 
 _CONTENTS = {"_parameters", "_buffers", "_modules"}
 
 
-def apply(swaps: Sequence[Swap], release: Callable[[Tensor], None] = lambda tensor: None) -> None:
-    """Put built swaps into the model; `release` is told of each large weight that has been rewritten.
-
-    Nothing here can fail for a reason that planning could have seen.
-    """
+def replace_layers(swaps: Sequence[Swap], request: Request) -> None:
+    """Put built swaps into the model. Nothing here can fail for a reason that planning could have seen."""
+    request.begin(Phase.REPLACE)
     with torch.no_grad():
-        for swap in swaps:
-            if swap.absorb is not None:
-                _take_in(swap.absorb)
-                if (weight := swap.absorb.site.module._parameters.get("weight")) is not None:
-                    release(weight)
+        for swap in swaps:  # all foldings first: a layer that takes a norm in may be replaced itself
+            if swap.absorption is not None:
+                _scale_layer(swap.absorption)
+                if (weight := swap.absorption.site.module._parameters.get("weight")) is not None:
+                    request.release(weight)
         for swap in swaps:
             values = [(tensor, value() if callable(value) else value) for tensor, value in swap.writes]
             if swap.module is not swap.site.module:
-                become(swap.site, swap.module)
+                _exchange(swap.site, swap.module)
             for tensor, value in values:
                 tensor.copy_(value)
 
 
-def _take_in(absorb: Absorb) -> None:
-    layer, affine = absorb.site.module, absorb.affine
-    if absorb.site.base in STANDARDIZED.values():
-        layer.weight_gain.mul_(affine.scale)  # type: ignore[union-attr, operator]
-        layer.weight_shift.mul_(affine.scale)  # type: ignore[union-attr, operator]
-    elif absorb.site.base in NORMALIZED.values():
-        layer.weight_g.mul_(affine.scale.view_as(layer.weight_g))  # type: ignore[union-attr, operator, arg-type]
+def _scale_layer(absorption: Absorption) -> None:
+    """Multiply a layer's filters by the scale of the norm that it takes in, and move its bias along."""
+    layer: Any = absorption.site.module
+    affine = absorption.affine
+    if absorption.site.base in STANDARDIZED.values():
+        layer.weight_gain.mul_(affine.scale)
+        layer.weight_shift.mul_(affine.scale)
+    elif absorption.site.base in NORMALIZED.values():
+        layer.weight_g.mul_(affine.scale.view_as(layer.weight_g))
     else:
-        scale_filters_(layer.weight, affine.scale, filter_groups(layer))  # type: ignore[arg-type]
+        scale_filters_(layer.weight, affine.scale, filter_groups(layer))
     if layer.bias is None:
-        layer.register_parameter("bias", absorb.bias)
-    layer.bias.copy_(widen(layer.bias) * affine.scale + affine.shift)  # type: ignore[union-attr, arg-type, operator]
+        layer.register_parameter("bias", absorption.bias)
+    layer.bias.copy_(widen(layer.bias) * affine.scale + affine.shift)
 
 
-def become(site: Site, new: nn.Module) -> None:
+def _exchange(site: Site, new: nn.Module) -> None:
     """Turn a site's module into `new` where it stands, so that every alias, reference and the root itself follow.
 
     Mode, hooks, and whatever was set from outside stay; the rest is `new`'s.
@@ -61,8 +62,7 @@ def become(site: Site, new: nn.Module) -> None:
     if new._forward_hooks is old._forward_hooks:  # `new` is `old` retyped; a norm may have given it a bias since
         new._parameters.update({k: p for k, p in old._parameters.items() if new._parameters.get(k, p) is None})
     else:  # carry over what is not the class's own
-        assert site.base is not None  # for the type checker: a site without a known class is never swapped
-        own = own_attributes(site.base)  # type: ignore[arg-type]
+        own = own_attributes(site.base)  # the class is known, else there were no swap
         kept = {k: v for k, v in vars(old).items() if k in MODULE_STATE - _CONTENTS or k not in own[""]}
         for kind in _CONTENTS:
             extra = {k: v for k, v in getattr(old, kind).items() if k not in own[kind] | {"weight", "bias"}}

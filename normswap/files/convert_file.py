@@ -16,7 +16,8 @@ from normswap.calibration.batches import input_batches, read_samples
 from normswap.checkpoints import checkpoint, contents, mapped_memory, reading, writing
 from normswap.checkpoints.checkpoint import Checkpoint
 from normswap.checkpoints.contents import Entry
-from normswap.conversion.convert import Options, Progress
+from normswap.conversion.request import Progress
+from normswap.targets.options import Options
 from normswap.errors import OptionError
 from normswap.files import model_specs
 from normswap.files.file_request import ConvertedEntry, FileRequest

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normswap.conversion.convert import Options, Progress
+from normswap.conversion.request import Progress
+from normswap.targets.options import Options
 from normswap.files.model_specs import ModelSource
 from normswap.report.report import Report
 from normswap.targets.target import Target

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from normswap.checkpoints import checkpoint, contents
-from normswap.conversion.convert import Progress
+from normswap.conversion.request import Progress
 from normswap.errors import OptionError
 from normswap.files import model_specs, norms_by_keys
 from normswap.files.inputs import check_input_options, errors_name, read_input

@@ -15,16 +15,18 @@ from normswap.checkpoints import checkpoint, mapped_memory, state_keys
 from normswap.checkpoints.checkpoint import RECIPE
 from normswap.checkpoints.contents import Entry
 from normswap.checkpoints.state_keys import Binding
-from normswap.conversion.convert import Options, run
+from normswap.conversion.pipeline import run
+from normswap.conversion.request import Request
 from normswap.errors import FileError, NormswapError, OptionError, first_line
 from normswap.files import model_specs, norms_by_keys, recipe
 from normswap.files.file_request import ConvertedEntry, FileRequest
 from normswap.files.model_for_state import find_source, models_on_tensors, parameters_of_model, parameters_of_state
 from normswap.files.model_specs import ModelSource
 from normswap.report.report import Left, Node, Report
+from normswap.target_table import NORM_FORMS
 from normswap.targets.target import PLAIN_TARGET
 
-BARE_NORMS = ("gn", "ln", "in", "est", "bcn", "frozen")
+BARE_NORMS = tuple(form.name for form in NORM_FORMS.values() if form.on_tensors_alone)
 _LARGE = 200_000_000  # parameters: a larger model is not run on noise without being asked to
 
 
@@ -93,16 +95,23 @@ def _convert_tensors(
 def _convert_module(model: nn.Module, job: FileRequest) -> tuple[nn.Module, Report]:
     """`run` in place, on noise if there are no inputs, and folded if asked."""
     if job.target is PLAIN_TARGET:
-        return run(model, PLAIN_TARGET, Options(), may_be_idle=True, inplace=True, release=mapped_memory.release)
+        return run(model, Request(PLAIN_TARGET, may_be_idle=True, inplace=True, release=mapped_memory.release))
     inputs, name = job.example_inputs, "example inputs"
     probe_only = inputs is None and job.input_shape is None and job.options.calibrate is None
     if inputs is None and job.options.calibrate is None:
         inputs, name = noise_for(model, job.input_shape)
     previous = vars(model).get(RECIPE)
-    model, report = run(
-        model, job.target, job.options, inputs, name, probe_only=probe_only, inplace=True, progress=job.progress,
+    request = Request(
+        job.target,
+        job.options,
+        example_inputs=inputs,
+        inputs_name=name,
+        drift_only=probe_only,
+        inplace=True,
+        progress=job.progress,
         release=mapped_memory.release,
-    )  # fmt: skip
+    )
+    model, report = run(model, request)
     if probe_only and is_large(model) and report.drift is None:
         report = replace(
             report, warnings=(*report.warnings, "drift was not measured on so large a model: give --input-shape")
@@ -110,7 +119,7 @@ def _convert_module(model: nn.Module, job: FileRequest) -> tuple[nn.Module, Repo
     made = report.recipe | ({"folded": True} if job.fold else {}) | ({"previous": previous} if previous else {})
     if job.fold:
         job.progress("folding")
-        model, baked = run(model, PLAIN_TARGET, Options(), may_be_idle=True, inplace=True)
+        model, baked = run(model, Request(PLAIN_TARGET, may_be_idle=True, inplace=True))
         report = _with_baked(report, baked)
     return model, replace(report, recipe=made)
 
@@ -156,7 +165,7 @@ def _convert_bare(entry: Entry, where: Path, job: FileRequest) -> ConvertedEntry
     if previous is not None:
         recipe.check(previous, where)
     norms = norms_by_keys.module_of_norms(entry.value, eps)
-    converted, report = run(norms, job.target, job.options, inplace=True, progress=job.progress)
+    converted, report = run(norms, Request(job.target, job.options, inplace=True, progress=job.progress))
     own_keys = Binding({key: key for key in norms_by_keys.norm_keys(entry.value)})
     value = state_keys.rebuild(entry.value, [own_keys], [converted.state_dict()])
     reason = f"{job.target.name} changes no weights of this kind"

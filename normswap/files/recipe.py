@@ -13,10 +13,13 @@ from normswap.analysis.running import Seen
 from normswap.analysis.sites import Site, find_sites
 from normswap.calibration.measuring import Measured
 from normswap.checkpoints import checkpoint
-from normswap.conversion.convert import Options, fold, run
+from normswap.conversion.convert import fold
+from normswap.conversion.pipeline import run
+from normswap.conversion.request import Recorded, Request
 from normswap.errors import FileError
 from normswap.layers.matching import Moments
 from normswap.layers.reparametrized import LAYERS
+from normswap.targets.options import Options
 from normswap.targets.target import TARGETS, parse_target
 
 FORMAT = 1
@@ -85,18 +88,11 @@ def replay(model: nn.Module, recipe: Any, where: object, *, steps: int = 0) -> n
     given = {path: layer["groups"] for path, layer in layers.items() if layer.get("groups") is not None}
     recurrent = "ln" if any(layer["to"].startswith("LayerNorm") for layer in layers.values()) else None
     chosen = Options(
-        transfer="match", ws_scope="all", layers=tuple(LAYERS), recurrent=recurrent, include=lambda path, module: path in layers
-    )  # fmt: skip
-    converted, report = run(
-        model,
-        parse_target(recipe["target"]),
-        chosen,
-        given=given,
-        measured=measured,
-        seen=seen,
-        inplace=True,
-        may_be_idle=True,
+        ws_scope="all", layers=tuple(LAYERS), recurrent=recurrent, include=lambda path, module: path in layers
     )
+    recorded = Recorded(given, measured, seen)
+    request = Request(parse_target(recipe["target"]), chosen, inplace=True, may_be_idle=True, recorded=recorded)
+    converted, report = run(model, request)
     became = {path: change for change in report.changes for path in change.paths}
     for path, layer in layers.items():
         change = became.get(path)

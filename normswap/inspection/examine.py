@@ -16,15 +16,16 @@ from normswap.analysis.selection import check_model, shared_tensors
 from normswap.analysis.sites import Site, find_sites
 from normswap.analysis.statistics import statistics_of
 from normswap.conversion.accounting import changes_of, count_elements
-from normswap.conversion.planning import decide
+from normswap.conversion.planning import plan_sites
 from normswap.errors import ModelError, NormswapError
 from normswap.inspection.advice import Facts, advise
 from normswap.inspection.findings import Evidence, find
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import TRANSPOSED
 from normswap.report.inspection import Inspection, Layer, Outcome
-from normswap.target_table import NORMS, WEIGHTS
+from normswap.target_table import NORM_FORMS, WEIGHT_FORMS
 from normswap.targets.context import Context
+from normswap.targets.options import Options
 from normswap.targets.target import TARGETS, Target
 
 
@@ -64,7 +65,7 @@ def examine(
     layers = tuple(_layer(site, seen) for site in sites)
     progress("trying the targets")
     shared = shared_tensors(model)
-    outcomes = tuple(_outcome(TARGETS[form], sites, flow, seen, shared) for form in (*NORMS, *WEIGHTS))
+    outcomes = tuple(_outcome(TARGETS[form], sites, flow, seen, shared) for form in (*NORM_FORMS, *WEIGHT_FORMS))
     facts = Facts(
         layers,
         {outcome.target: outcome for outcome in outcomes},
@@ -125,12 +126,9 @@ def _outcome(
     target: Target, sites: Sequence[Site], flow: Flow, seen: Mapping[str, Seen], shared: frozenset[int]
 ) -> Outcome:
     """What a target would do with every option at its default: all replacements are built, none is put in."""
-    context = Context(
-        groups="auto", transfer="match", ws="preserve", ws_scope="normed", layers=("conv",), recurrent=None, flow=flow,
-        sites={site.path: site for site in sites}, seen=seen, shared=shared,
-    )  # fmt: skip
+    context = Context(Options(), flow, {site.path: site for site in sites}, shared, seen=seen)
     try:
-        swaps, left = decide(sites, set(sites), target, context)
+        swaps, left = plan_sites(sites, set(sites), target, context)
     except NormswapError as error:
         return Outcome(target.name, 0, 0, None, 0, (), str(error))
     mine = "norm" if target.norm else "weight"

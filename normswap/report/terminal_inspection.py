@@ -15,7 +15,7 @@ from normswap.report.module_tree import Branch, fold_tree
 from normswap.report.path_patterns import span, summarize_paths
 from normswap.report.terminal import Terminal, plain_table
 from normswap.report.wording import plural, verdict
-from normswap.target_table import NORMS
+from normswap.target_table import NORM_FORMS
 
 _MOST_LINES = 24  # of the tree, before its deepest branches are summed up
 _MOST_REASONS = 3
@@ -58,11 +58,11 @@ class InspectionView:
     def _outcomes(self, terminal: Terminal) -> Table:
         table = plain_table("target", "changes", "exact", "left")
         outcomes = self.inspection.outcomes
-        norms = [set(outcome.reasons) for outcome in outcomes if outcome.target in NORMS]
+        norms = [set(outcome.reasons) for outcome in outcomes if outcome.target in NORM_FORMS]
         common = set.intersection(*norms) if norms else set()  # said once
         for outcome in outcomes:
             changes = [plural(n, w) for n, w in ((outcome.norms, "norm"), (outcome.weights, "weight")) if n]
-            own = [reason for reason in outcome.reasons if outcome.target not in NORMS or reason not in common]
+            own = [reason for reason in outcome.reasons if outcome.target not in NORM_FORMS or reason not in common]
             exact = Text(
                 "" if outcome.exact is None else verdict(outcome.exact), style="green" if outcome.exact else "yellow"
             )

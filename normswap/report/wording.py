@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from normswap.report.path_patterns import ROOT, fold_by_key, span, summarize_paths
 from normswap.report.report import Calibration, Change, Cost, Drift, Left, Report, Totals
-from normswap.target_table import slowdown
+from normswap.target_table import describe_slowdown
 
 MAY_BE_EXACT = ("norm", "weight", "copy")
 """The kinds of changes of which a report says whether they are exact."""
@@ -162,7 +162,7 @@ def summary(report: Report) -> list[str]:
         drift_sentence(report.drift),
         furthest,
         calibration_sentence(report.calibration) if report.calibration else "",
-        slowdown(report.target) if report.changes else "",
+        describe_slowdown(report.target) if report.changes else "",
         cost_sentence(report.cost) if report.cost else "",
     ]
     return [sentence for sentence in sentences if sentence]

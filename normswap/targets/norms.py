@@ -1,12 +1,13 @@
-"""What a normalization can become: the functions of the rows in `forms`.
+"""What a normalization can become: a function for each row of `NORM_FORMS` in `target_table`.
 
-A function gets a site and the context and returns a `Swap`, or the reason why the site is left. It builds; it changes
+A function takes a site and the context and returns a `Swap`, or the reason why the site is left. It builds; it changes
 nothing in the model.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,9 @@ from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.layers.matching import Statistics, as_affine, match_output
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
-from normswap.targets.context import (
-    LEAST_ELEMENTS,
-    Absorb,
-    Context,
-    Swap,
-    carry,
-    choose_groups,
-    dims_of,
-    elements_of,
-    like_of,
-    place,
-    read_statistics,
-)
+from normswap.targets.context import Absorption, Context, Swap
+from normswap.targets.groups import LEAST_ELEMENTS, choose_groups, elements_of, spatial_dims_of
+from normswap.targets.parameters import example_tensor, read_statistics, successor, swap_with_affine
 
 NO_STATISTICS = "has no running statistics: they need data (calibrate)"
 
@@ -36,7 +27,7 @@ NO_STATISTICS = "has no running statistics: they need data (calibrate)"
 def to_group_norm(site: Site, context: Context) -> Swap | str:
     """`torch.nn.GroupNorm` (Wu & He 2018) with the statistics matched over each group."""
     between = site.form == "group" and 1 < (site.groups or 0) < site.channels  # neither a layer nor an instance norm
-    if between and context.groups == "auto" and site.path not in context.given:
+    if between and context.options.groups == "auto" and site.path not in context.recorded_groups:
         return "has groups already; give groups= to change their number"
     chosen = choose_groups(site, context)
     return chosen if isinstance(chosen, str) else _group_norm(site, context, *chosen)
@@ -53,11 +44,11 @@ def to_layer_norm(site: Site, context: Context) -> Swap | str:
 
 def to_instance_norm(site: Site, context: Context) -> Swap | str:
     """Instance norm (Ulyanov et al. 2016): every channel a group; fewer groups where a channel has one element."""
-    told = context.given.get(site.path, site.channels)
-    if told != site.channels:
-        return _group_norm(site, context, told, "")
+    recorded = context.recorded_groups.get(site.path, site.channels)
+    if recorded != site.channels:
+        return _group_norm(site, context, recorded, "")
     if elements_of(site, context) == 1:
-        chosen = choose_groups(site, replace(context, groups="auto", given={}))
+        chosen = choose_groups(site, replace(context, options=replace(context.options, groups="auto"), recorded_groups={}))
         if isinstance(chosen, str):
             return chosen
         return _group_norm(site, context, chosen[0], f"{chosen[0]} groups, not {site.channels}: one element a channel")
@@ -66,35 +57,35 @@ def to_instance_norm(site: Site, context: Context) -> Swap | str:
     if site.spatial_dims not in INSTANCE_NORM_BY_DIMS:
         return _group_norm(site, context, site.channels, "")
     cls = INSTANCE_NORM_BY_DIMS[site.spatial_dims]
-    new = cls(site.channels, eps=eps_of(site.module), affine=True, device="meta")
-    new.affine = site.module.weight is not None or context.transfer == "match"  # type: ignore[assignment]
-    return carry(site, new, read_statistics(site, context), site.channels, context, "")
+    new: Any = cls(site.channels, eps=eps_of(site.module), affine=True, device="meta")
+    new.affine = site.module.weight is not None or context.options.transfer == "match"
+    return swap_with_affine(site, new, read_statistics(site, context), site.channels, context, "")
 
 
 def _group_norm(site: Site, context: Context, groups: int, note: str) -> Swap | str:
     same = site.form in ("group", "last") and site.groups == groups
     if same and site.base is nn.GroupNorm:
         return f"has {'one group' if groups == 1 else f'{groups} groups'} already"
-    new = nn.GroupNorm(groups, site.channels, eps=eps_of(site.module), affine=True, device="meta")
+    new: Any = nn.GroupNorm(groups, site.channels, eps=eps_of(site.module), affine=True, device="meta")
     stats = None if same else read_statistics(site, context)
-    new.affine = site.module.weight is not None or (context.transfer == "match" and not same)  # type: ignore[assignment]
-    swap = carry(site, new, stats, groups, context, note, same)
-    if not same or context.transfer == "reset":
+    new.affine = site.module.weight is not None or (context.options.transfer == "match" and not same)
+    swap = swap_with_affine(site, new, stats, groups, context, note, same)
+    if not same or context.options.transfer == "reset":
         return swap
     return replace(swap, how="gain and bias as they stand: the same function", exact=True, note=note)
 
 
 def to_batch_norm(site: Site, context: Context) -> Swap | str:
     """torch's batch norm (Ioffe & Szegedy 2015): exact from fixed statistics, else with those that data showed."""
-    if issubclass(site.base, nn.modules.batchnorm._BatchNorm):  # type: ignore[arg-type]
+    if site.base and issubclass(site.base, nn.modules.batchnorm._BatchNorm):
         return "is a batch norm already"
     if site.form != "data" and site.path not in context.measured:
         raise OptionError(
             f"{site.path or 'the model'} ({site.name}) has no statistics of a batch, which bn needs: give data with calibrate= "
             "(--calibrate) that reach it, or leave it with exclude="
         )
-    cls = BATCH_NORM_BY_DIMS.get(dims_of(site, context) or 0, nn.SyncBatchNorm)
-    new = cls(site.channels, eps=eps_of(site.module), momentum=_rate(site), device="meta")
+    cls = BATCH_NORM_BY_DIMS.get(spatial_dims_of(site, context) or 0, nn.SyncBatchNorm)
+    new = cls(site.channels, eps=eps_of(site.module), momentum=_momentum(site), device="meta")
     kept = _keep_statistics(site, context, new, "statistics follow the batches again")
     for name, parameter in new._parameters.items():
         if parameter is not None and not isinstance(getattr(site.module, name), nn.Parameter):
@@ -114,7 +105,7 @@ def to_estimated(site: Site, context: Context) -> Swap | str:
     """The same batch norm by moving estimates (Qiao et al. 2019): exact, and it learns at batch 1."""
     if site.base is EstimatedBatchNorm:
         return "goes by moving estimates already"
-    new = EstimatedBatchNorm(site.channels, eps_of(site.module), _rate(site), False, site.spatial_dims)
+    new = EstimatedBatchNorm(site.channels, eps_of(site.module), _momentum(site), False, site.spatial_dims)
     kept = _keep_statistics(site, context, new, "statistics become moving estimates")
     if isinstance(kept, Swap) and getattr(site.module, "momentum", None) == 0:
         return replace(kept, note=f"momentum was 0; estimates follow at {new.momentum}")
@@ -129,15 +120,14 @@ def to_batch_channel(site: Site, context: Context) -> Swap | str:
     if isinstance(chosen, str):
         return chosen
     groups, note = chosen
-    new = BatchChannelNorm(groups, site.channels, eps_of(site.module), _rate(site), False, site.spatial_dims)
+    new = BatchChannelNorm(groups, site.channels, eps_of(site.module), _momentum(site), False, site.spatial_dims)
     kept = _keep_statistics(site, context, new, "statistics become moving estimates")
-    if isinstance(kept, str):
-        return kept
     stats = read_statistics(site, context)
-    assert stats is not None  # for the type checker: a norm without statistics was left above
+    if isinstance(kept, str) or stats is None:
+        return kept
     how = f"{kept.how}; a gain and a bias a group"
-    like = like_of(site, context)
-    if context.transfer == "match":
+    like = example_tensor(site, context)
+    if context.options.transfer == "match":
         gain, bias = match_output(stats, groups)
         new.group_weight, new.group_bias = nn.Parameter(gain.to(like)), nn.Parameter(bias.to(like))
         how = f"{kept.how}; groups start as these are over the data"
@@ -146,28 +136,28 @@ def to_batch_channel(site: Site, context: Context) -> Swap | str:
     return replace(kept, after=f"{kept.after}({groups})", how=how, exact=False, note=note, groups=groups)
 
 
-def _rate(site: Site) -> float | None:
-    """How fast estimates follow: as the batch norm's own running statistics did."""
+def _momentum(site: Site) -> float | None:
+    """How fast estimates follow the data: as the batch norm's own running statistics did."""
     momentum = getattr(site.module, "momentum", 0.1)
     return momentum if momentum is None or momentum else 0.1
 
 
-def _keep_statistics(site: Site, context: Context, new: nn.Module, how: str) -> Swap | str:
+def _keep_statistics(site: Site, context: Context, new: Any, how: str) -> Swap | str:
     """`new`, a norm by running statistics: on the tensors of the one at `site`, or on those that data showed."""
     stats = read_statistics(site, context)
     if stats is None:
         return NO_STATISTICS
-    old, exact = site.module, site.form == "data" and context.transfer != "reset"
+    old, exact = site.module, site.form == "data" and context.options.transfer != "reset"
     writes: list[tuple[Tensor, Tensor]] = []
     for name in ("weight", "bias"):
         held = getattr(old, name)
-        same = held is None or (isinstance(held, nn.Parameter) and context.transfer != "reset")
+        same = held is None or (isinstance(held, nn.Parameter) and context.options.transfer != "reset")
         if site.form != "data" or not same:
-            held, write = place(site, name, getattr(stats, name), context)
+            held, write = successor(site, name, getattr(stats, name), context)
             writes += write
         new.register_parameter(name, held)
-    new.affine = new.weight is not None  # type: ignore[assignment]
-    like = like_of(site, context)
+    new.affine = new.weight is not None
+    like = example_tensor(site, context)
     for name, value in (("running_mean", stats.mean), ("running_var", stats.var)):
         buffer = getattr(old, name, None)
         new._buffers[name] = value.to(like) if buffer is None else buffer
@@ -179,16 +169,17 @@ def _keep_statistics(site: Site, context: Context, new: nn.Module, how: str) -> 
     )
     if site.form != "data":
         how = f"{how}; those that the data showed" if site.path in context.measured else how
-    elif site.path in context.rescaled and context.transfer == "match":
+    elif site.path in context.rescaling and context.options.transfer == "match":
         exact, how = False, f"{how}, rescaled for standardized weights"
         writes += _statistics_writes(site, stats)
-    if context.transfer == "reset":
+    if context.options.transfer == "reset":
         how = f"{how}; gain 1, bias 0"
     return Swap(site, new, type(new).__name__, how, exact, writes=tuple(writes))
 
 
 def _statistics_writes(site: Site, stats: Statistics) -> list[tuple[Tensor, Tensor]]:
-    return [(site.module.running_mean, stats.mean), (site.module.running_var, stats.var)]  # type: ignore[list-item]
+    norm: Any = site.module
+    return [(norm.running_mean, stats.mean), (norm.running_var, stats.var)]
 
 
 def to_folded(site: Site, context: Context) -> Swap | str:
@@ -202,16 +193,15 @@ def to_folded(site: Site, context: Context) -> Swap | str:
     into = context.sites[feeder]
     if problem := _cannot_absorb(into, site, context):
         return f"the layer before it {problem}"
-    layer = into.module
+    layer: Any = into.module
     bias = None
     if layer.bias is None:
-        like = layer.weight
-        assert isinstance(like, Tensor)  # for the type checker: a layer without a plain weight was refused above
+        like: Tensor = layer.weight
         trained = isinstance(site.module.bias, nn.Parameter) and site.module.bias.requires_grad
         bias = nn.Parameter(torch.zeros(site.channels, dtype=like.dtype, device=like.device), requires_grad=trained)
-    exact = site.form == "data" and context.transfer != "reset" and site.path not in context.rescaled
+    exact = site.form == "data" and context.options.transfer != "reset" and site.path not in context.rescaling
     how = "folded into the layer before it"
-    return Swap(site, nn.Identity(), "Identity", how, exact, absorb=Absorb(into, as_affine(stats), bias))
+    return Swap(site, nn.Identity(), "Identity", how, exact, absorption=Absorption(into, as_affine(stats), bias))
 
 
 def _cannot_absorb(into: Site, norm: Site, context: Context) -> str:
@@ -236,7 +226,7 @@ def _cannot_absorb(into: Site, norm: Site, context: Context) -> str:
 def rescale_statistics(site: Site, context: Context) -> Swap | str:
     """A batch norm that stays, behind a convolution whose filters strict standardization rescales."""
     stats = read_statistics(site, context)
-    if stats is None or context.transfer != "match":
+    if stats is None or context.options.transfer != "match":
         return "is not what the target changes"
     how = "statistics rescaled for standardized weights"
     return Swap(site, site.module, site.name, how, False, writes=tuple(_statistics_writes(site, stats)))

@@ -24,7 +24,7 @@ from normswap.targets.norms import to_folded
 
 
 def to_plain_norm(site: Site, context: Context) -> Swap | str:
-    """A norm of normswap's own as torch layers: folded, or else a batch norm in eval mode; and a group norm behind it."""
+    """A norm of normswap's own as torch layers: folded, or a batch norm in eval mode; and a group norm behind it."""
     if site.base not in (FrozenBatchNorm, EstimatedBatchNorm, BatchChannelNorm):
         return _without_activation(site) if type(site.module) in ACTIVATED.values() else "is a plain layer"
     old, folded = site.module, to_folded(site, context)
@@ -32,7 +32,7 @@ def to_plain_norm(site: Site, context: Context) -> Swap | str:
     if isinstance(folded, Swap):
         return folded if channels is None else replace(folded, module=channels, after=f"GroupNorm({old.num_groups})")
     cls = BATCH_NORM_BY_DIMS.get(site.spatial_dims or 0, nn.SyncBatchNorm)
-    new = cls(site.channels, eps=eps_of(old), momentum=0.0, device="meta").eval()
+    new: Any = cls(site.channels, eps=eps_of(old), momentum=0.0, device="meta").eval()
     new._parameters.update({name: old._parameters[name] for name in ("weight", "bias")})
     new._buffers.update(old._buffers)
     new.affine = old.weight is not None
@@ -44,8 +44,8 @@ def to_plain_norm(site: Site, context: Context) -> Swap | str:
 
 def _without_activation(site: Site) -> Swap:
     """A norm of torch's that had taken in an activation, alone."""
-    assert site.base is not None  # for the type checker: the classes with an activation are known
-    new = site.base.__new__(site.base)
+    cls: Any = site.base
+    new = cls.__new__(cls)
     new.__dict__ = {
         **vars(site.module),
         "_modules": {},
@@ -71,17 +71,16 @@ def to_plain_weight(site: Site, context: Context) -> Swap | str:
         return "has layer normalization inside, which no layer of torch has"
     if site.base not in PLAIN:
         return "is a plain layer"
-    old = site.module
+    old: Any = site.module
     normalized, names = site.base in NORMALIZED.values(), weight_names(old)
-    held = {name: old._parameters[f"{name}_v" if normalized else name] for name in names}
+    held: dict[str, nn.Parameter] = {name: old._parameters[f"{name}_v" if normalized else name] for name in names}
     writes: list[tuple[Tensor, Any]] = []
     note = ""
     for name, weight in held.items():
-        assert weight is not None  # for the type checker: a layer of ours has all its weights
         if id(weight) in context.shared:
             note = "weight no longer shared with another layer"
             held[name] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-        writes.append((held[name], partial(old.computed, name)))  # type: ignore[arg-type, operator, misc]
+        writes.append((held[name], partial(old.computed, name)))
     parameters: dict[str, nn.Parameter | None] = {}
     for name, parameter in old._parameters.items():
         plain = name.removesuffix("_v") if normalized else name

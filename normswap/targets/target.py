@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -13,9 +13,32 @@ from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.layers.matching import widen
 from normswap.layers.norms import ACTIVATED
-from normswap.target_table import PLAIN_NORM, PLAIN_WEIGHT, RECURRENT, TARGET_FORMS, Form
+from normswap.target_table import PLAIN_FORM, TARGET_FORMS, Form
 from normswap.targets import norms, plain, weights
 from normswap.targets.context import Context, Swap
+
+PlanFunction = Callable[[Site, Context], Swap | str]
+
+NORM_FUNCTIONS: Mapping[str, PlanFunction] = {
+    "gn": norms.to_group_norm,
+    "ln": norms.to_layer_norm,
+    "in": norms.to_instance_norm,
+    "est": norms.to_estimated,
+    "bcn": norms.to_batch_channel,
+    "bn": norms.to_batch_norm,
+    "frozen": norms.to_frozen,
+    "fold": norms.to_folded,
+    "plain": plain.to_plain_norm,
+}
+"""What builds the swap of a norm, by the name of the form that it becomes."""
+WEIGHT_FUNCTIONS: Mapping[str, PlanFunction] = {
+    "ws": weights.to_standardized,
+    "wn": weights.to_normalized,
+    "plain": plain.to_plain_weight,
+}
+"""Likewise of a weight layer."""
+RECURRENT_FUNCTIONS: Mapping[str, PlanFunction] = {"ln": weights.to_layer_normalized}
+"""Likewise of a recurrent layer, with the option `recurrent`."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +53,8 @@ class Target:
 TARGETS: dict[str, Target] = {name: Target(name, *forms) for name, forms in TARGET_FORMS.items()}
 """Every target by name: each norm form, each weight form, and each pair of them."""
 
-PLAIN_TARGET = Target("plain torch", PLAIN_NORM, PLAIN_WEIGHT)
+PLAIN_TARGET = Target("plain torch", PLAIN_FORM, PLAIN_FORM)
 """What `normswap.fold` converts to; it is no target that a user names."""
-
-_FUNCTIONS: dict[str, Callable[[Site, Context], Swap | str]] = {
-    **vars(norms),
-    **vars(weights),
-    **vars(plain),
-}
 
 
 def parse_target(name: str) -> Target:
@@ -64,14 +81,14 @@ def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:
     if problem := _unsound(site) or ("" if target is PLAIN_TARGET else _misplaced(site, context)):
         return problem
     if target.norm is not None:
-        plan = _FUNCTIONS[target.norm.function](site, context)
-        return _activated(site, plan, target) if isinstance(plan, Swap) and site.is_activated else plan
-    return (
-        norms.rescale_statistics(site, context) if site.path in context.rescaled else f"{target.name} changes no norms"
-    )
+        swap = NORM_FUNCTIONS[target.norm.name](site, context)
+        return _with_activation(site, swap, target) if isinstance(swap, Swap) and site.is_activated else swap
+    if site.path in context.rescaling:
+        return norms.rescale_statistics(site, context)
+    return f"{target.name} changes no norms"
 
 
-def _activated(site: Site, swap: Swap, target: Target) -> Swap:
+def _with_activation(site: Site, swap: Swap, target: Target) -> Swap:
     """`swap` for a norm that has an activation behind it, which stays: its modules are carried over to the new one."""
     new, name = swap.module, type(swap.module).__name__
     if target is PLAIN_TARGET:  # to plain torch: the parts one after the other
@@ -117,14 +134,15 @@ def _misplaced(site: Site, context: Context) -> str:
 
 def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:
     """The swap of a weight layer, or why it is left."""
-    if context.recurrent and site.layer_kind == "rnn" and site.base is not None and target is not PLAIN_TARGET:
-        plan = site.obstacle or _FUNCTIONS[RECURRENT[context.recurrent].function](site, context)
-        if isinstance(plan, Swap) or target.weight is None or "rnn" not in context.layers:
-            return plan
+    options = context.options
+    if options.recurrent and site.layer_kind == "rnn" and site.base is not None and target is not PLAIN_TARGET:
+        swap = site.obstacle or RECURRENT_FUNCTIONS[options.recurrent](site, context)
+        if isinstance(swap, Swap) or target.weight is None or "rnn" not in options.layers:
+            return swap
     if target.weight is None or site.base is None:
         return site.obstacle if site.base is None else f"{target.name} changes no weights of this kind"
-    if site.layer_kind not in context.layers and target is not PLAIN_TARGET:
-        return f"is not among the layers to change: {', '.join(context.layers)}"
+    if site.layer_kind not in options.layers and target is not PLAIN_TARGET:
+        return f"is not among the layers to change: {', '.join(options.layers)}"
     if site.obstacle:
         return site.obstacle
-    return _FUNCTIONS[target.weight.function](site, context)
+    return WEIGHT_FUNCTIONS[target.weight.name](site, context)

@@ -1,4 +1,7 @@
-"""What the weights of a convolution, a linear or a recurrent layer can become: the functions of the rows in `forms`."""
+"""What the weights of a layer can become: a function for each row of `WEIGHT_FORMS` and `RECURRENT_FORMS`.
+
+As in `norms`, a function builds a `Swap`, or says why the site is left, and changes nothing in the model.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +33,11 @@ from normswap.targets.context import Context, Swap, join_notes
 
 def to_standardized(site: Site, context: Context) -> Swap | str:
     """A layer on standardized weights (Qiao et al. 2019); exact where gain and shift keep the filters' own."""
-    if site.base in STANDARDIZED.values():
-        return "is standardized already"
-    if problem := _cannot_compute(site, STANDARDIZED):
+    cls = STANDARDIZED.get(site.base) if site.base else None
+    problem = _why_not_standardized(site, context)
+    if cls is None or problem:
         return problem
-    if site.path in context.flow.touched:
-        return "has a weight that a forward reads directly, past the standardization"
-    seen = context.flow.seen(site.path)
-    if context.ws_scope == "normed" and site.layer_kind != "rnn" and site.path not in context.flow.normed:
-        return "has no normalization after it" if seen else "was not traced, and no norm stands beside it"
-    strict = context.ws == "strict"
-    if strict and context.measured and context.ws_scope == "normed" and site.path in context.flow.first:
-        # Measured (tests/bench/calibration.py): standardized strictly, it costs more than data bring back.
-        return "reads the input, where strict standardization costs most; ws_scope=all takes it too"
+    strict = context.options.ws == "strict"
     buffers: dict[str, Tensor] = {}
     constant = total = 0
     for name in weight_names(site.module):
@@ -54,7 +49,7 @@ def to_standardized(site: Site, context: Context) -> Swap | str:
         if not strict:
             shift, variance = filter_moments(filters)
             context.release(weight)
-            if (scale := context.absorbed.get(site.path)) is not None:
+            if (scale := context.folded_scales.get(site.path)) is not None:
                 shift, variance = shift * scale, variance * scale.square()
             gain = (variance + STANDARDIZE_EPS).sqrt()
             if not variance.is_meta:
@@ -62,70 +57,89 @@ def to_standardized(site: Site, context: Context) -> Swap | str:
         buffers |= {f"{name}_gain": gain.to(weight.dtype), f"{name}_shift": shift.to(weight.dtype)}
     if constant and constant == total:
         return "has constant filters alone (all zeros?): standardized, they would stay so"
-    new = retyped(site.module, STANDARDIZED[site.base], buffers)  # type: ignore[index]
+    new = retyped(site.module, cls, buffers)
     how = "gain 1, shift 0" if strict else "gain and shift keep each filter's own std and mean"
-    note = "" if seen or site.layer_kind == "rnn" else "not traced: a norm of its width stands beside it"
+    traced = context.flow.seen(site.path) or site.layer_kind == "rnn"
+    note = "" if traced else "not traced: a norm of its width stands beside it"
     if constant:
         note = join_notes(note, f"{constant} of {total} filters are constant, and stay so")
     return Swap(site, new, type(new).__name__, how, not strict, note)
 
 
-def to_normalized(site: Site, context: Context) -> Swap | str:
-    """A layer on normalized weights (Salimans & Kingma 2016): each filter's length a parameter of its own; exact."""
-    if site.base in NORMALIZED.values():
-        return "is weight-normalized already"
-    if problem := _cannot_compute(site, NORMALIZED):
+def _why_not_standardized(site: Site, context: Context) -> str:
+    """Why a layer that could be standardized is left; "" for no reason."""
+    if problem := _why_not_covered(site, STANDARDIZED, "is standardized already"):
         return problem
-    old, parameters = site.module, {}
+    if site.path in context.flow.touched:
+        return "has a weight that a forward reads directly, past the standardization"
+    options, path = context.options, site.path
+    if options.ws_scope == "normed" and site.layer_kind != "rnn" and path not in context.flow.normed:
+        traced = context.flow.seen(path)
+        return "has no normalization after it" if traced else "was not traced, and no norm stands beside it"
+    if options.ws == "strict" and context.measured and options.ws_scope == "normed" and path in context.flow.first:
+        # Measured (tests/bench/calibration.py): standardized strictly, it costs more than data bring back.
+        return "reads the input, where strict standardization costs most; ws_scope=all takes it too"
+    return ""
+
+
+def to_normalized(site: Site, context: Context) -> Swap | str:
+    """A layer on normalized weights (Salimans & Kingma 2016): each filter's length is a parameter; exact."""
+    cls = NORMALIZED.get(site.base) if site.base else None
+    problem = _why_not_covered(site, NORMALIZED, "is weight-normalized already")
+    if cls is None or problem:
+        return problem
+    old, parameters, groups = site.module, dict[str, nn.Parameter | None](), filter_groups(site.module)
     writes: list[tuple[Tensor, Any]] = []
-    tied = False
+    tied: dict[int, nn.Parameter] = {}
     for name, parameter in old._parameters.items():
-        if name not in weight_names(old):
+        if parameter is None or name not in weight_names(old):
             parameters[name] = parameter
             continue
-        assert parameter is not None  # for the type checker: a computed weight is an obstacle
-        groups = filter_groups(old)
         length = torch.linalg.vector_norm(widen(as_filters(parameter, groups)), dim=1)
         context.release(parameter)
-        if (scale := context.absorbed.get(site.path)) is not None:
+        if (scale := context.folded_scales.get(site.path)) is not None:
             length = length * scale.abs()
         g = nn.Parameter(length.to(parameter.dtype).view(gain_shape(parameter, groups)), parameter.requires_grad)
         if id(parameter) in context.shared:  # layers that are tied share their lengths too
-            g, tied = context.lengths.setdefault(id(parameter), g), True
+            g = tied[id(parameter)] = {**context.tied_lengths, **tied}.get(id(parameter), g)
         elif not length.is_meta and not length.all():
             writes.append((parameter, partial(_with_directions, parameter, length == 0, groups)))
         parameters |= {f"{name}_g": g, f"{name}_v": parameter}
-    new = retyped(old, NORMALIZED[site.base], parameters=parameters)  # type: ignore[index]
+    new = retyped(old, cls, parameters=parameters)
     note = "its weight is shared: what is not normalized with it goes by the direction alone" if tied else ""
-    return Swap(site, new, type(new).__name__, "g is each filter's own length", True, note, writes=tuple(writes))
+    how = "g is each filter's own length"
+    return Swap(site, new, type(new).__name__, how, True, note, writes=tuple(writes), tied_lengths=tied)
 
 
 def _with_directions(weight: Tensor, empty: Tensor, groups: int | None) -> Tensor:
-    """`weight` with a direction for each of the filters that are zero, whose length stays zero: without, none could train."""
+    """`weight` with a direction for each filter of zeros, whose length stays zero: without one it could never train."""
     filters = as_filters(weight.detach(), groups).clone()
     noise = torch.randn(filters.shape, generator=torch.Generator().manual_seed(0)).to(filters)
     return as_weight(torch.where(empty.view(-1, 1), noise, filters), weight, groups)
 
 
 def to_layer_normalized(site: Site, context: Context) -> Swap | str:
-    """An LSTM or GRU with layer normalization inside (Ba et al. 2016), which starts as close as is known to the trained one."""
+    """An LSTM or GRU with layer normalization inside (Ba et al. 2016), which starts close to the trained one."""
     if site.base in LAYER_NORMALIZED.values():
         return "has layer normalization inside already"
     if site.base not in LAYER_NORMALIZED:
         return f"{site.name} has no form with layer normalization inside: LSTM, GRU and their cells have"
-    moments = context.vectors.get(site.path)
-    new, writes = layer_normalized(site.module, moments, context.transfer, context.shared)
+    moments, transfer = context.vectors.get(site.path), context.options.transfer
+    new, writes = layer_normalized(site.module, moments, transfer, context.shared)
     how = "norms start with gain 1"
-    if context.transfer == "match":
+    if transfer == "match":
         how = f"norms start with the std and mean that vectors have on {'the data' if moments else 'noise'}"
-    note = "" if moments or context.transfer != "match" else "more is kept with data (calibrate)"
+    note = "" if moments or transfer != "match" else "more is kept with data (calibrate)"
     return Swap(site, new, type(new).__name__, how, False, note, writes=tuple(writes))
 
 
-def _cannot_compute(site: Site, form: Mapping[type[nn.Module], type[nn.Module]]) -> str:
+def _why_not_covered(site: Site, classes: Mapping[type[nn.Module], type[nn.Module]], already: str) -> str:
+    """Why no class of `classes` can take the place of a layer; "" for no reason."""
+    if site.base in classes.values():
+        return already
     if site.base in PLAIN:
         return f"is {site.name} already: fold it first (normswap.fold)"
-    if site.base not in form:
+    if site.base not in classes:
         return f"{site.name} is not covered"
     if not all(getattr(site.module, name).is_floating_point() for name in weight_names(site.module)):
         return "has a weight that is not real"
@@ -134,6 +148,5 @@ def _cannot_compute(site: Site, form: Mapping[type[nn.Module], type[nn.Module]])
 
 def strict_rescaling(site: Site) -> Tensor:
     """By how much strict standardization multiplies each filter of a convolution, of shape (out_channels,)."""
-    weight = site.module.weight
-    assert isinstance(weight, Tensor)  # for the type checker: the site was planned
-    return 1 / (filter_moments(as_filters(weight, filter_groups(site.module)))[1] + STANDARDIZE_EPS).sqrt()
+    layer: Any = site.module
+    return 1 / (filter_moments(as_filters(layer.weight, filter_groups(layer)))[1] + STANDARDIZE_EPS).sqrt()

@@ -17,7 +17,9 @@ from normswap.analysis.dataflow import find_flow
 from normswap.analysis.running import Seen
 from normswap.analysis.sites import find_sites
 from normswap.layers.reparametrized import StandardizedConv2d
-from normswap.targets.context import Context, choose_groups
+from normswap.targets.context import Context
+from normswap.targets.groups import choose_groups
+from normswap.targets.options import Options
 
 # ---- exactness ----
 
@@ -149,9 +151,7 @@ def test_groups(channels: int, groups: str | int, elements: int | None) -> None:
     model = nn.BatchNorm2d(channels)
     (site,) = find_sites(model)
     known = {} if elements is None else {"": Seen(4, elements)}
-    context = Context(
-        groups, "match", "preserve", "normed", ("conv",), None, find_flow(model, [site]), {"": site}, known
-    )
+    context = Context(Options(groups), find_flow(model, [site]), {"": site}, seen=known)
     chosen = choose_groups(site, context)
     if isinstance(chosen, str):
         assert channels * (elements or 2) == 1

@@ -1,0 +1,69 @@
+"""The proof that a conversion did what its report says: nothing was missed, and the output moved no more than it may."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from normswap.analysis.drift import layer_drifts, output_drift
+from normswap.analysis.running import run_model
+from normswap.analysis.sites import find_sites
+from normswap.conversion.accounting import is_reported
+from normswap.conversion.evidence import Evidence
+from normswap.conversion.planning import Plan
+from normswap.conversion.request import Phase, Request
+from normswap.errors import ModelError, NormswapError
+from normswap.report.report import Drift
+from normswap.targets.options import Options
+
+_EXACT = 1e5  # times the rounding of the coarsest parameter: more than any chain of layers adds up to
+
+
+def prove_nothing_missed(model: nn.Module, plan: Plan, options: Options) -> None:
+    """A second walk: each norm and convolution that the model has now is one that the report names."""
+    named = {path for change in plan.changes for path in change.paths} | {entry.path for entry in plan.left}
+    missed = [
+        path
+        for site in find_sites(model)
+        if is_reported(site, options.reported_layers)
+        for path in site.paths
+        if path not in named and path.rpartition(".")[0] not in named  # a norm may become two
+    ]
+    if missed:
+        raise NormswapError(f"{missed[0]}: neither changed nor left; this is a bug in normswap, please report it")
+
+
+def measure_drift(model: nn.Module, plan: Plan, evidence: Evidence, request: Request) -> Drift | None:
+    """How far the output and the changed layers moved on the inputs of before; None where there are none.
+
+    Raises `ModelError` where the model does not run any more, or moved though it should not have.
+    """
+    if evidence.inputs is None:
+        return None
+    request.begin(Phase.RUN_AFTER)
+    name = evidence.inputs_name
+    if evidence.problem:
+        return Drift(name, note=evidence.problem)
+    changed = {swap.site.path for swap in plan.swaps}
+    before = {path: sketch for path, sketch in evidence.sketches.items() if path in changed}
+    try:
+        after = run_model(model, evidence.inputs, taps=before)
+        drift = output_drift(evidence.output, after.output, name)
+    except ModelError as error:
+        raise ModelError(f"after conversion {error}; leave what it needs with exclude=") from error
+    if all(swap.exact for swap in plan.swaps):
+        _check_exact(model, drift)
+    return replace(drift, layers=tuple(layer_drifts(before, after.sketches)))
+
+
+def _check_exact(model: nn.Module, drift: Drift) -> None:
+    """Raise `ModelError` where the output of an exact conversion moved by more than rounding."""
+    rounding = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+    if drift.relative_l2 is not None and drift.relative_l2 > _EXACT * rounding:
+        raise ModelError(
+            f"this conversion should be exact, but on {drift.probe} the output moved by {drift.relative_l2:.2g} "
+            "(relative L2): the forward does something that could not be seen; leave the layers concerned with exclude=, "
+            "and please report it"
+        )

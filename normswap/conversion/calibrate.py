@@ -1,0 +1,53 @@
+"""The fit of the new norms to the original's outputs on calibration data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from normswap.analysis.copies import clone
+from normswap.calibration import processes
+from normswap.calibration.distillation import FitSettings, distill
+from normswap.conversion.evidence import Evidence
+from normswap.conversion.planning import Plan
+from normswap.conversion.request import Phase, Request
+from normswap.report.report import Calibration
+
+
+def keep_original(model: nn.Module, plan: Plan, request: Request) -> tuple[nn.Module | None, Plan]:
+    """The model as it is before the conversion, where the new norms are fitted to it; None where they are not.
+
+    The plan comes back with a notice where a model that is converted in place cannot be copied.
+    """
+    options = request.options
+    if options.calibrate is None or options.transfer != "match" or options.calibrate_seconds <= 0 or not plan.fitted:
+        return None, plan
+    if not request.inplace:
+        return model, plan
+    try:
+        return clone(model), plan
+    except Exception as error:  # an attribute of the model that cannot be copied
+        notice = f"not calibrated: that needs a copy of the model, which fails ({type(error).__name__}: {error})"
+        return None, replace(plan, notices=[*plan.notices, notice])
+
+
+def calibrate(
+    original: nn.Module | None, work: nn.Module, plan: Plan, evidence: Evidence, request: Request
+) -> Calibration | None:
+    """Fit the new norms of `work` to `original` on the calibration data; None where there is nothing to fit."""
+    if original is None:
+        return None
+    request.begin(Phase.CALIBRATE)
+
+    def fit() -> Calibration:
+        return distill(
+            original,
+            work,
+            evidence.batches,
+            plan.fitted,
+            FitSettings(request.options.calibrate_seconds),
+            progress=lambda share: request.progress(f"{Phase.CALIBRATE.value}: {share:.0%}"),
+        )
+
+    return processes.fit_in_first(fit, work, plan.fitted) if request.on_all_processes else fit()

@@ -1,0 +1,139 @@
+"""The first two phases: what is in a model, and what runs of it show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from normswap.analysis.dataflow import Flow, find_flow
+from normswap.analysis.noise import PATIENCE
+from normswap.analysis.running import Observed, Seen, Sketches, batch_size, inputs_like, run_model
+from normswap.analysis.selection import hidden_layers, select, shared_tensors
+from normswap.analysis.sites import Site, find_sites
+from normswap.calibration.measuring import Measured, measure_norms, measure_recurrent
+from normswap.calibration.model_inputs import first_inputs
+from normswap.conversion.accounting import class_names, count_elements
+from normswap.conversion.request import Phase, Request
+from normswap.errors import ModelError
+from normswap.layers.recurrent import LAYER_NORMALIZED
+from normswap.layers.recurrent_matching import VectorMoments
+from normswap.report.report import Left
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is in a model, before anything is changed."""
+
+    model: nn.Module
+    """The model that will be changed: a copy, unless the conversion is in place."""
+    sites: Sequence[Site]
+    """Every norm and weight layer."""
+    chosen: frozenset[Site]
+    """Those that the user's patterns choose."""
+    excluded: frozenset[Site]
+    """Those that the user's patterns exclude."""
+    flow: Flow
+    """What feeds what."""
+    shared: frozenset[int]
+    """The ids of tensors that stand in several places."""
+    hidden: Sequence[Left]
+    """Layers in plain lists and attributes, where torch does not see them."""
+    notices: Sequence[str]
+    """Warnings about these."""
+    class_names: Mapping[str, str]
+    """The class of each module by its path."""
+    elements: tuple[int, int]
+    """How many elements parameters and buffers have."""
+
+
+def survey_model(model: nn.Module, request: Request) -> Survey:
+    """Find the norms and weight layers of `model`, what feeds them, and which of them the user means."""
+    request.begin(Phase.FIND)
+    sites = find_sites(model)
+    chosen, excluded = select(sites, request.options.include, request.options.exclude)
+    request.begin(Phase.TRACE)
+    flow = find_flow(model, sites)
+    hidden, notices = hidden_layers(model)
+    return Survey(
+        model=model,
+        sites=sites,
+        chosen=frozenset(chosen),
+        excluded=frozenset(excluded),
+        flow=flow,
+        shared=shared_tensors(model),
+        hidden=hidden,
+        notices=notices,
+        class_names=class_names(model),
+        elements=count_elements(model),
+    )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What runs of the model before the conversion show."""
+
+    batches: Sequence[Any]
+    """The calibration data, as the model takes them."""
+    inputs: Any
+    """What the model is run on before and after, or None."""
+    inputs_name: str
+    """How the report calls it."""
+    output: Any
+    """The model's output on it."""
+    problem: str
+    """Why there is no output, where the inputs were only a guess."""
+    sketches: Sketches
+    """Some elements of the outputs of layers that may change, by path."""
+    seen: Mapping[str, Seen]
+    """The sizes that norms saw, by path."""
+    measured: Mapping[str, Measured]
+    """What the calibration data showed of norms, by path."""
+    vectors: Mapping[str, Mapping[str, VectorMoments]]
+    """What the calibration data showed of recurrent layers, by path."""
+
+
+def gather_evidence(survey: Survey, request: Request) -> Evidence:
+    """Run the model on the example inputs and on the calibration data; raises `ModelError` where it does not run."""
+    options, model = request.options, survey.model
+    batches = [inputs_like(model, first_inputs(model, batch)) for batch in options.calibrate or ()]
+    inputs, name = request.example_inputs, request.inputs_name
+    if batches and inputs is None:
+        inputs, name = batches[0], f"the calibration data's first batch of {batch_size(batches[0])}"
+    seen, problem, observed = dict(request.recorded.seen), "", Observed(None, {}, {})
+    if inputs is not None:
+        request.begin(Phase.RUN_BEFORE)
+        try:
+            observed = _run_before(survey, request, inputs)
+            seen |= {} if request.drift_only else observed.seen
+        except ModelError as error:
+            if not request.drift_only:
+                raise
+            problem = str(error)
+    measured, vectors = dict(request.recorded.measured), {}
+    if options.calibrate is not None:
+        request.begin(Phase.MEASURE)
+        measured |= _measure_norms(survey, request, batches)
+        if options.recurrent:
+            inner = [site for site in survey.chosen if site.base in LAYER_NORMALIZED and not site.obstacle]
+            vectors = measure_recurrent(model, batches, inner)
+        seen = {path: norm.seen for path, norm in measured.items()} | seen
+    return Evidence(batches, inputs, name, observed.output, problem, observed.sketches, seen, measured, vectors)
+
+
+def _run_before(survey: Survey, request: Request, inputs: Any) -> Observed:
+    """The output, the sizes that norms saw, and some elements of what the layers put out that the target changes."""
+    # Made-up inputs may make a model run for minutes: every site is watched, so that it is stopped in time.
+    watched = [site for site in survey.sites if request.drift_only or site.kind == "norm"]
+    kind = "norm" if request.target.norm else "weight"
+    tapped = [site.path for site in survey.sites if site.kind == kind]
+    return run_model(survey.model, inputs, watched, PATIENCE if request.drift_only else None, taps=tapped)
+
+
+def _measure_norms(survey: Survey, request: Request, batches: Sequence[Any]) -> dict[str, Measured]:
+    form = request.target.norm
+    grouped = request.options.groups == "auto" and form is not None and form.compares_groups
+    norms = [site for site in survey.sites if site.kind == "norm" and site.form and not site.obstacle]
+    return measure_norms(survey.model, batches, norms, grouped)

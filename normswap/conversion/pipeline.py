@@ -1,0 +1,66 @@
+"""The story of a conversion: look, decide, build all, replace once, prove, calibrate, measure."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from normswap.analysis.selection import check_model, copy_of
+from normswap.conversion.audit import measure_drift, prove_nothing_missed
+from normswap.conversion.calibrate import calibrate, keep_original
+from normswap.conversion.evidence import gather_evidence, survey_model
+from normswap.conversion.planning import plan_conversion
+from normswap.conversion.reporting import make_report
+from normswap.conversion.request import Phase, Request
+from normswap.conversion.surgery import replace_layers
+from normswap.report.report import Report
+from normswap.training.opacus import register_if_imported
+
+
+class Conversion(NamedTuple):
+    """The converted model, and the report of what changed."""
+
+    model: nn.Module
+    report: Report
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Meanwhile no garbage collection, which would look at each of the many small objects again and again.
+
+    And no inference mode of the caller's: tensors that are made in it could never be trained.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@_undisturbed()
+def run(model: nn.Module, request: Request) -> Conversion:
+    """Convert `model` as `request` says. Nothing changes unless all of it can; see `normswap.convert` for the errors."""
+    check_model(model)
+    request.begin(Phase.COPY)
+    work = model if request.inplace else copy_of(model)
+    survey = survey_model(work, request)
+    for notice in survey.notices:
+        warnings.warn(notice, stacklevel=4)  # seen where `convert` was called
+    evidence = gather_evidence(survey, request)
+    plan = plan_conversion(survey, evidence, request)
+    original, plan = keep_original(model, plan, request)
+    replace_layers(plan.swaps, request)
+    prove_nothing_missed(work, plan, request.options)
+    calibration = calibrate(original, work, plan, evidence, request)
+    drift = measure_drift(work, plan, evidence, request)
+    register_if_imported()
+    return Conversion(work, make_report(survey, plan, calibration, drift, request))

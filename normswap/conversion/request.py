@@ -1,0 +1,73 @@
+"""What is asked of a conversion, in one value, and the phases that it goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from torch import Tensor
+
+from normswap.analysis.running import Seen
+from normswap.calibration.measuring import Measured
+from normswap.targets.options import Options
+from normswap.targets.target import Target
+
+Progress = Callable[[str], None]
+"""Is told the name of each phase as it begins, and the share that is done of a long one."""
+
+
+class Phase(Enum):
+    """The phases of a conversion in their order, by the words that the progress bar shows."""
+
+    COPY = "copying the model"
+    FIND = "finding norms and convolutions"
+    TRACE = "tracing what feeds what"
+    RUN_BEFORE = "running the model before"
+    MEASURE = "measuring on the calibration data"
+    PLAN = "working out the new layers"
+    REPLACE = "swapping"
+    CALIBRATE = "calibrating"
+    RUN_AFTER = "running the model after"
+
+
+ON_DATA = (Phase.MEASURE, Phase.CALIBRATE)
+"""The phases that only a conversion with calibration data has."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the recipe of a converted file tells of its norms, by path, where a conversion is repeated without data."""
+
+    groups: Mapping[str, int] = field(default_factory=dict)
+    measured: Mapping[str, Measured] = field(default_factory=dict)
+    seen: Mapping[str, Seen] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversion as it is asked for: the target, the options, and how to go about it."""
+
+    target: Target
+    options: Options = field(default_factory=Options)
+    example_inputs: Any = None
+    """What the model is run on before and after; None: the first calibration batch, or nothing."""
+    inputs_name: str = "example inputs"
+    """How the report calls these inputs."""
+    drift_only: bool = False
+    """The inputs are made up: they serve the drift alone, and a model that does not run on them is no error."""
+    may_be_idle: bool = False
+    """Nothing to convert is no error."""
+    inplace: bool = False
+    """The model itself is changed, not a copy."""
+    on_all_processes: bool = False
+    """Every process of torch.distributed runs this on the same data, and the first one's fit is everybody's."""
+    recorded: Recorded = field(default_factory=Recorded)
+    progress: Progress = lambda phase: None
+    release: Callable[[Tensor], None] = lambda tensor: None
+    """Told of each large weight that has been read or rewritten: its memory may be given back."""
+
+    def begin(self, phase: Phase) -> None:
+        """Tell `progress` that a phase begins."""
+        self.progress(phase.value)

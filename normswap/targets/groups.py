@@ -1,0 +1,73 @@
+"""How many groups a norm gets, by what was asked, the channels, and how many elements a sample has."""
+
+from __future__ import annotations
+
+from normswap.analysis.sites import Site
+from normswap.calibration.measuring import AUTO_CHANNELS, AUTO_GROUPS
+from normswap.targets.context import Context
+from normswap.targets.options import parse_groups
+
+AUTO_ELEMENTS = 16
+"""`groups="auto"`: at least so many elements in each group, beside at most `AUTO_GROUPS` of `AUTO_CHANNELS` or more."""
+LEAST_ELEMENTS = 2  # one element a group is its own mean: the norm would erase it
+_TOLERANCE = 1.03
+"""On data, `auto` takes the most groups whose error is within so many times the least: more groups fine-tune better."""
+
+
+def choose_groups(site: Site, context: Context) -> tuple[int, str] | str:
+    """The number of groups for a layer, and a note where it is not what was asked; or why none will do."""
+    if site.path in context.recorded_groups:
+        return context.recorded_groups[site.path], ""
+    channels, elements = site.channels, elements_of(site, context)
+    rule, number = parse_groups(context.options.groups)
+    if elements is not None and channels * elements < LEAST_ELEMENTS:
+        return "has one element a sample, which any norm within a sample would erase"
+    auto = max(1, min(AUTO_GROUPS, channels // AUTO_CHANNELS))
+    asked = {"auto": auto, "groups": number, "channels": max(1, channels // number if number else 1)}[rule]
+    limit = asked
+    if elements is not None:
+        least = AUTO_ELEMENTS if rule == "auto" else LEAST_ELEMENTS
+        limit = max(1, min(asked, channels * elements // least))
+    chosen = next(n for n in range(min(limit, channels), 0, -1) if channels % n == 0)
+    if rule == "auto" and (fewer := _fewer_on_data(site, chosen, context)) is not None:
+        return fewer, f"{_plural(fewer)}, not {chosen}: keeps more on the data"
+    if chosen == asked and (rule != "channels" or channels % number == 0):
+        return chosen, ""
+    if limit < asked:
+        few = "one element" if elements == 1 else f"{elements} elements"
+        return chosen, f"{_plural(chosen)}, not {asked}: {few} a channel"
+    wanted = f"{number} channels a group" if rule == "channels" else f"{asked} groups"
+    return chosen, f"{_plural(chosen)}: {channels} channels do not divide into {wanted}"
+
+
+def _fewer_on_data(site: Site, most: int, context: Context) -> int | None:
+    """A number of groups below `most` that keeps clearly more of the function on calibration data; None for none."""
+    measured = context.measured.get(site.path)
+    errors = {n: error for n, error in measured.errors.items() if n <= most} if measured else {}
+    if not errors:
+        return None
+    kept = max(n for n, error in errors.items() if error <= _TOLERANCE * min(errors.values()))
+    return kept if kept < most else None
+
+
+def _plural(groups: int) -> str:
+    return "1 group" if groups == 1 else f"{groups} groups"
+
+
+def elements_of(site: Site, context: Context) -> int | None:
+    """Elements a channel in the norm's input: measured, or 1 where the graph or the class says so, else None."""
+    if site.path in context.seen:
+        return 1 if site.form == "last" else context.seen[site.path].elements
+    if site.path in context.flow.single:
+        return 1
+    flat = site.form == "last" or (site.spatial_dims == 1 and site.path not in context.flow.spatial)
+    return 1 if flat else None  # BatchNorm1d takes (N, C) as well as (N, C, L)
+
+
+def spatial_dims_of(site: Site, context: Context) -> int | None:
+    """The spatial dimensions of a norm's input: by class, or measured (1 for (N, C) too); None where not known."""
+    if site.spatial_dims:
+        return site.spatial_dims
+    if site.form == "last":
+        return 1
+    return max(1, context.seen[site.path].dims - 2) if site.path in context.seen else None

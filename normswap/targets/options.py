@@ -1,0 +1,68 @@
+"""The options of a conversion, checked on their own: what a user may ask of a target."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from normswap.analysis.selection import Pattern
+from normswap.errors import OptionError
+from normswap.layers.reparametrized import LAYERS
+from normswap.target_table import RECURRENT_FORMS
+
+Transfer = Literal["match", "copy", "reset"]
+WeightStart = Literal["preserve", "strict"]
+WeightScope = Literal["normed", "all"]
+GroupRule = Literal["auto", "groups", "channels"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `normswap.convert`, which describes each. Raises `OptionError` for a value that is not possible."""
+
+    groups: str | int = "auto"
+    transfer: Transfer = "match"
+    ws: WeightStart = "preserve"
+    ws_scope: WeightScope = "normed"
+    layers: Sequence[str] = ("conv",)
+    recurrent: str | None = None
+    include: Pattern = None
+    exclude: Pattern = None
+    calibrate: Any = None
+    """Batches as the model takes them, or None."""
+    calibrate_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        parse_groups(self.groups)
+        for name, choices in (("transfer", Transfer), ("ws", WeightStart), ("ws_scope", WeightScope)):
+            if getattr(self, name) not in get_args(choices):
+                raise OptionError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
+        if self.recurrent is not None and self.recurrent not in RECURRENT_FORMS:
+            raise OptionError(f"recurrent: {self.recurrent!r} is not one of {', '.join(RECURRENT_FORMS)}")
+        if isinstance(self.layers, str) or not self.layers or not set(self.layers) <= set(LAYERS):
+            raise OptionError(
+                f'layers: {self.layers!r} is not possible; give some of {", ".join(LAYERS)}: ("conv", "rnn")'
+            )
+        seconds = self.calibrate_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+            raise OptionError(f"calibrate_seconds: {seconds!r} is no time; give seconds, 0 for matching alone")
+
+    @property
+    def reported_layers(self) -> tuple[str, ...]:
+        """The kinds of weight layers that the report names, changed or left."""
+        return (*self.layers, "rnn") if self.recurrent else tuple(self.layers)
+
+
+def parse_groups(groups: str | int) -> tuple[GroupRule, int]:
+    """("auto", 0), ("groups", 32) or ("channels", 16) for `auto`, `32`, `16c`."""
+    text = str(groups).strip()
+    if text == "auto":
+        return "auto", 0
+    match = re.fullmatch(r"(\d+)(c?)", text)
+    if match is None or int(match[1]) < 1 or isinstance(groups, bool):
+        raise OptionError(
+            f"groups: {groups!r} is not possible; give auto, a number of groups from 1 (32), or channels a group (16c)"
+        )
+    return ("channels" if match[2] else "groups"), int(match[1])
