@@ -62,7 +62,8 @@ def _exchange(site: Site, new: nn.Module) -> None:
     if new._forward_hooks is old._forward_hooks:  # `new` is `old` retyped; a norm may have given it a bias since
         new._parameters.update({k: p for k, p in old._parameters.items() if new._parameters.get(k, p) is None})
     else:  # carry over what is not the class's own
-        own = own_attributes(site.base)  # the class is known, else there were no swap
+        base: Any = site.base  # known, else there were no swap
+        own = own_attributes(base)
         kept = {k: v for k, v in vars(old).items() if k in MODULE_STATE - _CONTENTS or k not in own[""]}
         for kind in _CONTENTS:
             extra = {k: v for k, v in getattr(old, kind).items() if k not in own[kind] | {"weight", "bias"}}

@@ -48,7 +48,9 @@ def to_instance_norm(site: Site, context: Context) -> Swap | str:
     if recorded != site.channels:
         return _group_norm(site, context, recorded, "")
     if elements_of(site, context) == 1:
-        chosen = choose_groups(site, replace(context, options=replace(context.options, groups="auto"), recorded_groups={}))
+        chosen = choose_groups(
+            site, replace(context, options=replace(context.options, groups="auto"), recorded_groups={})
+        )
         if isinstance(chosen, str):
             return chosen
         return _group_norm(site, context, chosen[0], f"{chosen[0]} groups, not {site.channels}: one element a channel")
