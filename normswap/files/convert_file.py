@@ -17,7 +17,6 @@ from normswap.checkpoints import checkpoint, contents, mapped_memory, reading, w
 from normswap.checkpoints.checkpoint import Checkpoint
 from normswap.checkpoints.contents import Entry
 from normswap.conversion.request import Progress
-from normswap.targets.options import Options
 from normswap.errors import OptionError
 from normswap.files import model_specs
 from normswap.files.file_request import ConvertedEntry, FileRequest
@@ -27,6 +26,7 @@ from normswap.files.one_model import convert_entry
 from normswap.files.paths import default_output, format_by_ending
 from normswap.files.recipe import state_dict_with_recipe
 from normswap.report.report import Change, Cost, Report
+from normswap.targets.options import Options
 from normswap.targets.target import PLAIN_TARGET, parse_target
 from normswap.training import optimizer_states
 from normswap.training.optimizer_states import Parameters

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from normswap.conversion.request import Progress
-from normswap.targets.options import Options
 from normswap.files.model_specs import ModelSource
 from normswap.report.report import Report
+from normswap.targets.options import Options
 from normswap.targets.target import Target
 from normswap.training.optimizer_states import Parameters
 
