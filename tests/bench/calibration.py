@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from common import Row, main
-from digits import NETS, accuracy, digits, trained
+from digits import accuracy, digits
+from nets import NETS, trained
 
 import normswap
 from normswap.calibration.distillation import FitSettings, distill
