@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from normswap.analysis.dataflow import Flow, find_flow
+from normswap.analysis.dataflow import find_flow
+from normswap.analysis.flow import Flow
 from normswap.analysis.noise import PATIENCE
 from normswap.analysis.running import Observed, Seen, Sketches, batch_size, inputs_like, run_model
 from normswap.analysis.selection import hidden_layers, select, shared_tensors

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normswap.analysis.dataflow import Flow, find_flow
+from normswap.analysis.dataflow import find_flow
+from normswap.analysis.flow import Flow
 from normswap.analysis.noise import PATIENCE
 from normswap.analysis.running import Seen, run_model
 from normswap.analysis.selection import check_model, shared_tensors

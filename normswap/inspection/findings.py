@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from normswap.analysis.dataflow import Flow
+from normswap.analysis.flow import Flow
 from normswap.analysis.sites import Site, hidden_modules
 from normswap.report.inspection import Finding
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from normswap.analysis.dataflow import Flow
+from normswap.analysis.flow import Flow
 from normswap.analysis.running import Seen
 from normswap.analysis.sites import Site
 from normswap.calibration.measuring import Measured

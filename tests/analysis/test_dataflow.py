@@ -6,7 +6,8 @@ from helpers.quirks import QUIRKS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normswap.analysis.dataflow import Flow, find_flow
+from normswap.analysis.dataflow import find_flow
+from normswap.analysis.flow import Flow
 from normswap.analysis.sites import find_sites
 from normswap.analysis.tracing import trace
 

@@ -10,7 +10,8 @@ import torch
 from helpers.nets import Forward
 from torch import Tensor, fx, nn
 
-from normswap.analysis.dataflow import Flow, find_flow
+from normswap.analysis.dataflow import find_flow
+from normswap.analysis.flow import Flow
 from normswap.analysis.sites import find_sites
 
 

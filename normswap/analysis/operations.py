@@ -1,0 +1,94 @@
+"""What the functions and methods that a traced graph calls do to a value, as far as dataflow asks."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from normswap.analysis.known_norms import WEIGHT_LAYERS
+
+WEIGHTED_MODULES = (*WEIGHT_LAYERS, nn.Bilinear, nn.MultiheadAttention, nn.Embedding)
+"""Layers with weights, also those that no conversion changes: what lies behind one is no longer the value before it."""
+WEIGHTED_FUNCTIONS: set[Any] = {
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, torch.bmm, torch.einsum,
+}  # fmt: skip
+NORM_FUNCTIONS: set[Any] = {
+    F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, torch.batch_norm, torch.group_norm
+}  # fmt: skip
+NON_LINEAR: set[Any] = {
+    torch.relu, torch.relu_, torch.tanh, torch.sigmoid, F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.silu, F.gelu, F.mish, F.softplus,
+    F.hardswish, F.tanh, F.sigmoid, "relu", "relu_", "tanh", "sigmoid",
+}  # fmt: skip
+DROPOUTS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout}
+POINTWISE: set[Any] = {
+    *NON_LINEAR, *DROPOUTS, operator.add, operator.iadd, operator.sub, operator.mul, torch.add, torch.mul, "add", "mul",
+}  # fmt: skip
+ADAPTIVE_POOLS: set[Any] = {
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
+}  # fmt: skip
+RESHAPES: set[Any] = {
+    "view", "reshape", "permute", "transpose", "unsqueeze", "expand", "repeat", "size",
+    torch.reshape, torch.permute, torch.transpose, torch.unsqueeze, F.interpolate,
+}  # fmt: skip
+FLATTENINGS: set[Any] = {torch.flatten, "flatten"}
+_SPATIAL_MEANS = ([2, 3], (2, 3), [-2, -1], (-2, -1), [-1, -2], (-1, -2))
+_SHAPE_READS = {"shape", "dtype", "device", "ndim", "size", "dim", "is_cuda"}
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of the function or the method that a node calls."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def input_of(node: fx.Node) -> fx.Node | None:
+    """The node whose value is the first argument of a call."""
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    return source if isinstance(source, fx.Node) else None
+
+
+def reads_shape_only(node: fx.Node) -> bool:
+    """Whether a node asks for the shape of a value or the like: no reader of what it holds."""
+    if node.op == "call_method":
+        return node.target in _SHAPE_READS
+    return node.op == "call_function" and node.target is getattr and node.args[1] in _SHAPE_READS
+
+
+def shaping(node: fx.Node, module: nn.Module | None) -> str:
+    """The name of a non-linearity or of a dropout that drops something; "" for any other node. `module` is what it calls."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return type(module).__name__ if module.p > 0 else ""
+    if module is not None:
+        inside = type(module).__module__ == "torch.nn.modules.activation"
+        return type(module).__name__ if inside and not isinstance(module, nn.MultiheadAttention) else ""
+    if node.target in DROPOUTS:
+        chance = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+        return "" if chance == 0 else name_of(node)
+    return name_of(node) if node.target in NON_LINEAR else ""
+
+
+def pools_to_one(node: fx.Node, module: nn.Module | None) -> bool | None:
+    """Whether a pooling, mean or flattening leaves one element a sample and channel; None for any other node."""
+    if isinstance(module, nn.Linear | nn.Flatten) or node.target in FLATTENINGS:
+        return True
+    if isinstance(module, nn.modules.pooling._AdaptiveAvgPoolNd | nn.modules.pooling._AdaptiveMaxPoolNd):
+        return all_ones(module.output_size)
+    if node.target in ADAPTIVE_POOLS and len(node.args) > 1:
+        return all_ones(node.args[1])
+    return None
+
+
+def all_ones(size: Any) -> bool:
+    return all(length == 1 for length in (size if isinstance(size, tuple | list) else (size,)))
+
+
+def is_spatial_mean(node: fx.Node) -> bool | None:
+    """Whether a mean is one over height and width; None for a node that is no mean."""
+    if node.target not in ("mean", torch.mean):
+        return None
+    return (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")) in _SPATIAL_MEANS
