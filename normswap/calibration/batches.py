@@ -1,8 +1,8 @@
 """Calibration data: folders of pictures, files of tensors and any iterable, as a short list of input batches.
 
-A batch is what `running.call_model` takes: a tensor (n, ...), a tuple of positional arguments or a dict of keyword arguments.
-Samples are spread over what is there and shuffled, the same way each time: data that are sorted by class, or that have
-the classes in turns, give mixed batches.
+A batch is what `running.call_model` takes: a tensor (n, ...), a tuple of positional arguments or a dict of keyword
+arguments. Samples are spread over what is there and shuffled, the same way each time: data that are sorted by class,
+or that have the classes in turns, give mixed batches.
 
 A file of tensors, `.pt`, `.npy`, `.npz` or `.safetensors`, may hold:
 - one array (N, ...): N samples;

@@ -1,21 +1,22 @@
 """Label-free distillation: the new norms of a converted network learn to give what the original's gave.
 
 The network is run as it is, from input to output; its norms' gains and biases are fitted so that the output of each
-changed norm, and the network's, come near the original's on the same samples: mean square error over variance. Adam, at a
-rate that falls to 0 as the time runs out. No label is needed, no weight is touched, and samples that are held out tell what
-helped.
+changed norm, and the network's, come near the original's on the same samples: mean square error over variance. Adam,
+at a rate that falls to 0 as the time runs out. No label is needed, no weight is touched, and samples that are held out
+tell what helped.
 
 It starts from the better of matched values and statistics re-estimated layer by layer. Measured as in
 tests/bench/calibration.py, 256 unlabelled samples, top-1 on pictures never seen, seconds of one core:
-- gn: matched, then distilled: DenseNet 96.0, 99.5 of 99.5 (80 steps, 12 s); ResNet-18 92.2, 97.2 of 99.2 (60 steps, 14 s);
-  MobileNetV2 87.2 (re-estimated 88.7), 96.7 of 98.7 (150 steps, 42 s). Re-estimation alone gains nothing on ResNet-18.
-- gn-ws strict, where matching cannot know what the filters' means did: ResNet-18 matched 11, re-estimated 92.7, distilled
-  96.5 (40 steps, 11 s). Leaving the stem helps: 95.2 and 97.2. Re-estimated, without and with the stem left: DenseNet 89.4,
-  97.5; MobileNetV2 23, 38.
-What did not win: all parameters instead of the norms' (DenseNet 99.5 too, and every weight changed); a weight of 1 or 10
-for the output beside the norms (MobileNetV2 after 200 steps 96.0, 96.5; 97.0 with 50); an error over each channel's own
-variance (96.0), the sum over the norms (94.7); rates of 0.003 (95.0) and 0.03 (95.7), or relative to each tensor's size
-(94.7 to 96.2).
+- gn: matched, then distilled: DenseNet 96.0, 99.5 of 99.5 (80 steps, 12 s); ResNet-18 92.2, 97.2 of 99.2 (60 steps, 14
+  s); MobileNetV2 87.2 (re-estimated 88.7), 96.7 of 98.7 (150 steps, 42 s). Re-estimation alone gains nothing on
+  ResNet-18.
+- gn-ws strict, where matching cannot know what the filters' means did: ResNet-18 matched 11, re-estimated 92.7,
+  distilled 96.5 (40 steps, 11 s). Leaving the stem helps: 95.2 and 97.2. Re-estimated, without and with the stem left:
+  DenseNet 89.4, 97.5; MobileNetV2 23, 38.
+What did not win: all parameters instead of the norms' (DenseNet 99.5 too, and every weight changed); a weight of 1 or
+10 for the output beside the norms (MobileNetV2 after 200 steps 96.0, 96.5; 97.0 with 50); an error over each channel's
+own variance (96.0), the sum over the norms (94.7); rates of 0.003 (95.0) and 0.03 (95.7), or relative to each tensor's
+size (94.7 to 96.2).
 """
 
 from __future__ import annotations
@@ -83,10 +84,10 @@ def distill(
 ) -> Calibration:
     """Fit the norms of `student` at `paths` to what `teacher` gives there and at its output, on unlabelled `batches`.
 
-    Both have these paths; a batch is what `running.call_model` takes. About a fifth of the samples is held out, and the
-    fitted values are written only if on these the output is nearer to the teacher's, and its top-1 agrees no less. Where
-    nothing can be compared at the output, the norms' outputs are. All else of both models, torch's random state too, stays
-    bit by bit; nothing is raised for a model that cannot be fitted: the note says why.
+    Both have these paths; a batch is what `running.call_model` takes. About a fifth of the samples is held out, and
+    the fitted values are written only if on these the output is nearer to the teacher's, and its top-1 agrees no less.
+    Where nothing can be compared at the output, the norms' outputs are. All else of both models, torch's random state
+    too, stays bit by bit; nothing is raised for a model that cannot be fitted: the note says why.
     """
     started = time.monotonic()
     samples = split(batches)
@@ -146,8 +147,8 @@ def _fit_and_compare(
 def _re_estimate(pair: FittedPair, batches: Sequence[Any], deadline: float) -> None:
     """Give each norm the gain and bias with which, a channel, its output's mean and variance are the original's.
 
-    In the order of execution, each norm on what the norms before it give once they are corrected; on each batch, and the
-    mean over batches.
+    In the order of execution, each norm on what the norms before it give once they are corrected; on each batch, and
+    the mean over batches.
     """
     maps: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for index, batch in enumerate(batches):
@@ -268,8 +269,8 @@ def _descend(
 def split(batches: Sequence[Any]) -> Samples:
     """Batches of at most 32 samples to fit on, and about every fifth held out; none held out where all are too few.
 
-    A batch that is a tensor, or arguments that all are tensors of one first dimension, is cut along that; any other counts
-    as one sample and stays whole.
+    A batch that is a tensor, or arguments that all are tensors of one first dimension, is cut along that; any other
+    counts as one sample and stays whole.
     """
     total = sum(map(batch_size, batches))
     if total < _LEAST:

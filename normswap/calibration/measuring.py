@@ -91,8 +91,8 @@ def measure_norms(
 ) -> dict[str, Measured]:
     """Run `model` in eval mode on `batches` and gather, by path, what passes through each norm of `sites`.
 
-    Numbers of groups are tried on the data only with `compare_groups`. Raises `ModelError` where the model does not run on
-    a batch, or a value is not finite.
+    Numbers of groups are tried on the data only with `compare_groups`. Raises `ModelError` where the model does not
+    run on a batch, or a value is not finite.
     """
     gatherers: dict[str, _NormGatherer] = {}  # in the order in which norms are reached: the first that fails is named
     seen: dict[str, Seen] = {}

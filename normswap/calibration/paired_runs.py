@@ -78,8 +78,8 @@ class Distance:
 class FittedPair:
     """The teacher, the student, and the values that are fitted.
 
-    The values are wide copies of parameters of the student. Its forwards run on them, by `functional_call`; the student's
-    own parameters get them in the end, or never.
+    The values are wide copies of parameters of the student. Its forwards run on them, by `functional_call`; the
+    student's own parameters get them in the end, or never.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, paths: Sequence[str], train: Train = "norms"):

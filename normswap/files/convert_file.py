@@ -29,8 +29,8 @@ from normswap.report.report import Change, Cost, Report
 from normswap.targets.options import Options
 from normswap.targets.target import PLAIN_TARGET, parse_target
 from normswap.training import optimizer_states
-from normswap.training.optimizer_states import Parameters
 from normswap.training.optimizers import state_changes
+from normswap.training.parameter_numbers import Parameters
 
 
 def convert_file(

@@ -11,7 +11,7 @@ from normswap.files.model_specs import ModelSource
 from normswap.report.report import Report
 from normswap.targets.options import Options
 from normswap.targets.target import Target
-from normswap.training.optimizer_states import Parameters
+from normswap.training.parameter_numbers import Parameters
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from normswap.checkpoints.state_keys import Binding
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.files import model_specs, recipe
 from normswap.files.model_specs import ModelSource
-from normswap.training.optimizer_states import Parameter
+from normswap.training.parameter_numbers import Parameter
 
 _LEADS_SOMEWHERE = re.compile("path|file|url|dir|pretrained|checkpoint|cfg|cache|weights|hub", re.IGNORECASE)
 _MOST_ARGUMENT = 1_000_000

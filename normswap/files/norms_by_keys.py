@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.training.optimizer_states import Parameter
+from normswap.training.parameter_numbers import Parameter
 
 DEFAULT_EPS = 1e-5
 """Assumed of a norm, since no state dict holds it: torch's default."""

@@ -1,6 +1,7 @@
 """What a converted model is made of: the layer classes, and the mathematics of moving learnt values into them.
 
-Saved files name these classes as `normswap.layers.NAME`, whichever file here defines them, so that the files outlive moves.
+Saved files name these classes as `normswap.layers.NAME`, whichever file here defines them, so that the files outlive
+moves.
 """
 
 from __future__ import annotations

@@ -57,12 +57,12 @@ def as_affine(stats: Statistics) -> Affine:
 def match_groups(stats: Statistics, groups: int) -> Affine:
     """The gain and bias of a group norm that stands in for a batch norm, moment-matched.
 
-    Over the data, a group's mean is `m = mean_c μ_c` and its total variance `s² = mean_c(σ²_c + μ²_c) − m²`:
-    the spread of the channel means is part of it. Where a sample's statistics equal
-    the data's, group norm with the returned affine equals the batch norm. Exact for one channel a group
-    in that same case, when it returns the batch norm's own gain and bias. A channel that is nearly constant (a dead filter) would
-    need so large a gain that samples' different statistics drown it: below `_FAINT` of its group's variance, the gain falls with the
-    channel's own, down to 0, and the bias keeps the channel's mean.
+    Over the data, a group's mean is `m = mean_c μ_c` and its total variance `s² = mean_c(σ²_c + μ²_c) − m²`: the
+    spread of the channel means is part of it. Where a sample's statistics equal the data's, group norm with the
+    returned affine equals the batch norm. Exact for one channel a group in that same case, when it returns the batch
+    norm's own gain and bias. A channel that is nearly constant (a dead filter) would need so large a gain that
+    samples' different statistics drown it: below `_FAINT` of its group's variance, the gain falls with the channel's
+    own, down to 0, and the bias keeps the channel's mean.
     """
     mean = stats.mean.view(groups, -1)
     var = stats.var.view(groups, -1)
@@ -93,7 +93,8 @@ def as_batch_norm(moments: Moments, weight: Tensor, bias: Tensor, eps: float) ->
 def without_channel_half(stats: Statistics, gain: Tensor, bias: Tensor) -> Statistics:
     """The batch norm that stands in for a batch-channel norm, `stats` its batch half; `gain` and `bias` are (groups,).
 
-    The inverse of `match_output`, and as exact: over the data the channel half is one multiplication and one addition a group.
+    The inverse of `match_output`, and as exact: over the data the channel half is one multiplication and one addition
+    a group.
     """
     std, mean = match_output(stats, len(gain))
     ratio, each = gain / std, len(stats.mean) // len(gain)
@@ -104,8 +105,8 @@ def without_channel_half(stats: Statistics, gain: Tensor, bias: Tensor) -> Stati
 def match_output(stats: Statistics, groups: int) -> Affine:
     """The gain and bias a group with which the channel half of a batch-channel norm undoes its own normalization.
 
-    They are the standard deviation and the mean that the batch half's output has over the group: its channels have
-    the means β_c and the variances γ_c²·σ²_c / (σ²_c + ε). Both of shape (groups,). Exact where a sample has the data's.
+    They are the standard deviation and the mean that the batch half's output has over the group: its channels have the
+    means β_c and the variances γ_c²·σ²_c / (σ²_c + ε). Both of shape (groups,). Exact where a sample has the data's.
     """
     mean = stats.bias.view(groups, -1)
     var = (as_affine(stats).scale.square() * stats.var).view(groups, -1)

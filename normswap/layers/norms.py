@@ -36,10 +36,10 @@ class EstimatedBatchNorm(_NormBase):
     """Batch normalization by moving estimates, which follow the data slowly and take no part in the gradient.
 
     In train mode `running_mean` first moves towards the batch's mean, at the rate `momentum`, then `running_var`
-    towards the batch's mean square distance from it; then, as in eval mode,
-    `y = weight · (x − running_mean) / √(running_var + eps) + bias`, per channel of (N, C, *spatial). It learns at batch 1.
-    Source: Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
-    algorithm 1. The authors' published code takes the distance from the mean before it moves; here the paper is followed.
+    towards the batch's mean square distance from it; then, as in eval mode, `y = weight · (x − running_mean) /
+    √(running_var + eps) + bias`, per channel of (N, C, *spatial). It learns at batch 1. Source: Qiao et al. 2019,
+    "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization", algorithm 1. The authors'
+    published code takes the distance from the mean before it moves; here the paper is followed.
     """
 
     def __init__(

@@ -255,7 +255,8 @@ def new_shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
 def prepare(layer: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tensor, list[int] | None, State]:
     """Input by step, the batch sizes of a packed one, and the state to start from; checked as the plain layer does.
 
-    The input has the shape (steps, batch, size), or packed (sum of sizes, size); states (layers · directions, batch, size).
+    The input has the shape (steps, batch, size), or packed (sum of sizes, size); states (layers · directions, batch,
+    size).
     """
     lstm = isinstance(layer, nn.LSTM)
     given: State | None = None if hx is None else tuple(hx) if lstm else (hx,)

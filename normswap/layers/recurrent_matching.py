@@ -51,8 +51,8 @@ def moments_of(vectors: Tensor, parts: Sequence[int], eps: float = EPS) -> Vecto
 def match_vectors(moments: VectorMoments, parts: Sequence[int]) -> Affine:
     """The gain and bias with which a layer norm gives back, on average, the vector that it normalized.
 
-    `LN(a) = α·(a − m)/√(s² + eps) + β` with α the mean of √(s² + eps) and β that of m, over the vectors seen; each (size,).
-    Exact where every vector has the same m and s.
+    `LN(a) = α·(a − m)/√(s² + eps) + β` with α the mean of √(s² + eps) and β that of m, over the vectors seen; each
+    (size,). Exact where every vector has the same m and s.
     """
     scale, shift = (
         torch.cat([value.expand(width) for value, width in zip(total / moments.count, parts, strict=True)])
@@ -74,8 +74,8 @@ def merge_moments(*many: Mapping[str, VectorMoments]) -> dict[str, VectorMoments
 def measured_moments(layer: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> dict[str, VectorMoments]:
     """The moments of each vector that layer normalization would normalize, while a plain layer runs on `input`.
 
-    By the name of the gain without `gain_`: `ih_l0`, `hh_l0`, and of an LSTM `c_l0`; a cell's without `_l0`. There is no
-    dropout; those of several inputs can be merged by `merge_moments`.
+    By the name of the gain without `gain_`: `ih_l0`, `hh_l0`, and of an LSTM `c_l0`; a cell's without `_l0`. There is
+    no dropout; those of several inputs can be merged by `merge_moments`.
     """
     if isinstance(layer, nn.RNNBase):
         return _measure(layer, *prepare(layer, input, hx))
@@ -92,8 +92,8 @@ STEPS, SEQUENCES = 16, 64
 def typical_moments(layer: nn.Module) -> dict[str, VectorMoments]:
     """The moments for a plain layer of which no data is known: `measured_moments` on noise, independent and of unit variance.
 
-    It is the same noise each time. It tells how large the states become, and their means, with these weights and biases; on
-    inputs whose mean is far from 0 it can be no better than gain 1, and `measured_moments` on true ones is.
+    It is the same noise each time. It tells how large the states become, and their means, with these weights and
+    biases; on inputs whose mean is far from 0 it can be no better than gain 1, and `measured_moments` on true ones is.
     """
     w: Tensor = next(layer.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -160,10 +160,11 @@ def layer_normalized(
 ) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     """A plain layer with layer normalization inside, on the same parameters, and the writes to these that it needs.
 
-    `match` starts each norm by `match_vectors`, of `moments` or else of `typical_moments`: the gains are new, the means
-    go into torch's biases by the writes, (tensor, new value), since `old` is left as it is. `copy` and `reset` leave the biases
-    and start with gain 1, as the paper does. A layer without biases gets them: without, the means are lost, and an LSTM
-    for digits kept 65% where it keeps 92% with them. A bias whose id is in `shared` gets a successor.
+    `match` starts each norm by `match_vectors`, of `moments` or else of `typical_moments`: the gains are new, the
+    means go into torch's biases by the writes, (tensor, new value), since `old` is left as it is. `copy` and `reset`
+    leave the biases and start with gain 1, as the paper does. A layer without biases gets them: without, the means are
+    lost, and an LSTM for digits kept 65% where it keeps 92% with them. A bias whose id is in `shared` gets a
+    successor.
     """
     cls = next(ours for plain, ours in LAYER_NORMALIZED.items() if isinstance(old, plain))
     gates = 4 if isinstance(old, nn.LSTM | nn.LSTMCell) else 3

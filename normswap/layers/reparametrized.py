@@ -1,8 +1,9 @@
 """Layers whose weights are re-parametrized: standardized or normalized at each forward.
 
 Each is a subclass of torch's own layer. A standardized one keeps its keys and adds the buffers `weight_gain` and
-`weight_shift`; a normalized one has `weight_g` and `weight_v` instead of `weight`, and loads `torch.nn.utils.parametrizations`'
-spelling too. Recurrent layers have these for each of their weights (`weight_ih_l0_gain`).
+`weight_shift`; a normalized one has `weight_g` and `weight_v` instead of `weight`, and loads
+`torch.nn.utils.parametrizations`' spelling too. Recurrent layers have these for each of their weights
+(`weight_ih_l0_gain`).
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ def _lengths(laid: Tensor, over: tuple[int, ...]) -> Tensor:
 class _FusedNormalization(torch.autograd.Function):
     """`normalize_weight` by torch's fused kernels, in half the time.
 
-    By themselves these make NaN of a filter of zeros, and their second derivative is wrong: it takes the lengths for constants.
+    By themselves these make NaN of a filter of zeros, and their second derivative is wrong: it takes the lengths for
+    constants.
     """
 
     @staticmethod

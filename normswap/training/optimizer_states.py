@@ -1,100 +1,106 @@
-"""Optimizer states of a training checkpoint, carried over to the parameters that a converted model has."""
+"""Optimizer states in training checkpoints, made to fit the parameters that a converted model has.
+
+torch's `Optimizer.state_dict()` knows no names. It has groups of parameters, each parameter a number, counted through
+all groups in turn, and by number the state (momentum, moments). A conversion takes parameters away and brings new
+ones, so the numbers move: which number was which parameter has to be found out first, see `parameter_numbers`.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
 from typing import Any
 
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter as an optimizer sees it, in the order of `named_parameters()`."""
-
-    name: str
-    shape: tuple[int, ...]
-    trained: bool = True
+from normswap.training.parameter_numbers import Parameters, name_numbers, without_prefix
 
 
 @dataclass(frozen=True)
 class RemappedState:
-    """An optimizer's state dict after conversion, and the names whose state was kept and dropped."""
+    """An optimizer's state after conversion."""
 
     state: dict[str, Any]
+    """Its state dict; empty where the entries of a distributed checkpoint say all."""
     kept: tuple[str, ...]
+    """The names of the parameters whose state was kept."""
     dropped: tuple[str, ...]
+    """The names of the parameters whose state was dropped."""
 
 
-Parameters = Sequence[Parameter]
+Place = tuple[Any, ...]
+"""Keys and indices that lead from a checkpoint's top to something in it."""
 _DEEPEST, _MOST = 5, 10_000  # how far a checkpoint is searched: a hostile one may have no end
 
 
 def remap_states(
-    content: Any, ways: Sequence[tuple[Parameters, Parameters]]
+    content: Any, candidates: Sequence[tuple[Parameters, Parameters]]
 ) -> tuple[Any, dict[str, RemappedState], list[str]]:
-    """A training checkpoint with its optimizers' states carried over: by name what became of each, and which were lost.
+    """A training checkpoint with its optimizers' states remapped: by name what became of each, and which were lost.
 
-    `ways` are the parameters before and after, as far as each may be what the optimizer was made for, likeliest first.
+    `candidates` are the parameters before and after conversion of each model in the checkpoint that an optimizer may
+    have been made for, likeliest first.
     """
-    carried: dict[str, RemappedState] = {}
+    remapped: dict[str, RemappedState] = {}
     lost = []
     for place, state in list(find_optimizers(content)):
         name = ".".join(map(str, place))
-        result = next((c for before, after in ways if (c := remap_state(state, before, after)) is not None), None)
+        fitting = (r for before, after in candidates if (r := remap_state(state, before, after)) is not None)
+        result = next(fitting, None)
         content = _replaced(content, place, None if result is None else result.state)
         if result is None:
             lost.append(name)
         else:
-            carried[name] = result
-    return content, carried, lost
+            remapped[name] = result
+    return content, remapped, lost
 
 
 def remap_flat_states(
-    content: Mapping[str, Any], ways: Sequence[tuple[Parameters, Parameters]]
+    content: Mapping[str, Any], candidates: Sequence[tuple[Parameters, Parameters]]
 ) -> tuple[Any, dict[str, RemappedState], list[str]]:
-    """`remap_states` for a distributed checkpoint, whose optimizer entries have the parameter's name, or its number, in their own."""
-    before, after = ways[0]
+    """`remap_states` for a distributed checkpoint, where each tensor of an optimizer's state is an entry of its own.
+
+    Its name is `OPTIMIZER.state.PARAMETER.KIND`, such as `optimizer.state.layer.weight.exp_avg`, so entries of
+    parameters that still exist are right as they are. Others have the parameter's number in place of its name; the
+    groups, which would tell what the numbers mean, are not read here, so these are lost unless the parameters are the
+    same as before.
+    """
+    before, after = candidates[0]
     names, still = {p.name for p in before}, {p.name for p in after}
-    states: dict[str, dict[str, list[str]]] = {}  # by optimizer, then by parameter
+    entries: dict[str, dict[str, list[str]]] = {}  # by optimizer, then by parameter
     for key in content:
         optimizer, found, rest = key.partition(".state.")
-        if found and (owner := _owner(rest, names)) is not None:
-            states.setdefault(optimizer, {}).setdefault(owner, []).append(key)
-    carried: dict[str, RemappedState] = {}
+        if found and (parameter := _parameter_of_entry(rest, names)) is not None:
+            entries.setdefault(optimizer, {}).setdefault(parameter, []).append(key)
+    remapped: dict[str, RemappedState] = {}
     lost, gone = [], set()
-    for optimizer, owners in states.items():
-        numbered = any(owner.isdecimal() for owner in owners)
+    for optimizer, by_parameter in entries.items():
+        numbered = any(parameter.isdecimal() for parameter in by_parameter)
         if numbered and names != still:
             lost.append(optimizer)
             gone |= {key for key in content if key.startswith(f"{optimizer}.")}
         elif not numbered:
-            dropped = tuple(owner for owner in owners if owner not in still)
-            gone |= {key for owner in dropped for key in owners[owner]}
-            carried[optimizer] = RemappedState({}, tuple(owner for owner in owners if owner in still), dropped)
+            kept = tuple(parameter for parameter in by_parameter if parameter in still)
+            dropped = tuple(parameter for parameter in by_parameter if parameter not in still)
+            gone |= {key for parameter in dropped for key in by_parameter[parameter]}
+            remapped[optimizer] = RemappedState({}, kept, dropped)
     result: Any = copy.copy(content)  # with torch's `_metadata`, which its own copy leaves behind
     for key in gone:
         del result[key]
-    return result, carried, lost
+    return result, remapped, lost
 
 
-def _owner(rest: str, names: set[str]) -> str | None:
+def _parameter_of_entry(rest: str, names: set[str]) -> str | None:
     """The parameter, or its number, that an optimizer's entry is about: `layer.weight` of `layer.weight.exp_avg`."""
     inner = rest.rpartition(".")[0]
-    if inner.isdecimal():
-        return inner
-    ends = (0, *(m.end() for m in re.finditer(r"\.", inner)))
-    return next((inner[at:] for at in ends if inner[at:] in names), None)
+    return inner if inner.isdecimal() else without_prefix(inner, names)
 
 
-def _replaced(content: Any, place: tuple[Any, ...], value: Any) -> Any:
-    """`content` with `value` at `place`; None at the top of a dict takes the place away."""
+def _replaced(content: Any, place: Place, value: Any) -> Any:
+    """`content` with `value` at `place`; None in a dict takes the key away. What is changed is copied, nothing else."""
     changed = copy.copy(content)
     if len(place) > 1:
         changed[place[0]] = _replaced(content[place[0]], place[1:], value)
@@ -105,9 +111,9 @@ def _replaced(content: Any, place: tuple[Any, ...], value: Any) -> Any:
     return changed
 
 
-def find_optimizers(content: Any) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
-    """Every optimizer's state dict in the dicts and lists of a training checkpoint, with where it stands."""
-    pending: list[tuple[tuple[Any, ...], Any]] = [((), content)]
+def find_optimizers(content: Any) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    """Every optimizer's state dict in the dicts and lists of a training checkpoint, with its place; those on top first."""
+    pending: list[tuple[Place, Any]] = [((), content)]
     for _ in range(_MOST):
         if not pending:
             return
@@ -129,41 +135,32 @@ def is_optimizer(value: Any) -> bool:
     )
 
 
-def remap_state(
-    state: Mapping[str, Any], before: Sequence[Parameter], after: Sequence[Parameter]
-) -> RemappedState | None:
+def remap_state(state: Mapping[str, Any], before: Parameters, after: Parameters) -> RemappedState | None:
     """`state`, which was made for the parameters `before`, for the parameters `after`.
 
     A parameter keeps its state under its name; a new one gets none and joins the group of its kin; groups keep
     their options and the model's order. None where it cannot be told which parameter is which.
     """
-    assigned = _assign(state, before)
-    if assigned is None or (set(before) != set(after) and _is_flat(state, before)):
+    named = name_numbers(state, before)
+    # One vector for all parameters has no part that could be kept by itself.
+    if named is None or (set(before) != set(after) and _is_flat(state, before)):
         return None
-    names, order = assigned
-    home = {
-        name: index for index, group in enumerate(state["param_groups"]) for name in (names[i] for i in group["params"])
-    }
-    known, everyone = {p.name for p in before}, len(home) == len(before)
+    names, order = named
+    group_of = {names[number]: index for index, group in enumerate(state["param_groups"]) for number in group["params"]}
+    # A script that gave its optimizer every parameter would give it the new frozen ones too; another only trained ones.
+    known, has_all = {p.name for p in before}, len(group_of) == len(before)
     for parameter in after:
-        if parameter.name not in known and (everyone or parameter.trained):
-            home[parameter.name] = order.group_of(parameter, home)
+        if parameter.name not in known and (has_all or parameter.trained):
+            group_of[parameter.name] = order.group_of(parameter, group_of)
     groups: list[dict[str, Any]] = []
     numbers: dict[str, int] = {}
     for index, group in enumerate(state["param_groups"]):
-        members = [p.name for p in after if home.get(p.name) == index]
-        was = [names[i] for i in group["params"]]
-        if was != [p.name for p in before if p.name in set(was)]:  # in an order of its own, which torch goes by
-            members.sort(key=lambda name: was.index(name) if name in was else len(was))
+        was = [names[number] for number in group["params"]]
+        members = _in_order([p.name for p in after if group_of.get(p.name) == index], was, before)
         numbers |= {name: len(numbers) + offset for offset, name in enumerate(members)}
-        mended = {**group, "params": [numbers[name] for name in members]}
-        if "param_names" in group:
-            outer = dict(zip(was, group["param_names"], strict=True))
-            prefix = next(iter(outer.values()), "").removesuffix(next(iter(outer), ""))
-            mended["param_names"] = [outer.get(name, prefix + name) for name in members]
         if members or not was or not order.drops_empty:
-            groups.append(mended)
-    held = {names[index]: value for index, value in state["state"].items() if index in names}
+            groups.append(_group_with(group, members, was, numbers))
+    held = {names[number]: value for number, value in state["state"].items() if number in names}
     shapes = {p.name: p.shape for p in before}
     same = {p.name for p in after if p.name in numbers and shapes.get(p.name, p.shape) == p.shape}
     kept = {numbers[name]: value for name, value in held.items() if name in same}
@@ -171,123 +168,31 @@ def remap_state(
     return RemappedState(result, tuple(n for n in held if n in same), tuple(n for n in held if n not in same))
 
 
+def _in_order(members: list[str], was: list[str], before: Parameters) -> list[str]:
+    """`members` of a group, given in the model's order, as a script would hand them over: torch goes by the order alone.
+
+    Where the group was not in the model's order, its old members keep the group's own, and new ones come last.
+    """
+    if was == [p.name for p in before if p.name in set(was)]:
+        return members
+    return sorted(members, key=lambda name: was.index(name) if name in was else len(was))
+
+
+def _group_with(
+    group: Mapping[str, Any], members: list[str], was: list[str], numbers: Mapping[str, int]
+) -> dict[str, Any]:
+    """A group with other members. New names get the prefix, of a wrapper, that the names in the group have."""
+    result = {**group, "params": [numbers[name] for name in members]}
+    if "param_names" in group:
+        outer = dict(zip(was, group["param_names"], strict=True))
+        prefix = next(iter(outer.values()), "").removesuffix(next(iter(outer), ""))
+        result["param_names"] = [outer.get(name, prefix + name) for name in members]
+    return result
+
+
 def _is_flat(state: Mapping[str, Any], before: Parameters) -> bool:
-    """Whether an optimizer keeps all parameters in one vector, as LBFGS does."""
+    """Whether an optimizer keeps all parameters in one vector, as LBFGS does: it is as long as all of them together."""
     total = sum(math.prod(p.shape) for p in before)
     entries = [entry for entry in state["state"].values() if isinstance(entry, Mapping)]
     vectors = [v for entry in entries for v in entry.values() if isinstance(v, Tensor) and v.dim() == 1]
     return len(before) > 1 and any(v.numel() == total for v in vectors)
-
-
-# ---- which parameter is which ----
-
-
-@dataclass(frozen=True)
-class _Order:
-    """An order in which parameters may have been handed to an optimizer, and how they were told apart into groups."""
-
-    names: tuple[str, ...]
-    kind: Callable[[Parameter], Any] | None = None
-    classes: tuple[Any, ...] = ()
-    drops_empty: bool = False
-
-    def group_of(self, parameter: Parameter, home: Mapping[str, int]) -> int:
-        """The group of a new parameter: that of its kind, else of what it was made of, else of one called alike, else the last."""
-        if self.kind is not None and self.kind(parameter) in self.classes:
-            return self.classes.index(self.kind(parameter))
-        module, _, leaf = parameter.name.rpartition(".")
-        origin = home.get(f"{module}.{leaf[:-2]}".lstrip("."))  # `weight` of `weight_v` and `weight_g`
-        alike = (index for name, index in home.items() if name.rpartition(".")[2] == leaf)
-        return next(alike, max(home.values(), default=0)) if origin is None else origin
-
-
-def _assign(state: Mapping[str, Any], parameters: Parameters) -> tuple[dict[Any, str], _Order] | None:
-    """The name behind each index of an optimizer's state, where shapes bear it out."""
-    groups = [group["params"] for group in state["param_groups"]]
-    indices = [index for group in groups for index in group]
-    if not all(isinstance(index, int | str) for index in indices):
-        return None
-    shapes = {p.name: p.shape for p in parameters}
-    if groups and all("param_names" in group for group in state["param_groups"]):
-        lists = [group["param_names"] for group in state["param_groups"]]
-        sound = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
-        named = tuple(_plain(name, shapes) or "" for names in lists for name in names) if sound else ("",)
-        orders: Iterable[_Order] = [_Order(named)] if all(named) else []
-    else:
-        orders = _orders([len(group) for group in groups], parameters)
-    for order in orders:
-        if len(order.names) == len(indices):
-            names = dict(zip(indices, order.names, strict=True))
-            if all(_fits(state["state"].get(index), shapes[name]) for index, name in names.items()):
-                return names, order
-    return None
-
-
-def _plain(name: str, shapes: Mapping[str, Any]) -> str | None:
-    """A name without the prefixes of wrappers."""
-    return next((name[at:] for at in (0, *(m.end() for m in re.finditer(r"\.", name))) if name[at:] in shapes), None)
-
-
-def _fits(entry: Any, shape: tuple[int, ...]) -> bool:
-    if not isinstance(entry, Mapping):
-        return True
-    full = [v for k, v in entry.items() if isinstance(v, Tensor) and k in _FULL_SIZE]
-    return all(tuple(value.shape) == shape for value in full)
-
-
-_FULL_SIZE = {
-    "exp_avg",
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "momentum_buffer",
-    "square_avg",
-    "sum",
-    "acc_delta",
-    "grad_avg",
-}
-
-
-def _orders(sizes: Sequence[int], parameters: Parameters) -> Iterator[_Order]:
-    """The orders in which training scripts hand over parameters: as they are, or in groups by kind."""
-    for chosen in (list(parameters), [p for p in parameters if p.trained]):
-        yield _Order(tuple(p.name for p in chosen))
-        for kind, drops_empty in _kinds(_norms(chosen)):
-            classes: dict[Any, list[str]] = {}
-            for p in chosen:
-                classes.setdefault(kind(p), []).append(p.name)
-            if len(classes) == len(sizes):
-                for order in permutations(classes):
-                    if [len(classes[key]) for key in order] == list(sizes):
-                        yield _Order(
-                            tuple(name for key in order for name in classes[key]),
-                            kind,
-                            order,
-                            drops_empty and order[0] != "bias",
-                        )
-
-
-def _norms(parameters: Sequence[Parameter]) -> set[str]:
-    """The modules whose weight has one dimension: norms."""
-    return {p.name.rpartition(".")[0] for p in parameters if p.name.endswith("weight") and len(p.shape) == 1}
-
-
-def _kinds(norms: set[str]) -> list[tuple[Callable[[Parameter], Any], bool]]:
-    """How scripts tell parameters with weight decay from those without, and whether they leave empty groups out.
-
-    In turn: timm; biases apart; torchvision's references, in three ways; these and Ultralytics, which keeps empty ones.
-    """
-
-    def normed(p: Parameter) -> bool:
-        return p.name.rpartition(".")[0] in norms
-
-    def bias(p: Parameter) -> bool:
-        return p.name.endswith("bias")
-
-    return [
-        (lambda p: len(p.shape) <= 1, False),
-        (bias, False),
-        (normed, True),
-        (lambda p: normed(p) or bias(p), True),
-        (lambda p: "norm" if normed(p) else "bias" if bias(p) else "weight", True),
-        (lambda p: "bias" if bias(p) else "norm" if normed(p) else "weight", True),  # Ultralytics puts biases first
-    ]

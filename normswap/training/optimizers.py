@@ -13,7 +13,8 @@ from torch import nn
 from normswap.analysis.sites import classify
 from normswap.errors import OptionError
 from normswap.report.report import Change
-from normswap.training.optimizer_states import Parameter, RemappedState, remap_state
+from normswap.training.optimizer_states import RemappedState, remap_state
+from normswap.training.parameter_numbers import Parameter
 
 
 def remap_optimizer(
@@ -26,7 +27,8 @@ def remap_optimizer(
     schedulers that hold it go on. Where the model was converted in place, `before` is `dict(model.named_parameters())`
     taken before that. Returns a change of kind "optimizer" for each parameter whose state was carried over or dropped.
 
-    Raises OptionError for parameters of another model, and for an optimizer that keeps all of them in one vector (LBFGS).
+    Raises OptionError for parameters of another model, and for an optimizer that keeps all of them in one vector
+    (LBFGS).
     """
     if before is after:
         raise OptionError(
@@ -96,9 +98,9 @@ def state_changes(optimizer: str, carried: RemappedState) -> list[Change]:
 def param_groups(model: nn.Module, weight_decay: float, *, exempt: Iterable[str] = ()) -> list[dict[str, Any]]:
     """The trainable parameters of `model` in two groups for a torch optimizer: with `weight_decay`, and with none.
 
-    None for the parameters of norms, for biases, and for whatever else is a vector: the lengths of normalized weights (`weight_g`),
-    scales, tokens. So the recipes of torchvision and timm have it. None either for what the model names itself (`model.no_weight_decay()`,
-    as timm's do) and for `exempt`: names of parameters, or glob patterns on them.
+    None for the parameters of norms, for biases, and for whatever else is a vector: the lengths of normalized weights
+    (`weight_g`), scales, tokens. So the recipes of torchvision and timm have it. None either for what the model names
+    itself (`model.no_weight_decay()`, as timm's do) and for `exempt`: names of parameters, or glob patterns on them.
     Source: He et al. 2019, "Bag of Tricks for Image Classification with Convolutional Neural Networks", section 3.1.
 
     Raises OptionError for a weight decay below zero and for a name or pattern that matches nothing.
