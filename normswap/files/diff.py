@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from normswap.analysis.drift import relative_distance
 from normswap.checkpoints import checkpoint, contents, reading
 from normswap.checkpoints.mapped_memory import release
+from normswap.conversion.accounting import count_elements
 from normswap.report.report import Change, Left, Node, Report, Totals
 
 Side = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
@@ -161,7 +162,7 @@ def _shape(tensor: Tensor) -> str:
 def _count_elements(side: Any) -> tuple[int, int]:
     """Elements of parameters and of buffers; of a state dict, all count as parameters."""
     if isinstance(side, nn.Module):
-        return sum(p.numel() for p in side.parameters()), sum(b.numel() for b in side.buffers())
+        return count_elements(side)
     return sum(tensor.numel() for tensor in _tensors(side).values()), 0
 
 

@@ -16,8 +16,9 @@ from normswap.analysis.copies import clone
 from normswap.checkpoints import checkpoint, state_keys
 from normswap.checkpoints.state_keys import Binding
 from normswap.errors import FileError, ModelError, OptionError
-from normswap.files import model_specs, recipe
+from normswap.files import model_specs
 from normswap.files.model_specs import ModelSource
+from normswap.files.recipe import parse_recipe, replay
 from normswap.training.parameter_numbers import Parameter
 
 _LEADS_SOMEWHERE = re.compile("path|file|url|dir|pretrained|checkpoint|cfg|cache|weights|hub", re.IGNORECASE)
@@ -67,10 +68,11 @@ def models_on_tensors(
     A converted state dict gets a converted model. Raises `FileError` where the tensors do not fit.
     """
     stored = checkpoint.stored_recipe(state)
+    recipe = None if stored is None else parse_recipe(stored, where)
 
     def build() -> nn.Module:
         fresh = clone(source) if isinstance(source, nn.Module) else model_specs.make_model(source, arguments)
-        return fresh if stored is None else recipe.replay(fresh, stored, where)
+        return fresh if recipe is None else replay(fresh, recipe, where)
 
     # First without memory for the weights, which the file brings. Some models cannot be made so: they compute with
     # their weights as they are made, or hold tensors that no file has. Those are made a second time, with memory.

@@ -1,8 +1,9 @@
-"""Recipes: what a converted file tells of its conversion, checked, and repeated on a fresh model."""
+"""The recipe of a conversion, as a file holds it: checked, repeated on a fresh model, and completed for the next file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,40 +18,78 @@ from normswap.conversion.convert import fold
 from normswap.conversion.pipeline import run
 from normswap.conversion.request import Recorded, Request
 from normswap.errors import FileError
+from normswap.files import model_specs
+from normswap.files.model_specs import ModelSource
 from normswap.layers.matching import Moments
 from normswap.layers.reparametrized import LAYERS
+from normswap.report.report import Report
 from normswap.targets.options import Options
-from normswap.targets.target import TARGETS, parse_target
+from normswap.targets.target import TARGETS, Target, parse_target
 
-FORMAT = 1
-_MOST_STEPS = 16  # conversions of conversions
-_DEEPEST = 16  # parts of a prefix
-_MISSED = 3  # names in a message
+_NEWEST_FORMAT = 1
+_MOST_CONVERSIONS = 16  # one after the other
+_LONGEST_PREFIX = 16  # parts with dots
+_SHOWN = 3  # names in a message
 _DIMS = {cls.__name__: dims + 2 for dims, cls in BATCH_NORM_BY_DIMS.items()}
 _MANY = 1 << 20  # elements a channel: no reason for fewer groups than the recipe tells
 
 
-def check(recipe: Any, where: object, steps: int = 0) -> dict[str, Any]:
-    """`recipe`, which came from a file, if it is one that this version can repeat. Raises `FileError`."""
-    if not isinstance(recipe, Mapping) or type(recipe.get("format")) is not int:
+@dataclass(frozen=True)
+class LayerRecipe:
+    """What one layer became."""
+
+    to: str
+    """As a report writes it: `GroupNorm(8)`."""
+    groups: int | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a file tells of the conversion of its model, checked."""
+
+    target: str
+    layers: Mapping[str, LayerRecipe]
+    """By path, those that were changed."""
+    on_data: bool
+    """Whether it was calibrated."""
+    folded: bool
+    """Whether the result was folded into plain torch layers."""
+    previous: Recipe | None
+    """The conversion before this one, where the model was converted already."""
+
+
+def parse_recipe(stored: Any, where: object) -> Recipe:
+    """The recipe that the file `where` holds. Raises `FileError` unless it is one that this version can repeat."""
+    return _parse(stored, where, _MOST_CONVERSIONS)
+
+
+def _parse(stored: Any, where: object, most_before: int) -> Recipe:
+    if not isinstance(stored, Mapping) or type(stored.get("format")) is not int:
         raise FileError(f"{where}: its recipe is damaged; give the model and convert it again")
-    if recipe["format"] > FORMAT:
-        made = recipe.get("versions")
-        newer = made.get("normswap") if isinstance(made, Mapping) else None
+    if stored["format"] > _NEWEST_FORMAT:
+        versions = stored.get("versions")
+        newer = versions.get("normswap") if isinstance(versions, Mapping) else None
         raise FileError(
-            f"{where}: its recipe has the format {recipe['format']}, made by normswap {newer}, newer than this one; "
+            f"{where}: its recipe has the format {stored['format']}, made by normswap {newer}, newer than this one; "
             "upgrade: pip install -U normswap"
         )
-    target, layers = recipe.get("target"), recipe.get("layers")
+    target, layers, options = (stored.get(name) for name in ("target", "layers", "options"))
     if not isinstance(target, str) or target not in TARGETS:
         raise FileError(f"{where}: its recipe names the target {target!r}, which is none of {', '.join(TARGETS)}")
     if not isinstance(layers, Mapping) or not all(_is_layer(path, layer) for path, layer in layers.items()):
         raise FileError(f"{where}: its recipe is damaged: the layers are not paths with what they became")
-    if recipe.get("previous") is not None:
-        if steps >= _MOST_STEPS:
+    previous = None
+    if stored.get("previous") is not None:
+        if most_before == 0:
             raise FileError(f"{where}: its recipe is damaged: too many conversions of conversions")
-        check(recipe["previous"], where, steps + 1)
-    return dict(recipe)
+        previous = _parse(stored["previous"], where, most_before - 1)
+    return Recipe(
+        target,
+        {path: LayerRecipe(layer["to"], layer.get("groups")) for path, layer in layers.items()},
+        on_data=isinstance(options, Mapping) and bool(options.get("calibrate")),
+        folded=stored.get("folded") is True,
+        previous=previous,
+    )
 
 
 def _is_layer(path: Any, layer: Any) -> bool:
@@ -60,82 +99,110 @@ def _is_layer(path: Any, layer: Any) -> bool:
     return groups is None or (isinstance(groups, int) and not isinstance(groups, bool) and groups > 0)
 
 
-def replay(model: nn.Module, recipe: Any, where: object, *, steps: int = 0) -> nn.Module:
+# ---- repeated ----
+
+
+def replay(model: nn.Module, recipe: Recipe, where: object) -> nn.Module:
     """`model` with the architecture that the conversion gave its like, changed in place; its values are to be loaded.
 
-    Raises `FileError` where the recipe is not one, or was made for another architecture; `where` is the file.
+    Raises `FileError` where the recipe was made for another architecture; `where` is the file.
     """
-    recipe = check(recipe, where)
-    if recipe.get("previous") is not None:
-        if steps >= _MOST_STEPS:
-            raise FileError(f"{where}: its recipe is damaged: too many conversions of conversions")
-        model = replay(model, recipe["previous"], where, steps=steps + 1)
+    if recipe.previous is not None:
+        model = replay(model, recipe.previous, where)
     sites = {path: site for site in find_sites(model) for path in site.paths}
-    layers = _relative(recipe["layers"], sites)
-    missing = [path for path in layers if path not in sites]
-    if missing:
-        listed = ", ".join(repr(path) for path in missing[:_MISSED])
-        raise FileError(f"{where}: its recipe is for another architecture: the model has no {listed}")
-    for path, layer in layers.items():
-        groups = layer.get("groups")
-        if not (sites[path].form or sites[path].kind == "weight"):
-            raise FileError(f"{where}: its recipe is for another architecture: {path} is a {sites[path].name} already")
-        if groups is not None and sites[path].channels % groups:
-            raise FileError(
-                f"{where}: its recipe is for another architecture: {path} has {sites[path].channels} channels, not a multiple of {groups} groups"
-            )
-    measured, seen = _as_on_data(recipe, layers, sites, model)
-    given = {path: layer["groups"] for path, layer in layers.items() if layer.get("groups") is not None}
-    recurrent = "ln" if any(layer["to"].startswith("LayerNorm") for layer in layers.values()) else None
-    chosen = Options(
+    layers = _by_own_paths(recipe.layers, sites)
+    _check_architecture(layers, sites, where)
+    # Which layers were converted hung on options and on what feeds what: here the list in the recipe alone decides, so
+    # that all kinds of layers are let in. The groups are given too: they may have been chosen by data or by the sizes
+    # of feature maps, neither of which is known here.
+    groups = {path: layer.groups for path, layer in layers.items() if layer.groups is not None}
+    recurrent = "ln" if any(layer.to.startswith("LayerNorm") for layer in layers.values()) else None
+    target = parse_target(recipe.target)
+    options = Options(
         ws_scope="all", layers=tuple(LAYERS), recurrent=recurrent, include=lambda path, module: path in layers
     )
-    recorded = Recorded(given, measured, seen)
-    request = Request(parse_target(recipe["target"]), chosen, inplace=True, may_be_idle=True, recorded=recorded)
-    converted, report = run(model, request)
-    became = {path: change for change in report.changes for path in change.paths}
-    for path, layer in layers.items():
-        change = became.get(path)
-        same_groups = change is not None and change.groups is not None and change.groups == layer.get("groups")
-        if change is None or not (same_groups or change.after == layer["to"]):
-            here = change.after if change else "nothing"
-            raise FileError(
-                f"{where}: its recipe is for another architecture: {path} became {layer['to']}, here {here}"
-            )
-    return fold(converted).model if recipe.get("folded") is True else converted
+    sizes = _stand_in_sizes(recipe, target, layers, sites)
+    moments = _stand_in_moments(model, sites, sizes) if recipe.on_data else {}
+    recorded = Recorded(groups, moments, sizes)
+    converted, report = run(model, Request(target, options, inplace=True, may_be_idle=True, recorded=recorded))
+    _check_outcome(layers, report, where)
+    return fold(converted).model if recipe.folded else converted
 
 
-def _as_on_data(
-    recipe: Mapping[str, Any], layers: Mapping[str, Any], sites: Mapping[str, Site], model: nn.Module
-) -> tuple[dict[str, Measured], dict[str, Seen]]:
-    """What data or example inputs told of the norms when they were converted, in so far as the new layers' kind and keys hang on it.
+def _by_own_paths(layers: Mapping[str, LayerRecipe], sites: Mapping[str, Site]) -> dict[str, LayerRecipe]:
+    """The layers by the model's own paths.
 
-    The values are loaded later: here all moments are those of standard normal data.
+    A conversion of tensors alone took the file's keys for paths, and these may begin with a prefix (`module.`,
+    `model.`) that the model has not. How long that is nobody knows, so parts are cut until all paths are the model's.
     """
-    like = next((p.detach().new_empty(0) for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    options = recipe.get("options")
-    on_data = isinstance(options, Mapping) and bool(options.get("calibrate"))
-    measured, seen = {}, {}
-    for path, layer in layers.items():
-        site = sites[path]
-        dims = 2 if site.form == "last" else _DIMS.get(layer["to"].removesuffix("Act"))
-        if site.kind == "norm" and (dims or on_data):
-            seen[site.path] = Seen(dims or (site.spatial_dims or 2) + 2, 1 if dims == 2 else _MANY)
-        if site.kind == "norm" and on_data:
-            zero, one = torch.zeros(site.channels, device=like.device), torch.ones(site.channels, device=like.device)
-            measured[site.path] = Measured(Moments(zero, one, zero, one), seen[site.path], like)
-    return measured, seen
-
-
-def _relative(layers: Mapping[str, Any], sites: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers by the model's own paths: a conversion without the model saw them under the prefix of the file."""
-    deepest = max((path.count(".") for path in layers), default=0) - min((path.count(".") for path in sites), default=0)
-    deepest = min(deepest, _DEEPEST)
-    for cut in range(deepest + 1):
-        shortened = {path.split(".", cut)[-1]: layer for path, layer in layers.items()}
+    longest = max((path.count(".") for path in layers), default=0) - min((path.count(".") for path in sites), default=0)
+    for parts in range(min(longest, _LONGEST_PREFIX) + 1):
+        shortened = {path.split(".", parts)[-1]: layer for path, layer in layers.items()}
         if all(path in sites for path in shortened):
             return shortened
     return dict(layers)
+
+
+def _check_architecture(layers: Mapping[str, LayerRecipe], sites: Mapping[str, Site], where: object) -> None:
+    """Raise `FileError` where the model has other layers than the one that was converted."""
+    another = f"{where}: its recipe is for another architecture"
+    missing = [path for path in layers if path not in sites]
+    if missing:
+        raise FileError(f"{another}: the model has no {', '.join(repr(path) for path in missing[:_SHOWN])}")
+    for path, layer in layers.items():
+        site = sites[path]
+        if not (site.form or site.kind == "weight"):
+            raise FileError(f"{another}: {path} is a {site.name} already")
+        if layer.groups is not None and site.channels % layer.groups:
+            raise FileError(f"{another}: {path} has {site.channels} channels, not a multiple of {layer.groups} groups")
+
+
+def _check_outcome(layers: Mapping[str, LayerRecipe], report: Report, where: object) -> None:
+    """Raise `FileError` where a layer became something else than the recipe tells."""
+    changes = {path: change for change in report.changes for path in change.paths}
+    for path, layer in layers.items():
+        change = changes.get(path)
+        same_groups = change is not None and change.groups is not None and change.groups == layer.groups
+        if change is None or not (same_groups or change.after == layer.to):
+            here = change.after if change else "nothing"
+            raise FileError(f"{where}: its recipe is for another architecture: {path} became {layer.to}, here {here}")
+
+
+def _stand_in_sizes(
+    recipe: Recipe, target: Target, layers: Mapping[str, LayerRecipe], sites: Mapping[str, Site]
+) -> dict[str, Seen]:
+    """Stand-ins for what the norms saw when they were converted, in so far as the kind of the new layer hangs on it.
+
+    The dimensions of the input tell which of torch's batch norms a norm becomes. Of the elements a channel there are
+    many, which is no reason for fewer groups than the recipe tells, save where the input has no space but channels.
+    """
+    by_dimension = target.norm is not None and target.norm.class_by_dimension
+    sizes = {}
+    for path, layer in layers.items():
+        site = sites[path]
+        dims = _DIMS.get(layer.to.removesuffix("Act")) if by_dimension else None
+        dims = 2 if site.form == "last" else dims
+        if site.kind == "norm" and (dims or recipe.on_data):
+            sizes[site.path] = Seen(dims or (site.spatial_dims or 2) + 2, 1 if dims == 2 else _MANY)
+    return sizes
+
+
+def _stand_in_moments(model: nn.Module, sites: Mapping[str, Site], sizes: Mapping[str, Seen]) -> dict[str, Measured]:
+    """Stand-ins for what the data told of each norm: the moments of standard normal data.
+
+    Without any, a norm that keeps no running statistics could not become one that does. Which they are is of no
+    weight: the values come out of the file afterwards.
+    """
+    like = next((p.detach().new_empty(0) for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    moments = {}
+    for path, seen in sizes.items():
+        channels = sites[path].channels
+        zero, one = torch.zeros(channels, device=like.device), torch.ones(channels, device=like.device)
+        moments[path] = Measured(Moments(zero, one, zero, one), seen, like)
+    return moments
+
+
+# ---- completed ----
 
 
 def state_dict_with_recipe(model: nn.Module) -> dict[str, Any]:
@@ -143,3 +210,17 @@ def state_dict_with_recipe(model: nn.Module) -> dict[str, Any]:
     state = model.state_dict()
     checkpoint.store_recipe(state, checkpoint.stored_recipe(model))
     return state
+
+
+def with_origin(
+    recipe: Mapping[str, Any], model: ModelSource | None, arguments: Mapping[str, Any], previous: Any
+) -> dict[str, Any]:
+    """A recipe with the spec of its model, where that is a library's, and the conversion before it."""
+    spec = model if isinstance(model, str) and model_specs.is_spec(model) else None
+    source = {"model": spec, "model_args": dict(arguments)} if spec else {}
+    return {**recipe, **source} | ({"previous": previous} if previous else {})
+
+
+def as_folded(recipe: Any) -> dict[str, Any] | None:
+    """The recipe of a model that was folded since; None for what is none."""
+    return {**recipe, "folded": True} if isinstance(recipe, Mapping) else None

@@ -1,0 +1,75 @@
+"""A state dict without its model: its norms are converted on their tensors alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from normswap.checkpoints import checkpoint, state_keys
+from normswap.checkpoints.state_keys import Binding
+from normswap.conversion.pipeline import run
+from normswap.conversion.request import Request
+from normswap.errors import OptionError
+from normswap.files import norms_by_keys
+from normswap.files.file_request import ConvertedEntry, FileRequest
+from normswap.files.recipe import parse_recipe, with_origin
+from normswap.report.report import Left, Report
+from normswap.target_table import NORM_FORMS
+
+
+def convert_tensors_alone(state: Mapping[str, Any], where: Path, request: FileRequest) -> ConvertedEntry:
+    """The norms of `state`, a model in the file `where`, converted; all else stays.
+
+    Raises `OptionError` for a target that needs the model.
+    """
+    _check_target(request, where)
+    eps = norms_by_keys.DEFAULT_EPS if request.eps is None else request.eps
+    if not (math.isfinite(eps) and eps >= 0):
+        raise OptionError(f"--eps {eps}: must be 0 or more, and finite")
+    previous = checkpoint.stored_recipe(state)
+    if previous is not None:
+        parse_recipe(previous, where)  # it goes on into the new file, where it has to be sound
+    norms = norms_by_keys.module_of_norms(state, eps)
+    converted, report = run(norms, Request(request.target, request.options, inplace=True, progress=request.progress))
+    own_keys = Binding({key: key for key in norms_by_keys.norm_keys(state)})
+    value = state_keys.rebuild(state, [own_keys], [converted.state_dict()])
+    recipe = with_origin(report.recipe, None, {}, previous)
+    checkpoint.store_recipe(value, recipe)
+    report = replace(_of_whole_state(report, state, value, eps), recipe=recipe)
+    # An optimizer was made for all parameters, or for those of the model and not for what a script has beside it.
+    before, after = map(norms_by_keys.parameters_by_keys, (state, value))
+    under = norms_by_keys.under_the_norms_prefix
+    return ConvertedEntry(value, report, ((before, after), (under(state, before), under(state, after))))
+
+
+def _check_target(request: FileRequest, where: Path) -> None:
+    norm, recurrent = request.target.norm, request.options.recurrent
+    if norm is None or not norm.on_tensors_alone or request.target.weight or recurrent:
+        needs = "--recurrent" if recurrent else request.target.name
+        able = ", ".join(form.name for form in NORM_FORMS.values() if form.on_tensors_alone)
+        raise OptionError(
+            f"{where}: holds tensors without their model, which {needs} needs: give it with --model "
+            f"(torchvision:NAME, timm:NAME or file.py:factory). {able} work without"
+        )
+
+
+def _of_whole_state(report: Report, before: Mapping[str, Any], after: Mapping[str, Any], eps: float) -> Report:
+    """The report of what `run` saw, which is norms alone, as one of the whole state dict: convolutions are left."""
+    reason = f"{report.target} changes no weights of this kind"
+    left = [Left(path, "weight", "convolution", reason) for path in norms_by_keys.convolution_paths(before)]
+    (parameters_before, buffers_before), (parameters_after, buffers_after) = map(
+        norms_by_keys.count_elements_by_keys, (before, after)
+    )
+    totals = replace(
+        report.totals,
+        left=report.totals.left + len(left),
+        parameters_before=parameters_before,
+        parameters_after=parameters_after,
+        buffers_before=buffers_before,
+        buffers_after=buffers_after,
+    )
+    notice = f"eps is not in the file: {eps:g} is assumed (--eps); nor are the sizes of maps, and what follows what"
+    return replace(report, left=(*report.left, *left), totals=totals, warnings=(*report.warnings, notice))
