@@ -1,4 +1,4 @@
-"""The recipe of a conversion, as a file holds it: checked, repeated on a fresh model, and completed for the next file."""
+"""The recipe of a conversion, as a file holds it: checked, repeated on a fresh model, and completed for a new file."""
 
 from __future__ import annotations
 
