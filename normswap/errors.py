@@ -42,5 +42,5 @@ def first_line(error: BaseException) -> str:
 
 
 def path_error(path: object, error: OSError | ValueError) -> FileError:
-    """The error for a path that cannot be opened, with what the system says; a `ValueError` is of an impossible name."""
+    """The error for a path that cannot be opened, with what the system says; a `ValueError` means an odd name."""
     return FileError(f"{path}: {getattr(error, 'strerror', None) or error}; check the name and the folder")

@@ -1,3 +1,3 @@
-"""Where files that were saved by version 0.1 look for layer classes. Nothing else belongs here; see `normswap.layers`."""
+"""Where files that version 0.1 saved look for layer classes; nothing else belongs here. See `normswap.layers`."""
 
 from normswap.layers import *  # noqa: F403

@@ -1,7 +1,7 @@
-"""What a norm and a weight can become: one row a form, which the help, `normswap targets`, files and the targets read.
+"""What a norm and a weight can become: a row a form, which the help, `normswap targets`, files and the targets read.
 
-A new form is one row here and one function in `normswap/targets/`; `.github/CONTRIBUTING.md` has the steps. Nothing here
-needs torch, so that the tables are shown at once.
+A new form is one row here and one function in `normswap/targets/`; `.github/CONTRIBUTING.md` has the steps.
+Nothing here needs torch, so that the tables are shown at once.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def why_nothing_to_convert(target: Target, left: Sequence[Left]) -> str:
 
 
 def unasked_layers(sites: Sequence[Site], layers: Sequence[str], recurrent: str | None) -> str:
-    """What a model has that the options leave out, with the options that would change it; each begins with a semicolon."""
+    """What a model has that the options leave out, with the options that would change it, each behind a semicolon."""
     has = Counter(site.layer_kind for site in sites if site.kind == "weight")
     there = [kind for kind in LAYERS if has[kind] and kind not in layers]
     hints = []

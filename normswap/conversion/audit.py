@@ -1,4 +1,4 @@
-"""The proof that a conversion did what its report says: nothing was missed, and the output moved no more than it may."""
+"""The proof of a conversion: no layer was missed, and the output moved no more than it may."""
 
 from __future__ import annotations
 
@@ -64,6 +64,6 @@ def _check_exact(model: nn.Module, drift: Drift) -> None:
     if drift.relative_l2 is not None and drift.relative_l2 > _EXACT * rounding:
         raise ModelError(
             f"this conversion should be exact, but on {drift.probe} the output moved by {drift.relative_l2:.2g} "
-            "(relative L2): the forward does something that could not be seen; leave the layers concerned with exclude=, "
-            "and please report it"
+            "(relative L2): the forward does something that could not be seen; leave the layers concerned with "
+            "exclude=, and please report it"
         )

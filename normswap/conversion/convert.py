@@ -38,10 +38,10 @@ def convert(
 
     Args:
         model: any module; it is left untouched unless `inplace`.
-        to: a name in `normswap.TARGETS`: a norm (`gn`, `ln`, `in`, `est`, `bcn`, `bn`, `frozen`, `fold`), a weight form (`ws`, `wn`), or
-            a pair (`gn-ws`).
-        groups: for `gn` and `bcn`: `auto` (at most 8 groups, at least 4 channels in each; on data fewer where these keep more), a number of
-            groups (`32`), or channels a group (`"16c"`).
+        to: a name in `normswap.TARGETS`: a norm (`gn`, `ln`, `in`, `est`, `bcn`, `bn`, `frozen`, `fold`), a weight
+            form (`ws`, `wn`), or a pair (`gn-ws`).
+        groups: for `gn` and `bcn`: `auto` (at most 8 groups, at least 4 channels in each; on data fewer where these
+            keep more), a number of groups (`32`), or channels a group (`"16c"`).
         transfer: `match` moves the running statistics into gain and bias, `copy` keeps gain and
             bias as they stand, `reset` makes them 1 and 0.
         ws: `preserve` starts from each filter's own std and mean, which is exact; `strict` takes the
@@ -52,10 +52,11 @@ def convert(
         include, exclude: glob patterns on module paths, or a function `(path, module) -> bool`.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With it, group
             counts regard the sizes of feature maps, and the report tells the drift of the output.
-        calibrate: unlabelled data, a few hundred samples: a tensor, a `Dataset`, or any iterable of batches, each as the model
-            takes it. Norms without running statistics take those of the data (`bn` needs it for them), `auto` chooses groups
-            by it, and the new norms' gains and biases are fitted to the original's outputs, if that is nearer on held-out samples.
-            Where torch.distributed runs, every process calls this with its share of the data, and all get the same values.
+        calibrate: unlabelled data, a few hundred samples: a tensor, a `Dataset`, or any iterable of batches, each as
+            the model takes it. Norms without running statistics take those of the data (`bn` needs it for them), `auto`
+            chooses groups by it, and the new norms' gains and biases are fitted to the original's outputs, if that is
+            nearer on held-out samples. Where torch.distributed runs, every process calls this with its share of the
+            data, and all get the same values.
         calibrate_seconds: the most time that this fitting takes; 0: none.
         inplace: change `model` itself; nothing changes unless all of it can.
 

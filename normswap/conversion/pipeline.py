@@ -48,7 +48,7 @@ def _undisturbed() -> Iterator[None]:
 
 @_undisturbed()
 def run(model: nn.Module, request: Request) -> Conversion:
-    """Convert `model` as `request` says. Nothing changes unless all of it can; see `normswap.convert` for the errors."""
+    """Convert `model` as `request` says; nothing changes unless all of it can. `normswap.convert` tells the errors."""
     check_model(model)
     request.begin(Phase.COPY)
     work = model if request.inplace else copy_of(model)

@@ -40,7 +40,7 @@ class Plan:
 
 
 def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Plan:
-    """Build the replacements; raises `ModelError` or `OptionError` where there is nothing to convert, or too many groups."""
+    """Build the replacements. Raises `ModelError` for nothing to convert, `OptionError` for too many groups."""
     request.begin(Phase.PLAN)
     options, sites = request.options, survey.sites
     context = Context(
@@ -119,7 +119,7 @@ def _check_groups(target: Target, swaps: Sequence[Swap], groups: str | int) -> N
 
 
 def _notices(survey: Survey, request: Request, swaps: Sequence[Swap]) -> list[str]:
-    """What a user should know though nothing is wrong: half of the target found nothing, or there is nothing to keep."""
+    """What a user should know though it is no error: half of the target found nothing, or nothing is there to keep."""
     target, options, notices = request.target, request.options, []
     kinds = {swap.site.kind for swap in swaps}
     if target.norm and swaps and "norm" not in kinds:

@@ -32,8 +32,9 @@ class Phase(Enum):
     RUN_AFTER = "running the model after"
 
 
-ON_DATA = (Phase.MEASURE, Phase.CALIBRATE)
-"""The phases that only a conversion with calibration data has."""
+def phases(on_data: bool) -> list[Phase]:
+    """The phases of a conversion, with or without calibration data."""
+    return [phase for phase in Phase if on_data or phase not in (Phase.MEASURE, Phase.CALIBRATE)]
 
 
 @dataclass(frozen=True)

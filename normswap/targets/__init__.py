@@ -1,1 +1,1 @@
-"""What each target makes of a norm or a weight layer: one function a form, built on values; nothing here changes a model."""
+"""What each target makes of a norm or a weight layer: one function a form. Nothing here changes a model."""

@@ -45,8 +45,8 @@ class Swap:
     """What differs from what was asked, for the report."""
     groups: int | None = None
     writes: tuple[tuple[Tensor, Tensor | Callable[[], Tensor]], ...] = ()
-    """Tensors of the model that take new values in place, so that optimizers and other holders of a parameter keep it; a
-    large value is a function, which is called when its turn comes."""
+    """Tensors of the model that take new values in place, so that optimizers and other holders of a parameter keep it.
+    A large value is a function, which is called when its turn comes."""
     absorption: Absorption | None = None
     tied_lengths: Mapping[int, nn.Parameter] = field(default_factory=dict)
     """The lengths of filters that several layers share, by the id of the weight."""

@@ -83,8 +83,8 @@ def to_batch_norm(site: Site, context: Context) -> Swap | str:
         return "is a batch norm already"
     if site.form != "data" and site.path not in context.measured:
         raise OptionError(
-            f"{site.path or 'the model'} ({site.name}) has no statistics of a batch, which bn needs: give data with calibrate= "
-            "(--calibrate) that reach it, or leave it with exclude="
+            f"{site.path or 'the model'} ({site.name}) has no statistics of a batch, which bn needs: give data with "
+            "calibrate= (--calibrate) that reach it, or leave it with exclude="
         )
     cls = BATCH_NORM_BY_DIMS.get(spatial_dims_of(site, context) or 0, nn.SyncBatchNorm)
     new = cls(site.channels, eps=eps_of(site.module), momentum=_momentum(site), device="meta")

@@ -20,7 +20,7 @@ GroupRule = Literal["auto", "groups", "channels"]
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `normswap.convert`, which describes each. Raises `OptionError` for a value that is not possible."""
+    """The options of `normswap.convert`, which describes each. Raises `OptionError` for an impossible value."""
 
     groups: str | int = "auto"
     transfer: Transfer = "match"
