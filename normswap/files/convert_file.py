@@ -90,20 +90,18 @@ def convert_file(
         NormswapError: with nothing written.
     """
     started = time.monotonic()
-    conversion, target = Options(**options), parse_target(to)
-    out = _checked_output(path, to, out, format, None if dry_run else overwrite)
+    asked, target = Options(**options), parse_target(to)
+    if not model_specs.is_spec(str(path)):
+        reading.check_input(Path(path))
+    out = default_output(path, to, format) if out is None else Path(out)
+    format = format or format_by_ending(out)
+    if not dry_run:
+        writing.check_format(out, format, overwrite)
     spec = next((str(s) for s in (path, model) if isinstance(s, str) and model_specs.is_spec(s)), None)
-    if isinstance(calibrate, str | os.PathLike):
-        progress(f"reading {calibrate}")
-        calibrate = read_samples(calibrate, spec=spec, weights=weights, input_size=input_size, mean=mean, std=std)
-    elif calibrate is not None:
-        calibrate = input_batches(calibrate)
-    elif input_size or mean or std:
-        raise OptionError("--input-size, --mean and --std are for the pictures of --calibrate")
-    conversion = replace(conversion, calibrate=calibrate)
-    request = FileRequest(
-        target, conversion, model, model_args or {}, eps, input_shape, example_inputs, fold, progress
-    )  # fmt: skip
+    pictures = {"input_size": input_size, "mean": mean, "std": std}
+    asked = replace(asked, calibrate=_read_data(calibrate, spec, weights, pictures, progress))
+    request = FileRequest(target, asked, model, model_args or {}, eps, input_shape, example_inputs, fold, progress)
+
     progress(f"reading {path}")
     check_input_options(path, model, key, weights)
     scratch = None if dry_run else out.resolve().parent
@@ -112,7 +110,7 @@ def convert_file(
         converted, report = _convert_models(found, key, request)
     if not dry_run:
         progress(f"writing {out}")
-        _write(converted, out, format or format_by_ending(out), key, overwrite)
+        _write(converted, out, format, key, overwrite)
     return _with_cost(report, started)
 
 
@@ -143,23 +141,18 @@ def fold_file(
     return _with_cost(report, started)
 
 
-def _checked_output(
-    path: str | os.PathLike[str],
-    to: str,
-    out: str | os.PathLike[str] | None,
-    format: str | None,
-    overwrite: bool | None,
-) -> Path:
-    """Where to write. Raises before any work where the input cannot be read or the output not be written.
-
-    With `overwrite` None nothing will be written, and the output is not looked at.
-    """
-    if not model_specs.is_spec(str(path)):
-        reading.check_input(Path(path))
-    out = default_output(path, to, format) if out is None else Path(out)
-    if overwrite is not None:
-        writing.check_format(out, format or format_by_ending(out), overwrite)
-    return out
+def _read_data(
+    calibrate: Any, spec: str | None, weights: str | None, pictures: Mapping[str, Any], progress: Progress
+) -> Any:
+    """The batches of calibration data, or None; `pictures` says how pictures are prepared, or else the model `spec`."""
+    if isinstance(calibrate, str | os.PathLike):
+        progress(f"reading {calibrate}")
+        return read_samples(calibrate, spec=spec, weights=weights, **pictures)
+    if calibrate is not None:
+        return input_batches(calibrate)
+    if any(pictures.values()):
+        raise OptionError("--input-size, --mean and --std are for the pictures of --calibrate")
+    return None
 
 
 def _with_cost(report: Report, started: float) -> Report:

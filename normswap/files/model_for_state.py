@@ -1,4 +1,4 @@
-"""The model of a state dict: made, converted as the recipe in the file tells, and put on the tensors of the file."""
+"""The model of a state dict: built, converted as the recipe in the file says, and given the tensors of the file."""
 
 from __future__ import annotations
 

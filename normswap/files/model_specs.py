@@ -109,8 +109,8 @@ def _timm_maker(name: str, weights: str | None) -> Callable[..., Any]:
 
 
 def _imported_factory(spec: str) -> Callable[..., Any]:
-    place, _, name = spec.rpartition(":")
-    module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_package(place, spec)
+    origin, _, name = spec.rpartition(":")
+    module = _module_of_file(Path(origin)) if origin.endswith(".py") else _module_of_package(origin, spec)
     found: object = module
     for part in name.split("."):
         found = getattr(found, part, None)

@@ -1,4 +1,4 @@
-"""Tensors without their model: norms, convolutions and parameters are told by keys and shapes."""
+"""Tensors without their model: keys and shapes show which are norms, convolutions and parameters."""
 
 from __future__ import annotations
 

@@ -112,9 +112,9 @@ def replay(model: nn.Module, recipe: Recipe, where: object) -> nn.Module:
     sites = {path: site for site in find_sites(model) for path in site.paths}
     layers = _by_own_paths(recipe.layers, sites)
     _check_architecture(layers, sites, where)
-    # Which layers were converted hung on options and on what feeds what: here the list in the recipe alone decides, so
-    # that all kinds of layers are let in. The groups are given too: they may have been chosen by data or by the sizes
-    # of feature maps, neither of which is known here.
+    # Which layers were converted depended on options and on what feeds what. Here the list in the recipe alone decides,
+    # and no option keeps a layer out. The groups are given too: data or the sizes of feature maps may have decided
+    # them, and neither is known here.
     groups = {path: layer.groups for path, layer in layers.items() if layer.groups is not None}
     recurrent = "ln" if any(layer.to.startswith("LayerNorm") for layer in layers.values()) else None
     target = parse_target(recipe.target)
@@ -133,7 +133,7 @@ def _by_own_paths(layers: Mapping[str, LayerRecipe], sites: Mapping[str, Site]) 
     """The layers by the model's own paths.
 
     A conversion of tensors alone took the file's keys for paths, and these may begin with a prefix (`module.`,
-    `model.`) that the model has not. How long that is nobody knows, so parts are cut until all paths are the model's.
+    `model.`) that the model does not have. Its length is not known: parts are cut until all paths are the model's.
     """
     longest = max((path.count(".") for path in layers), default=0) - min((path.count(".") for path in sites), default=0)
     for parts in range(min(longest, _LONGEST_PREFIX) + 1):
@@ -171,10 +171,10 @@ def _check_outcome(layers: Mapping[str, LayerRecipe], report: Report, where: obj
 def _stand_in_sizes(
     recipe: Recipe, target: Target, layers: Mapping[str, LayerRecipe], sites: Mapping[str, Site]
 ) -> dict[str, Seen]:
-    """Stand-ins for what the norms saw when they were converted, in so far as the kind of the new layer hangs on it.
+    """Stand-ins for the sizes that the norms saw when they were converted, where the new layer's class depends on them.
 
-    The dimensions of the input tell which of torch's batch norms a norm becomes. Of the elements a channel there are
-    many, which is no reason for fewer groups than the recipe tells, save where the input has no space but channels.
+    The dimensions of the input decide which of torch's batch norms a norm becomes. The number of elements a channel is
+    large, so that it is no reason for fewer groups than the recipe has, except for inputs of shape (N, C).
     """
     by_dimension = target.norm is not None and target.norm.class_by_dimension
     sizes = {}
@@ -188,10 +188,10 @@ def _stand_in_sizes(
 
 
 def _stand_in_moments(model: nn.Module, sites: Mapping[str, Site], sizes: Mapping[str, Seen]) -> dict[str, Measured]:
-    """Stand-ins for what the data told of each norm: the moments of standard normal data.
+    """Stand-ins for what the data showed of each norm: the moments of standard normal data.
 
-    Without any, a norm that keeps no running statistics could not become one that does. Which they are is of no
-    weight: the values come out of the file afterwards.
+    Without moments, a norm that keeps no running statistics could not become one that does. Their values do not matter:
+    the file's own are loaded afterwards.
     """
     like = next((p.detach().new_empty(0) for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     moments = {}
