@@ -21,26 +21,20 @@ if TYPE_CHECKING:
     from normswap.training.optimizers import param_groups, remap_optimizer
 
 _HOMES = {
-    "Conversion": "conversion.pipeline",
-    "convert": "conversion.convert",
-    "fold": "conversion.convert",
-    "diff": "files.diff",
-    "FileError": "errors",
-    "ModelError": "errors",
-    "NormswapError": "errors",
-    "OptionError": "errors",
-    "UnsafeFileError": "errors",
-    "convert_file": "files.convert_file",
-    "load": "files.load_save",
-    "save": "files.load_save",
-    "inspect": "inspection.examine",
-    "Inspection": "report.inspection",
-    "Report": "report.report",
-    "TARGETS": "targets.target",
-    "register_opacus": "training.opacus",
-    "param_groups": "training.optimizers",
-    "remap_optimizer": "training.optimizers",
+    "conversion.pipeline": "Conversion",
+    "conversion.convert": "convert fold",
+    "files.diff": "diff",
+    "errors": "FileError ModelError NormswapError OptionError UnsafeFileError",
+    "files.convert_file": "convert_file",
+    "files.load_save": "load save",
+    "inspection.examine": "inspect",
+    "report.inspection": "Inspection",
+    "report.report": "Report",
+    "targets.target": "TARGETS",
+    "training.opacus": "register_opacus",
+    "training.optimizers": "param_groups remap_optimizer",
 }
+"""The public names by the module that has them."""
 
 __all__ = [
     "TARGETS",
@@ -67,9 +61,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Public names are imported when they are asked for: `normswap --help` does without torch, which takes seconds."""
-    if name not in _HOMES:
+    home = next((home for home, names in _HOMES.items() if name in names.split()), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     return value
 
 

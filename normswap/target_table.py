@@ -47,120 +47,47 @@ class Form:
     """Whether its class depends on the dimensions of the input (BatchNorm2d), which a recipe then has to tell again."""
 
 
+_MATCHED = "approximate, moment-matched"
+_DATA = "approximate, needs data; exact from frozen, est"
 _LAYOUT = "less in the contiguous layout than in channels-last"
 _FOLD = "for use, normswap fold takes it away"
-_MATCHED = "approximate, moment-matched"
 
-NORM_FORMS: dict[str, Form] = {
-    form.name: form
-    for form in (
-        Form(
-            name="gn",
-            becomes="GroupNorm",
-            exactness=_MATCHED,
-            paper="Wu & He 2018",
-            choose_when="small batches, private or federated training",
-            takes_groups=True,
-            compares_groups=True,
-            on_tensors_alone=True,
-        ),
-        Form(
-            name="ln",
-            becomes="GroupNorm with one group",
-            exactness=_MATCHED,
-            paper="Ba et al. 2016",
-            choose_when="the most of the function before training",
-            on_tensors_alone=True,
-        ),
-        Form(
-            name="in",
-            becomes="InstanceNorm",
-            exactness=_MATCHED,
-            paper="Ulyanov et al. 2016",
-            choose_when="style transfer, contrast that should not matter",
-            slowdown=Slowdown(1.1, 1.7, _LAYOUT),
-            compares_groups=True,  # where a channel has one element, there are fewer groups than channels
-            on_tensors_alone=True,
-        ),
-        Form(
-            name="est",
-            becomes="EstimatedBatchNorm",
-            exactness="exact",
-            paper="Qiao et al. 2019",
-            choose_when="batch 1 without another norm",
-            slowdown=Slowdown(1.1, 1.3, _FOLD),
-            on_tensors_alone=True,
-        ),
-        Form(
-            name="bcn",
-            becomes="BatchChannelNorm",
-            exactness=_MATCHED,
-            paper="Qiao et al. 2019",
-            choose_when="batch 1 and 2, best with ws",
-            slowdown=Slowdown(1.2, 1.5, _LAYOUT),
-            takes_groups=True,
-            compares_groups=True,
-            on_tensors_alone=True,
-        ),
-        Form(
-            name="bn",
-            becomes="BatchNorm",
-            exactness="approximate, needs data; exact from frozen, est",
-            paper="Ioffe & Szegedy 2015",
-            choose_when="large batches, speed; the way back",
-            class_by_dimension=True,
-        ),
-        Form(
-            name="frozen",
-            becomes="FrozenBatchNorm",
-            exactness="exact",
-            paper="He et al. 2017",
-            choose_when="short fine-tuning near the original data",
-            on_tensors_alone=True,
-        ),
-        Form(
-            name="fold",
-            becomes="nothing: into the layer before it",
-            exactness="exact",
-            paper="Ioffe & Szegedy 2015",
-            choose_when="deployment, or training without norms",
-        ),
-    )
-}
-WEIGHT_FORMS: dict[str, Form] = {
-    form.name: form
-    for form in (
-        Form(
-            name="ws",
-            becomes="Standardized Conv, Linear, RNN",
-            exactness="exact; approximate with ws=strict",
-            paper="Qiao et al. 2019",
-            choose_when="GroupNorm at batch 1 and 2",
-            slowdown=Slowdown(1.1, 1.2, _FOLD),
-        ),
-        Form(
-            name="wn",
-            becomes="Normalized Conv, Linear, RNN",
-            exactness="exact",
-            paper="Salimans & Kingma 2016",
-            choose_when="recurrent nets, training without norms (fold-wn)",
-            slowdown=Slowdown(1.0, 1.2, _FOLD),
-        ),
-    )
-}
-RECURRENT_FORMS: dict[str, Form] = {
-    form.name: form
-    for form in (
-        Form(
-            name="ln",
-            becomes="LSTM, GRU with layer norm inside",
-            exactness="approximate",
-            paper="Ba et al. 2016",
-            choose_when="long sequences, small batches",
-        ),
-    )
-}
+
+def _by_name(*forms: Form) -> dict[str, Form]:
+    return {form.name: form for form in forms}
+
+
+# fmt: off
+NORM_FORMS = _by_name(
+    Form("gn", "GroupNorm", _MATCHED, "Wu & He 2018", "small batches, private or federated training",
+         takes_groups=True, compares_groups=True, on_tensors_alone=True),
+    Form("ln", "GroupNorm with one group", _MATCHED, "Ba et al. 2016", "the most of the function before training",
+         on_tensors_alone=True),
+    Form("in", "InstanceNorm", _MATCHED, "Ulyanov et al. 2016", "style transfer, contrast that should not matter",
+         Slowdown(1.1, 1.7, _LAYOUT), on_tensors_alone=True,
+         compares_groups=True),  # where a channel has one element, it becomes a group norm
+    Form("est", "EstimatedBatchNorm", "exact", "Qiao et al. 2019", "batch 1 without another norm",
+         Slowdown(1.1, 1.3, _FOLD), on_tensors_alone=True),
+    Form("bcn", "BatchChannelNorm", _MATCHED, "Qiao et al. 2019", "batch 1 and 2, best with ws",
+         Slowdown(1.2, 1.5, _LAYOUT), takes_groups=True, compares_groups=True, on_tensors_alone=True),
+    Form("bn", "BatchNorm", _DATA, "Ioffe & Szegedy 2015", "large batches, speed; the way back",
+         class_by_dimension=True),
+    Form("frozen", "FrozenBatchNorm", "exact", "He et al. 2017", "short fine-tuning near the original data",
+         on_tensors_alone=True),
+    Form("fold", "nothing: into the layer before it", "exact", "Ioffe & Szegedy 2015",
+         "deployment, or training without norms"),
+)
+WEIGHT_FORMS = _by_name(
+    Form("ws", "Standardized Conv, Linear, RNN", "exact; approximate with ws=strict", "Qiao et al. 2019",
+         "GroupNorm at batch 1 and 2", Slowdown(1.1, 1.2, _FOLD)),
+    Form("wn", "Normalized Conv, Linear, RNN", "exact", "Salimans & Kingma 2016",
+         "recurrent nets, training without norms (fold-wn)", Slowdown(1.0, 1.2, _FOLD)),
+)
+RECURRENT_FORMS = _by_name(
+    Form("ln", "LSTM, GRU with layer norm inside", "approximate", "Ba et al. 2016", "long sequences, small batches"),
+)
 """What a recurrent layer can become, beside whatever the target is."""
+# fmt: on
 
 PLAIN_FORM = Form("plain", "torch's own layer", "exact", "", "deployment")
 """What `normswap.fold` makes of norms and of weights; no user names it."""
