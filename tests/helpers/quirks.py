@@ -286,6 +286,8 @@ def _mixed_precision(model: nn.Module) -> None:
 
 
 B = nn.BatchNorm2d
+SINGLE_FORMS = [target for target in normswap.TARGETS if "-" not in target]
+"""The targets that change norms alone or weights alone; the others are pairs of these."""
 FROM_BATCH_NORM = [target for target in normswap.TARGETS if target != "bn"]
 """The targets that change a convolution with a batch norm behind it."""
 QUIRKS: dict[str, Quirk] = {
