@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -66,11 +67,21 @@ class Forward(nn.Module):
         return self.run(self, x)
 
 
-def resnet(**arguments: object) -> nn.Module:
-    from torchvision.models import resnet18
-
+def resnet() -> nn.Module:
+    """torchvision's ResNet-18 by class and paths, at an eighth of its width and for 10 classes: 0.2 million parameters."""
     torch.manual_seed(0)
-    return randomize(resnet18(num_classes=10, **arguments)).eval()
+    model = resnet18(num_classes=10)
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Conv2d):
+            inner, outer = max(layer.in_channels // 8, 3), layer.out_channels // 8
+            model.set_submodule(
+                path, nn.Conv2d(inner, outer, layer.kernel_size, layer.stride, layer.padding, bias=False)
+            )
+        elif isinstance(layer, nn.BatchNorm2d):
+            model.set_submodule(path, nn.BatchNorm2d(layer.num_features // 8))
+        elif isinstance(layer, nn.Linear):
+            model.set_submodule(path, nn.Linear(layer.in_features // 8, layer.out_features))
+    return randomize(model).eval()
 
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))

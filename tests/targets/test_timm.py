@@ -1,4 +1,4 @@
-"""Models of timm, whose norms have activations behind them: small members of its families × targets."""
+"""Models of timm, whose norms have activations behind them; tests/integration has every family of it."""
 
 import pytest
 import torch
@@ -10,10 +10,7 @@ import normswap
 
 timm = pytest.importorskip("timm")
 
-FAMILIES = [
-    "efficientnet_b0", "regnetx_002", "mobilenetv3_small_050", "resnetv2_18", "ese_vovnet19b_slim_dw", "ghostnet_050",
-    "resnet18", "repvgg_a0",
-]  # fmt: skip
+FAMILIES = ["mobilenetv3_small_050", "regnetx_002", "repvgg_a0", "resnet18"]
 TARGETS = ["gn-ws", "est", "bcn-ws", "fold-wn"]
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
