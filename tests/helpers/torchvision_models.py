@@ -1,5 +1,7 @@
 """What must hold of a conversion of any model of torchvision."""
 
+from pathlib import Path
+
 import torch
 from helpers.checks import check_named
 from helpers.nets import randomize
@@ -10,6 +12,7 @@ import normswap
 from normswap.analysis.drift import floating_tensors
 from normswap.analysis.noise import guess_inputs
 from normswap.analysis.running import call_model, eval_mode
+from normswap.checkpoints import reading
 from normswap.files import model_specs
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
@@ -18,8 +21,16 @@ SIZES = {"raft": (1, 3, 128, 128), "inception": (2, 3, 299, 299), "maxvit_t": (1
 SIZES |= dict.fromkeys(("mc3", "r2plus1d", "r3d"), (1, 3, 4, 32, 32)) | {"s3d": (1, 3, 16, 224, 224)}
 
 
+SMALL_MODELS = [
+    "densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small",
+    "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "quantized_resnet18", "mc3_18", "lraspp_mobilenet_v3_large",
+    "deeplabv3_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large",
+]  # fmt: skip
+"""One small model of each way to build a network with batch norm."""
+
+
 def has_batch_norm(name: str) -> bool:
-    """Told from a model on meta; torchvision's RegNet computes a number from a tensor as it is built, which meta cannot."""
+    """Told from a model on meta. RegNet computes a number from a tensor as it is built, which meta cannot."""
     if name.startswith("regnet"):
         return True
     with torch.device("meta"):
@@ -55,7 +66,7 @@ def train_step(name: str, model: nn.Module, inputs: object) -> object:
 
 
 def check_conversions(name: str) -> None:
-    """Each target names and changes every norm, leaves the model alone, gives finite outputs in both modes, and loads."""
+    """Each target names and changes every norm, leaves the model alone, gives finite outputs, and loads."""
     torch.manual_seed(0)
     model = randomize(model_specs.build(f"torchvision:{name}"))
     inputs = inputs_for(name, model)
@@ -108,3 +119,13 @@ def check_loads(name: str, target: str, converted: nn.Module) -> None:
         with torch.device("meta"):
             fresh = skeleton(name)
     normswap.convert(fresh, target).model.load_state_dict(converted.state_dict(), strict=True, assign=True)
+
+
+def check_they_load_back_safely(names: list[str], folder: Path) -> None:
+    """Whole models, on meta and in one file, as it is read where nothing is trusted."""
+    with torch.device("meta"):
+        everything = nn.ModuleList(skeleton(name) for name in names if not name.startswith("regnet"))
+    for tensor in (*everything.parameters(), *everything.buffers()):
+        assert tensor.is_meta
+    torch.save(everything, folder / "models.pt")
+    assert len(reading.read_checkpoint(folder / "models.pt").content) == len(everything)
