@@ -1,7 +1,7 @@
-"""A checkpoint as a value, and the recipe of a conversion in what it holds.
+"""A checkpoint as a value, and the recipe of a conversion inside it.
 
-Whatever the kind, what is inside is a module, a state dict, or a dict that holds some. A recipe is an
-attribute of a module, and an item of a state dict's `_metadata`; formats without `_metadata` keep it in a place of their own.
+What a checkpoint holds is a module, a state dict, or a dict that has some of these among its values. A module keeps its
+recipe as an attribute, a state dict in its `_metadata`; a format without `_metadata` has a place of its own for it.
 """
 
 from __future__ import annotations
@@ -10,34 +10,39 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 RECIPE = "normswap_recipe"
-"""Where a converted model, state dict or file holds the recipe of its conversion, a plain dict."""
+"""The name under which a converted model, state dict or file holds the recipe of its conversion, a plain dict."""
 INDEX_ENDING = ".index.json"
-"""How the name of a file ends that tells which of a folder's weight files holds which key."""
+"""The ending of an index: a file that says which of a folder's weight files holds which key."""
+
+Kind = Literal["pt", "safetensors", "dcp", "folder"]
+"""`pt`: a file of `torch.save`. `dcp`: a distributed checkpoint. `folder`: weight files with other files beside them, as
+Accelerate writes them."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read from `path`, and what its kind needs to be written again.
-
-    `kind` is "pt" (what `torch.save` wrote), "safetensors", "dcp" or "folder" (weight files with others beside
-    them, such as Accelerate's). `content` is a module, a state dict, or a dict that holds some. `header` is a
-    safetensors header's or an index's metadata, `nested` torch's map of nested keys in a distributed checkpoint, `shards` the
-    weight files of a folder with their keys, `optimizers` the contents of its optimizer files by name.
-    """
+    """What a file or a folder holds, and what is needed to write it again in its kind."""
 
     path: Path
-    kind: str
+    """The file or the folder."""
+    kind: Kind
     content: Any
+    """A module, a state dict, or a dict that has some of these among its values."""
     header: Mapping[str, Any] = field(default_factory=dict)
+    """The metadata in a safetensors file's header, or in an index."""
     nested: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Of a distributed checkpoint: the nested keys behind each flat name."""
     shards: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of a folder: its weight files, and the keys in each."""
     index: str = ""
+    """Of a folder: the name of its index; empty where it has one weight file and no index."""
     optimizers: Mapping[str, Any] = field(default_factory=dict)
+    """Of a folder: its optimizer files by name, and what each holds."""
 
 
 def stored_recipe(content: Any) -> Any:
@@ -49,7 +54,7 @@ def stored_recipe(content: Any) -> Any:
 
 
 def store_recipe(content: Any, recipe: Any) -> None:
-    """Let a module or an `OrderedDict` of tensors carry `recipe`."""
+    """Write `recipe` into a module or an `OrderedDict` of tensors."""
     if isinstance(content, nn.Module):
         content.__dict__[RECIPE] = recipe
     else:

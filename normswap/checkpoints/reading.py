@@ -20,20 +20,24 @@ from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint, st
 from normswap.checkpoints.contents import SavedBytes
 from normswap.errors import FileError, first_line, path_error
 
-_LONGEST_RECIPE = 1 << 26  # bytes
+_LONGEST_RECIPE = 1 << 26  # characters
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "model.pt")
 _OPTIMIZERS = "optimizer*.bin"
-_PARTS = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
+_MODULE_PARTS = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
 _MOST_SHARED = 64  # times its size that the tensors of a file may claim together: some share memory
-_MOST_PATHS, _DEEPEST = 1_000_000, 100
+_MOST_PATHS, _DEEPEST = 1_000_000, 100  # paths to a module's parts; levels of modules within modules
 
 
 def read_checkpoint(
     path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[str] = (), scratch: Path | None = None
 ) -> Checkpoint:
-    """Read a file or a folder, tensors mapped where that can be; those of a distributed checkpoint in files under `scratch`.
+    """Read a file or a folder; tensors are on the CPU, and mapped from their files where the format allows it.
 
-    Pickles run no code, unless `trust` says so; see `pickle_files.read_pickle`.
+    Args:
+        path: a file of `torch.save` or of safetensors, a distributed checkpoint, an index of weight files, or their folder.
+        trust: run whatever code a pickle names; else none runs, see `pickle_files.read_pickle`.
+        allow: full names of further classes that a pickle may hold.
+        scratch: an existing folder for nameless files that hold the tensors of a distributed checkpoint; None: in memory.
 
     Raises:
         FileError: nothing there, another kind of file, or a broken one.
@@ -57,28 +61,29 @@ def read_checkpoint(
 
 
 def check_input(path: Path) -> None:
-    """Raise `FileError` for a file that is none of a kind that can be read, by its first bytes."""
+    """Raise `FileError` for a file that is of no kind that can be read, by its first bytes."""
     try:
-        if path.is_file() and not path.name.endswith(INDEX_ENDING) and not _has_tensors(path):
+        if path.is_file() and not path.name.endswith(INDEX_ENDING) and not _is_safetensors(path):
             pickle_files.check_kind(path)
         os.stat(path)
     except (OSError, ValueError) as error:
         raise path_error(path, error) from None
 
 
-def _has_tensors(path: Path) -> bool:
+def _is_safetensors(path: Path) -> bool:
+    """By the ending and the first bytes; by these alone where a header of JSON begins there."""
     with path.open("rb") as file:
         head = file.read(16)
     return safetensors_files.is_safetensors(head) and (path.suffix == ".safetensors" or head[8:10] == b'{"')
 
 
 def _read_file(path: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
-    if _has_tensors(path):
+    if _is_safetensors(path):
         tensors, header = safetensors_files.read_safetensors(path)
-        return Checkpoint(path, "safetensors", _state_with_recipe(tensors, path, header.pop(RECIPE, None)), header)
+        return Checkpoint(path, "safetensors", _with_recipe(tensors, path, header.pop(RECIPE, None)), header)
     found = pickle_files.read_pickle(path, trust=trust, allow=allow)
     for model in _modules_in(found):
-        if _paths(model, path, {}) > _MOST_PATHS:
+        if _count_paths(model, path, {}) > _MOST_PATHS:
             raise FileError(f"{path}: holds a {type(model).__name__} with more paths to its parts than can be followed")
     _check_sizes(path, found)
     return Checkpoint(path, "pt", found)
@@ -91,9 +96,9 @@ def _read_folder(path: Path, trust: bool, allow: tuple[str, ...], scratch: Path 
 
         state, nested = distributed_folders.read_distributed(path, scratch)
         recipe = state.pop(RECIPE, None)
-        text = _unpacked(recipe.data) if isinstance(recipe, SavedBytes) else None
+        text = _saved_text(recipe.data) if isinstance(recipe, SavedBytes) else None
         nested = {name: where for name, where in nested.items() if name != RECIPE}
-        return Checkpoint(path, "dcp", _state_with_recipe(state, path, text), nested=nested)
+        return Checkpoint(path, "dcp", _with_recipe(state, path, text), nested=nested)
     indices = sorted(index for index in path.glob(f"*{INDEX_ENDING}") if index.is_file())
     if indices:
         return _read_shards(indices[0], trust, allow)
@@ -136,7 +141,7 @@ def _read_shards(index: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint
     if state.keys() != weight_map.keys():
         odd = min(map(str, state.keys() ^ weight_map.keys()))
         raise FileError(f"{index}: does not agree with its files: {odd} stands in one of them alone")
-    content = _state_with_recipe(state, index, header.pop(RECIPE, None))
+    content = _with_recipe(state, index, header.pop(RECIPE, None))
     optimizers = _optimizers(index.parent, trust, allow)
     return Checkpoint(index.parent, "folder", content, header, shards=shards, index=index.name, optimizers=optimizers)
 
@@ -147,8 +152,8 @@ def _optimizers(folder: Path, trust: bool, allow: tuple[str, ...]) -> dict[str, 
     }
 
 
-def _state_with_recipe(tensors: Mapping[str, Any], path: Path, recipe: str | None) -> OrderedDict[str, Any]:
-    """A state dict with the recipe where torch's own files have it."""
+def _with_recipe(tensors: Mapping[str, Any], path: Path, recipe: str | None) -> OrderedDict[str, Any]:
+    """A state dict of `tensors` with its recipe, given as JSON, where files of torch have it."""
     state = OrderedDict(tensors)
     if recipe is not None:
         try:
@@ -158,7 +163,8 @@ def _state_with_recipe(tensors: Mapping[str, Any], path: Path, recipe: str | Non
     return state
 
 
-def _unpacked(data: bytes) -> str | None:
+def _saved_text(data: bytes) -> str | None:
+    """The text that `torch.save` wrote as `data`; None where it is no text."""
     try:
         found = torch.load(io.BytesIO(data), weights_only=True)
     except Exception:  # a broken recipe is no recipe
@@ -171,18 +177,23 @@ def _modules_in(found: Any) -> list[nn.Module]:
     return [value for value in values if isinstance(value, nn.Module)]
 
 
-def _paths(module: nn.Module, path: Path, known: dict[int, int | None], depth: int = 0) -> int:
-    """How many paths lead into `module`. Raises for one that holds itself, or that is not built as torch builds one."""
+def _count_paths(module: nn.Module, path: Path, known: dict[int, int | None], depth: int = 0) -> int:
+    """How many paths lead to `module` and its parts, each counted once for every way that leads to it.
+
+    A file of few bytes can hold a module whose parts are shared at each level, so that following all paths never ends.
+    `known` holds the count of each module by id, None while it is being counted. Raises `FileError` for a module that
+    holds itself, is nested too deep, or is not built as torch builds one.
+    """
     if id(module) not in known:
-        known[id(module)] = None
+        known[id(module)] = None  # if it is met again before its count is known, it holds itself
         held = vars(module)
-        for name, kind in _PARTS.items():
+        for name, kind in _MODULE_PARTS.items():
             part = held.get(name)
             if not isinstance(part, dict) or not all(v is None or isinstance(v, kind) for v in part.values()):
                 raise FileError(f"{path}: is damaged: its {type(module).__name__} lacks {name}")
         children = [child for child in module._modules.values() if child is not None]
         if depth < _DEEPEST:
-            known[id(module)] = 1 + sum(_paths(child, path, known, depth + 1) for child in children)
+            known[id(module)] = 1 + sum(_count_paths(child, path, known, depth + 1) for child in children)
     found = known[id(module)]
     if found is None:
         raise FileError(f"{path}: holds a {type(module).__name__} that holds itself, or is nested too deep")
@@ -190,7 +201,7 @@ def _paths(module: nn.Module, path: Path, known: dict[int, int | None], depth: i
 
 
 def _check_sizes(path: Path, found: Any) -> None:
-    """No tensor may claim more than the file holds: a view that repeats one element does, to exhaust memory."""
+    """Refuse tensors that claim more than the file holds: a view can repeat one element without end, to fill memory."""
     size, total = path.stat().st_size, 0
     parts = [found, *found.values()] if isinstance(found, Mapping) else []
     for model in _modules_in(found):

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,10 +21,16 @@ from normswap.errors import FileError, OptionError, first_line
 
 FORMATS = ("pt", "safetensors", "dcp")
 _NO_MODELS = (".onnx", ".pt2", ".npz", ".json", ".pb")
+_PYTORCH = {"format": "pt"}  # without it in the header transformers refuses a safetensors file
 
 
 def check_format(out: Path, form: str | None, overwrite: bool) -> None:
-    """Raise before any work where `out` cannot be written, or its name does not fit `form`."""
+    """Check before any work that a checkpoint can be written to `out`, and in the format `form`; None: any.
+
+    Raises:
+        OptionError: no such format.
+        FileError: `out` exists, its folder cannot be written, or its ending is of another kind of file.
+    """
     if form is not None and form not in FORMATS:
         raise OptionError(f"format: {form!r} is not one of {', '.join(FORMATS)}")
     atomic_write.check_writable(out, overwrite)
@@ -34,32 +41,39 @@ def check_format(out: Path, form: str | None, overwrite: bool) -> None:
 def write_checkpoint(
     found: Checkpoint, out: Path, form: str | None = None, *, overwrite: bool = False, mapped: bool = False
 ) -> Path:
-    """Write `found` in its own kind, or in `form`; `mapped` says that its large tensors are mapped from files.
+    """Write a checkpoint whole or not at all, see `atomic_write`, and return where.
 
-    All or nothing, see `atomic_write.write_file`. Raises `FileError`.
+    Args:
+        found: what to write.
+        out: the file or the folder.
+        form: one of `FORMATS`; None: the checkpoint's own kind.
+        overwrite: replace an existing output.
+        mapped: whether large tensors are mapped from files; their memory is then given back once they are written.
+
+    Raises:
+        FileError: with nothing written.
     """
-    kind = form or found.kind
+    kind, content = form or found.kind, found.content
     if kind == "pt":
-        return atomic_write.write_file(out, lambda file: _save(found.content, file, out, mapped), overwrite=overwrite)
+        return atomic_write.write_file(out, lambda file: _save(content, file, out, mapped), overwrite=overwrite)
     if kind == "safetensors":
-        tensors = _tensors(found.content, out)
-        told = {k: v for k, v in found.header.items() if isinstance(v, str)}
-        header = (told or {"format": "pt"}) | _recipe_text(
-            found.content
-        )  # without a format transformers refuses a file
+        tensors = _tensors(content, out)
+        header = (_texts(found.header) or _PYTORCH) | _recipe_as_text(content)
         return atomic_write.write_file(
-            out, lambda f: safetensors_files.write_safetensors(tensors, f, header, mapped=mapped), overwrite=overwrite
+            out,
+            lambda file: safetensors_files.write_safetensors(tensors, file, header, mapped=mapped),
+            overwrite=overwrite,
         )
     if kind == "dcp":
+        # Not at the top: what it needs of torch takes longer to import than most files to write.
         from normswap.checkpoints import distributed_folders
 
-        text = _recipe_text(found.content)
-        extra = {name: SavedBytes(_packed(value)) for name, value in text.items()}
-        state = {**_entries(found.content, out), **extra}
+        recipe = {name: SavedBytes(_saved(text)) for name, text in _recipe_as_text(content).items()}
+        state = {**_flat_entries(content, out), **recipe}
         return atomic_write.write_folder(
             out, lambda folder: distributed_folders.write_distributed(state, folder, found.nested), overwrite=overwrite
         )
-    return atomic_write.write_folder(out, lambda folder: _write_shards(found, folder, mapped), overwrite=overwrite)
+    return atomic_write.write_folder(out, lambda folder: _write_into_folder(found, folder, mapped), overwrite=overwrite)
 
 
 def _save(content: Any, file: BinaryIO, out: Path, mapped: bool) -> None:
@@ -72,7 +86,8 @@ def _save(content: Any, file: BinaryIO, out: Path, mapped: bool) -> None:
         ) from error
 
 
-def _entries(content: Any, out: Path) -> dict[str, Any]:
+def _flat_entries(content: Any, out: Path) -> dict[str, Any]:
+    """The tensors and saved bytes of a module or a state dict by name; raises for anything else in it."""
     if isinstance(content, nn.Module):
         content = content.state_dict()
     for name, value in content.items():
@@ -82,57 +97,76 @@ def _entries(content: Any, out: Path) -> dict[str, Any]:
 
 
 def _tensors(content: Any, out: Path) -> dict[str, Tensor]:
-    return {name: value for name, value in _entries(content, out).items() if isinstance(value, Tensor)}
+    return {name: value for name, value in _flat_entries(content, out).items() if isinstance(value, Tensor)}
 
 
-def _recipe_text(content: Any) -> dict[str, str]:
+def _texts(header: Mapping[str, Any]) -> dict[str, str]:
+    """What a safetensors header can hold of some metadata."""
+    return {name: value for name, value in header.items() if isinstance(value, str)}
+
+
+def _recipe_as_text(content: Any) -> dict[str, str]:
+    """The recipe in `content` under its name, as JSON; empty where there is none."""
     recipe = stored_recipe(content)
     return {} if recipe is None else {RECIPE: json.dumps(recipe)}
 
 
-def _packed(text: str) -> bytes:
+def _saved(text: str) -> bytes:
+    """What `torch.save` makes of a text: so a distributed checkpoint keeps what is no tensor."""
     stream = io.BytesIO()
     torch.save(text, stream)
     return stream.getvalue()
 
 
-def _write_shards(found: Checkpoint, folder: Path, mapped: bool) -> None:
-    """The weight files of a folder with the keys each had, new keys beside those of their module, and all else as it was."""
-    home = {key: name for name, keys in found.shards.items() for key in keys}
-    place = {key.rpartition(".")[0]: name for key, name in home.items()}
-    last = list(found.shards)[-1]
-    parts: dict[str, OrderedDict[str, Any]] = {name: OrderedDict() for name in found.shards}
-    for key, value in found.content.items():
-        parts[home.get(key) or place.get(key.rpartition(".")[0]) or last][key] = value
-    recipe = _recipe_text(found.content)
-    for name, part in parts.items():
+# ---- folders of weight files ----
+
+
+def _write_into_folder(found: Checkpoint, folder: Path, mapped: bool) -> None:
+    """Weight files, index and optimizers of a changed checkpoint, and all else in its folder as it was."""
+    recipe = _recipe_as_text(found.content)
+    weights = _by_file(found)
+    for name, part in weights.items():
         with open(folder / name, "wb") as file:
             if name.endswith(".safetensors"):
-                header = (
-                    {"format": "pt"} if found.index else {k: v for k, v in found.header.items() if isinstance(v, str)}
-                )
+                header = _PYTORCH if found.index else _texts(found.header)
                 safetensors_files.write_safetensors(_tensors(part, folder / name), file, header | recipe, mapped=mapped)
             else:
                 part._metadata = getattr(found.content, "_metadata", None)  # type: ignore[attr-defined]
                 _save(part, file, folder / name, mapped)
     if found.index:
         total = sum(value.nbytes for value in found.content.values() if isinstance(value, Tensor))
-        described = {"metadata": {**found.header, "total_size": total, **recipe}}
-        weight_map = {key: name for name, part in parts.items() for key in part}
-        (folder / found.index).write_text(json.dumps({**described, "weight_map": weight_map}, indent=2) + "\n")
+        metadata = {**found.header, "total_size": total, **recipe}
+        index = {"metadata": metadata, "weight_map": {key: name for name, part in weights.items() for key in part}}
+        (folder / found.index).write_text(json.dumps(index, indent=2) + "\n")
     for name, state in found.optimizers.items():
         with open(folder / name, "wb") as file:
             torch.save(state, file)
-    for other in found.path.iterdir():
+    _copy_others(found.path, folder)
+
+
+def _by_file(found: Checkpoint) -> dict[str, OrderedDict[str, Any]]:
+    """What goes into each weight file: the keys that it had, and new keys of the modules whose keys it has."""
+    file_of_key = {key: name for name, keys in found.shards.items() for key in keys}
+    file_of_module = {key.rpartition(".")[0]: name for key, name in file_of_key.items()}
+    last = list(found.shards)[-1]
+    weights: dict[str, OrderedDict[str, Any]] = {name: OrderedDict() for name in found.shards}
+    for key, value in found.content.items():
+        weights[file_of_key.get(key) or file_of_module.get(key.rpartition(".")[0]) or last][key] = value
+    return weights
+
+
+def _copy_others(source: Path, folder: Path) -> None:
+    """Copy what stands in `source` and not yet in `folder`; links stay links."""
+    for other in source.iterdir():
         if (folder / other.name).exists():
             continue
         if other.is_dir() and not other.is_symlink():
-            shutil.copytree(other, folder / other.name, symlinks=True, ignore=_odd)
+            shutil.copytree(other, folder / other.name, symlinks=True, ignore=_not_copyable)
         elif other.is_symlink() or other.is_file():
             shutil.copy2(other, folder / other.name, follow_symlinks=False)
 
 
-def _odd(place: str, names: list[str]) -> set[str]:
-    """What is neither a file, a folder nor a link, and cannot be copied: a pipe, a device."""
+def _not_copyable(place: str, names: list[str]) -> set[str]:
+    """What is neither a file, a folder nor a link: a pipe, a device."""
     paths = {name: Path(place, name) for name in names}
     return {name for name, path in paths.items() if not (path.is_symlink() or path.is_file() or path.is_dir())}

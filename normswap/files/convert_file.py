@@ -218,7 +218,7 @@ def _remap_optimizers(content: Any, pairs: Sequence[tuple[Parameters, Parameters
 def _write(found: Checkpoint, out: Path, format: str | None, key: str | None, overwrite: bool) -> None:
     """Write `found` like the input; in another format the model alone, since not every format holds other entries."""
     if format is not None and format != found.kind:
-        found = replace(found, kind=format, content=_model_alone(found, format, key))
+        found = replace(found, content=_model_alone(found, format, key))
     writing.write_checkpoint(found, out, format, overwrite=overwrite, mapped=not model_specs.is_spec(str(found.path)))
 
 

@@ -86,7 +86,7 @@ def save(
         if report is not None:
             setattr(model, RECIPE, report.recipe)
         content = state_dict_with_recipe(model) if format == "safetensors" else model
-        return writing.write_checkpoint(Checkpoint(path, format or "pt", content), path, overwrite=overwrite)
+        return writing.write_checkpoint(Checkpoint(path, "pt", content), path, format, overwrite=overwrite)
     finally:  # the caller's model is as it was, whatever happened
         if report is not None and own is None:
             delattr(model, RECIPE)
