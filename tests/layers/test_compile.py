@@ -33,8 +33,11 @@ RECURRENT: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", NAMES)
+CASES = [(name, form) for name in NAMES for form in ("ws", "wn")] + [("Conv2d, BatchNorm2d", to) for to in TARGETS[2:]]
+"""Each weight under both forms, and each form of norms once; whole nets are in tests/integration."""
+
+
+@pytest.mark.parametrize(("name", "target"), CASES)
 def test_a_graph_without_breaks(name: str, target: str) -> None:
     """Forward and gradients as in eager mode, in train mode too."""
     skip_where_torch_cannot(name)
@@ -56,8 +59,7 @@ def test_a_graph_without_breaks(name: str, target: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "target"), CASES)
 def test_export_copy_and_pickle(name: str, target: str) -> None:
     skip_where_torch_cannot(name)
     model = normswap.convert(KINDS[name].make(), target, **OPTIONS).model.eval()
