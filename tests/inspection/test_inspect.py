@@ -24,9 +24,10 @@ from normswap.files import model_specs
 from normswap.inspection.findings import RULES
 from normswap.report.module_tree import fold_tree
 from normswap.report.terminal_inspection import InspectionView
+from normswap.target_table import NORM_FORMS, WEIGHT_FORMS
 
 GOLDEN = Path(__file__).parent / "golden"
-TARGETS = ("gn", "ln", "in", "est", "bcn", "bn", "frozen", "fold", "ws", "wn")
+TARGETS = (*NORM_FORMS, *WEIGHT_FORMS)
 
 
 def printed(found: Inspection, width: int = 200, full: bool = False) -> str:
@@ -62,7 +63,7 @@ def test_outcomes_are_what_conversions_do(name: str) -> None:
                 continue
             done = report.totals.norms_changed, report.totals.weights_changed
             assert (outcome.norms, outcome.weights, outcome.exact) == (*done, report.exact), target
-            kind = "weight" if target in ("ws", "wn") else "norm"
+            kind = "weight" if target in WEIGHT_FORMS else "norm"
             hidden = "is not registered"  # what an inspection names among its findings
             left = [entry for entry in report.left if entry.kind == kind and hidden not in entry.reason]
             assert outcome.left == len(left) == sum(count for _, count in outcome.reasons)
