@@ -64,7 +64,7 @@ def _accepted_entries(item: Mapping[Any, Any], parameters: list[Parameter], requ
 
 
 def _as_only_argument(value: Any, parameters: list[Parameter]) -> Any:
-    """One argument in the form that `running.call_model` passes as one; a dict as keywords where these are the forward's."""
+    """One argument as `running.call_model` takes it; a dict as keywords where these are the forward's."""
     if isinstance(value, Mapping) and set(value) <= {p.name for p in parameters}:
         return dict(value)
     return (value,) if isinstance(value, Mapping | list | tuple) else value

@@ -142,7 +142,7 @@ class FittedPair:
         return loss
 
     def distance(self, batches: Sequence[Any], place: Place | None = None) -> tuple[Distance, Place]:
-        """How far the student now is from the teacher on `batches`, and where: at `place`, or else wherever it can be told.
+        """How far the student now is from the teacher on `batches`, and where: at `place`, or wherever it can be told.
 
         That is the output if it holds numbers to compare, else the norms.
         """

@@ -32,9 +32,9 @@ def gather_batches(batches: Sequence[Any]) -> list[Any]:
 
 
 def fit_in_first(fit: Callable[[], Result], model: nn.Module, paths: Collection[str]) -> Result:
-    """Run `fit`, which changes the parameters of layers at `paths`, in the first process; every other gets them and its result.
+    """Run `fit` in the first process; every other gets its result, and the parameters of the layers at `paths`.
 
-    What fits by the clock would end elsewhere in each process.
+    These are all that `fit` may change. What fits by the clock would end elsewhere in each process.
     """
     if world_size() == 1:
         return fit()

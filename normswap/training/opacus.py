@@ -27,10 +27,12 @@ CONSTANT: tuple[type[nn.Module], ...] = (
 
 
 def register_opacus() -> None:
-    """Have Opacus train the layers of this package: it knows no gradients for each sample of standardized layers, and refuses
-    layers with buffers, since batch norm's would leak; the gains and shifts of standardized weights and the statistics
-    of `frozen` are constants. Called by `convert` where Opacus is imported by then; to be called before `make_private`
-    otherwise. Idempotent. `est` and `bcn` follow their samples, so Opacus goes on refusing them.
+    """Have Opacus train the layers of this package. Idempotent.
+
+    Opacus knows no gradients for each sample of standardized layers, and refuses layers with buffers, since batch
+    norm's would leak; but the gains and shifts of standardized weights and the statistics of `frozen` are constants.
+    `est` and `bcn` follow their samples, so Opacus goes on refusing them. `convert` calls this where Opacus is
+    imported by then; otherwise it is to be called before `make_private`.
 
     Raises NormswapError where Opacus is not installed. Source: https://opacus.ai, `register_grad_sampler`.
     """
@@ -39,13 +41,15 @@ def register_opacus() -> None:
     except ImportError as error:
         raise NormswapError("opacus is not installed: pip install opacus") from error
     utils.register_grad_sampler(list(CONSTANT))(sample_gradients)
+    # Each class of Opacus that wraps a model checks it; which these are differs between versions.
     for owner in vars(grad_sample_module).values():
         check = vars(owner).get("validate") if isinstance(owner, type) else None
         if isinstance(check, classmethod) and not hasattr(check.__func__, "__wrapped__"):
-            owner.validate = classmethod(_knowing_constants(check.__func__))
+            owner.validate = classmethod(_ignoring_constants(check.__func__))
 
 
 def register_if_imported() -> None:
+    """`register_opacus` where a program uses Opacus, which is not imported for this."""
     if "opacus" in sys.modules:
         register_opacus()
 
@@ -72,15 +76,16 @@ def sample_gradients(layer: nn.Module, activations: list[Tensor], backprops: Ten
     return {p: found[name] for name, p in held.items()}
 
 
-def _knowing_constants(check: Any) -> Any:
-    """Opacus's check for buffers, which does not see those that are constants; and a warning of what would fail later."""
+def _ignoring_constants(check: Any) -> Any:
+    """Opacus's check of a model, blind to buffers that are constants; it also warns of what would fail later."""
 
     @wraps(check)
     def validate(cls: Any, module: nn.Module, **options: Any) -> Any:
         inplace = [path for path, layer in module.named_modules() if getattr(layer, "inplace", None) is True]
         if inplace:
             warnings.warn(
-                f"{summarize_paths(inplace)}: work in place, which Opacus's hooks do not allow behind a trained layer; set inplace=False",
+                f"{summarize_paths(inplace)}: work in place, which Opacus's hooks do not allow behind a trained layer; "
+                "set inplace=False",
                 stacklevel=2,
             )
         with _without_constants(module):

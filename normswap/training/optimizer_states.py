@@ -112,7 +112,7 @@ def _replaced(content: Any, place: Place, value: Any) -> Any:
 
 
 def find_optimizers(content: Any) -> Iterator[tuple[Place, Mapping[str, Any]]]:
-    """Every optimizer's state dict in the dicts and lists of a training checkpoint, with its place; those on top first."""
+    """Every optimizer's state dict in the dicts and lists of a checkpoint, with its place; those on top first."""
     pending: list[tuple[Place, Any]] = [((), content)]
     for _ in range(_MOST):
         if not pending:
@@ -169,9 +169,10 @@ def remap_state(state: Mapping[str, Any], before: Parameters, after: Parameters)
 
 
 def _in_order(members: list[str], was: list[str], before: Parameters) -> list[str]:
-    """`members` of a group, given in the model's order, as a script would hand them over: torch goes by the order alone.
+    """`members` of a group, given in the model's order, as a script would hand them over.
 
-    Where the group was not in the model's order, its old members keep the group's own, and new ones come last.
+    torch goes by the order alone. Where the group was not in the model's order, its old members keep the group's own,
+    and new ones come last.
     """
     if was == [p.name for p in before if p.name in set(was)]:
         return members

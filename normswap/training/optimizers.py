@@ -1,4 +1,4 @@
-"""What trains a converted model: an optimizer that was made before the conversion, or groups of parameters for a new one."""
+"""Optimizers for a converted model: one that was made before the conversion, or groups of parameters for a new one."""
 
 from __future__ import annotations
 
@@ -32,40 +32,43 @@ def remap_optimizer(
     """
     if before is after:
         raise OptionError(
-            "before and after are one model; where it was converted in place, take `before = dict(model.named_parameters())` ahead of that"
+            "before and after are one model; where it was converted in place, "
+            "take `before = dict(model.named_parameters())` ahead of that"
         )
     old = dict(before.named_parameters() if isinstance(before, nn.Module) else before)
-    names = {id(parameter): name for name, parameter in reversed(old.items())}
-    held = _held(optimizer)
+    names = {id(parameter): name for name, parameter in reversed(old.items())}  # the first name of a shared one counts
+    held = _parameters_of(optimizer)
     if not any(id(parameter) in names for parameter in held):
         raise OptionError(
-            f"{type(optimizer).__name__} holds no parameter of `before`; give the model that it was made for, or, where that was "
-            "converted in place, its dict(named_parameters()) from before"
+            f"{type(optimizer).__name__} holds no parameter of `before`; give the model that it was made for, or, "
+            "where that was converted in place, its dict(named_parameters()) from before"
         )
+    # What the optimizer holds beyond the model goes through as if the model had it before and after.
     others = {f"(not the model's) {i}": p for i, p in enumerate(held) if id(p) not in names}
     names |= {id(parameter): name for name, parameter in others.items()}
     new = dict(after.named_parameters()) | others
-    carried = remap_state(_state(optimizer, names), _parameters(old | others), _parameters(new))
-    if carried is None:
+    remapped = remap_state(_named_state(optimizer, names), _as_seen(old | others), _as_seen(new))
+    if remapped is None:
         raise OptionError(
-            f"{type(optimizer).__name__} keeps the state of all parameters in one vector; make a new one for the converted model"
+            f"{type(optimizer).__name__} keeps the state of all parameters in one vector; "
+            "make a new one for the converted model"
         )
-    order = [name for group in carried.state["param_groups"] for name in group["param_names"]]
-    for group, mended in zip(optimizer.param_groups, carried.state["param_groups"], strict=True):
-        group["params"][:] = [new[name] for name in mended["param_names"]]  # LBFGS holds the list itself
+    order = [name for group in remapped.state["param_groups"] for name in group["param_names"]]
+    for group, new_group in zip(optimizer.param_groups, remapped.state["param_groups"], strict=True):
+        group["params"][:] = [new[name] for name in new_group["param_names"]]  # LBFGS holds the list itself
         if "param_names" in group:
-            group["param_names"] = mended["param_names"]
-    optimizer.state = defaultdict(dict, {new[order[i]]: state for i, state in carried.state["state"].items()})
-    return tuple(change for change in state_changes("optimizer", carried) if change.paths[0] not in others)
+            group["param_names"] = new_group["param_names"]
+    optimizer.state = defaultdict(dict, {new[order[i]]: state for i, state in remapped.state["state"].items()})
+    return tuple(change for change in state_changes("optimizer", remapped) if change.paths[0] not in others)
 
 
-def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
+def _named_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
     """What `optimizer.state_dict()` has, with every parameter's name and without its hooks."""
-    held = _held(optimizer)
+    held = _parameters_of(optimizer)
     numbers = {id(parameter): number for number, parameter in enumerate(held)}
     groups = [
         {
@@ -78,15 +81,15 @@ def _state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[s
     return {"state": {numbers[id(p)]: optimizer.state[p] for p in held if p in optimizer.state}, "param_groups": groups}
 
 
-def _parameters(named: Mapping[str, nn.Parameter]) -> list[Parameter]:
+def _as_seen(named: Mapping[str, nn.Parameter]) -> list[Parameter]:
     return [Parameter(name, tuple(p.shape), p.requires_grad) for name, p in named.items()]
 
 
-def state_changes(optimizer: str, carried: RemappedState) -> list[Change]:
+def state_changes(optimizer: str, remapped: RemappedState) -> list[Change]:
     """A change for each parameter of an optimizer, which is named, whose state was kept or dropped."""
     fates = (
-        (carried.kept, "carried over", "state of parameters that still exist"),
-        (carried.dropped, "dropped", "state of parameters that no longer exist"),
+        (remapped.kept, "carried over", "state of parameters that still exist"),
+        (remapped.dropped, "dropped", "state of parameters that no longer exist"),
     )
     return [
         Change((parameter,), "optimizer", "state", fate, f"{optimizer}: {why}", True)
@@ -120,7 +123,7 @@ def param_groups(model: nn.Module, weight_decay: float, *, exempt: Iterable[str]
     for path, module in model.named_modules():
         kind = (classify(module) or ("",))[0]
         for name, parameter in module.named_parameters(prefix=path, recurse=kind == "norm"):
-            if kind == "norm" or _is_free(name.rpartition(".")[2], parameter, kind == "weight"):
+            if kind == "norm" or _is_undecayed(name.rpartition(".")[2], parameter, kind == "weight"):
                 free.add(name)
     trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     decayed = [parameter for name, parameter in trained.items() if name not in free]
@@ -128,8 +131,11 @@ def param_groups(model: nn.Module, weight_decay: float, *, exempt: Iterable[str]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def _is_free(name: str, parameter: nn.Parameter, of_weight_layer: bool) -> bool:
-    """Whether a parameter outside of norms goes without weight decay; a layer with one output has a matrix all the same."""
+def _is_undecayed(name: str, parameter: nn.Parameter, of_weight_layer: bool) -> bool:
+    """Whether a parameter outside of norms goes without weight decay: a bias, or another vector.
+
+    A layer with one output has a matrix all the same, though it looks like a vector.
+    """
     if of_weight_layer:
         return name.startswith("bias") or name.endswith("_g") or parameter.dim() < 2
     return "bias" in name or parameter.numel() == max(parameter.shape, default=1)
