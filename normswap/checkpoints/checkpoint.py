@@ -20,8 +20,7 @@ INDEX_ENDING = ".index.json"
 """The ending of an index: a file that says which of a folder's weight files holds which key."""
 
 Kind = Literal["pt", "safetensors", "dcp", "folder"]
-"""`pt`: a file of `torch.save`. `dcp`: a distributed checkpoint. `folder`: weight files with other files beside them, as
-Accelerate writes them."""
+"""`pt`: a file of `torch.save`. `dcp`: a distributed checkpoint. `folder`: weight files and other files beside them."""
 
 
 @dataclass(frozen=True)

@@ -14,33 +14,47 @@ from normswap.errors import FileError, OptionError
 MODEL_KEYS = (
     "state_dict", "model", "model_state_dict", "net", "ema", "state_dict_ema", "model_ema", "ema_state_dict", "module",
 )  # fmt: skip
-"""Under what training scripts keep a model and its moving average."""
-NO_WEIGHTS = ("n_averaged", "total_ops", "total_params")  # what EMA and profilers leave among the weights
+"""The names under which training scripts keep a model and its moving average."""
+NO_WEIGHTS = ("n_averaged", "total_ops", "total_params")
+"""Endings of the keys that moving averages and profilers leave among the weights."""
 
 
 @dataclass(frozen=True)
 class SavedBytes:
-    """An entry that is no tensor, as the bytes that it was saved as: they are copied, never unpickled."""
+    """An entry of a distributed checkpoint that is no tensor: its pickle, which is copied and never run."""
 
     data: bytes
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model in a checkpoint: where it stands, and its state dict or the module itself."""
+    """A model in a checkpoint."""
 
     keys: tuple[str, ...]
+    """The keys of the nested dicts that lead to it; none where the checkpoint is the model itself."""
     value: Any
+    """Its state dict, or the module."""
 
     @property
     def name(self) -> str:
+        """The keys with dots between them, as `--key` takes them."""
         return ".".join(map(str, self.keys))
 
 
 def find_entries(content: Any, key: str | None, where: object) -> list[Entry]:
-    """The model in `content` and its copies, or what stands under `key`. Raises `FileError`; `where` is the file."""
+    """The model in a checkpoint and its copies (moving averages), the model first.
+
+    Args:
+        content: what the checkpoint holds.
+        key: where the only model of interest stands, with dots between nested keys; None: under one of `MODEL_KEYS`.
+        where: the file, for messages.
+
+    Raises:
+        FileError: no model, or several that could be it.
+        OptionError: nothing that is a model stands under `key`.
+    """
     if key is not None:
-        return [_under(content, key, where)]
+        return [_entry_at(content, key, where)]
     if isinstance(content, nn.Module) or is_state(content):
         return [Entry((), content)]
     if not isinstance(content, Mapping):
@@ -60,11 +74,11 @@ def find_entries(content: Any, key: str | None, where: object) -> list[Entry]:
     raise FileError(f"{where}: holds no model that could be found; its entries are {listed}")
 
 
-def _under(content: Any, key: str, where: object) -> Entry:
+def _entry_at(content: Any, key: str, where: object) -> Entry:
     found, keys, rest = content, [], key
-    while rest:
-        if not isinstance(found, Mapping):
-            break
+    while rest and isinstance(found, Mapping):
+        # A key may hold dots itself, so all of the rest is tried before its part up to the first dot; it may also be
+        # a number in the file, while `key` is text.
         step: Any = rest if rest in found else rest.partition(".")[0]
         step = next((name for name in found if str(name) == step), step)
         if step not in found:
@@ -79,7 +93,7 @@ def _under(content: Any, key: str, where: object) -> Entry:
 
 
 def is_state(value: Any) -> bool:
-    """Whether `value` is a state dict: tensors by name, and maybe extra states of modules."""
+    """Whether `value` is a state dict: tensors by name, and perhaps extra states of modules."""
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         return False
     tensors = [name for name, entry in value.items() if isinstance(entry, Tensor)]
@@ -88,7 +102,7 @@ def is_state(value: Any) -> bool:
 
 
 def other_models(content: Any, found: Sequence[Entry]) -> list[str]:
-    """Names of what looks like a model in a training checkpoint and is not among `found`."""
+    """Names of what looks like a model in a training checkpoint, and is not among `found`."""
     if not isinstance(content, Mapping) or is_state(content):
         return []
     taken = {entry.keys[0] for entry in found if entry.keys}
@@ -100,7 +114,7 @@ def _is_model(value: Any) -> bool:
 
 
 def with_value_at(content: Any, entry: Entry, value: Any) -> Any:
-    """`content` with `value` where `entry` stands; dicts on the way there are copied, all others stay the same objects."""
+    """`content` with `value` in the place of `entry`: dicts on the way are copied, all else stays the same objects."""
     if not entry.keys:
         return value
     first, rest = entry.keys[0], Entry(entry.keys[1:], None)

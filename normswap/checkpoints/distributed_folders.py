@@ -38,6 +38,7 @@ from normswap.checkpoints.contents import SavedBytes
 from normswap.checkpoints.mapped_memory import release, scratch_tensor
 from normswap.errors import FileError, UnsafeFileError, first_line
 
+# "No processes but this one": newer torch needs to be told.
 _ALONE: dict[str, Any] = {"no_dist": True} if "no_dist" in inspect.signature(save).parameters else {}  # torch >= 2.7
 _SAFE_GLOBALS = {
     *(
@@ -51,7 +52,7 @@ _SAFE_GLOBALS = {
     ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set"),
     ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("pathlib", "WindowsPath"),
 }  # fmt: skip
-_BUILT = (
+_RESTORED = (
     Metadata, MetadataIndex, TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata, TensorProperties,
     StorageMeta, _StorageInfo,
 )  # fmt: skip
@@ -73,7 +74,7 @@ class _MetadataUnpickler(pickle._Unpickler):
         raise UnsafeFileError(f"its .metadata asks for {module}.{name}, which no distributed checkpoint needs")
 
     def load_build(self) -> None:
-        if type(self.stack[-2]) not in _BUILT:  # type: ignore[attr-defined]  # pickle's own names are not typed
+        if type(self.stack[-2]) not in _RESTORED:  # type: ignore[attr-defined]  # pickle's own names are not typed
             raise UnsafeFileError("its .metadata changes a class or a module, which no distributed checkpoint needs")
         super().load_build()  # type: ignore[misc]
 
@@ -86,7 +87,7 @@ class _Reader(FileSystemReader):
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """Fills scratch tensors, and keeps everything else as bytes."""
+    """Reads tensors into the given ones, and keeps everything else as bytes."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = SavedBytes(value.getvalue())
@@ -183,8 +184,13 @@ def _is_whole(entry: TensorStorageMetadata) -> bool:
 def read_distributed(
     path: str | os.PathLike[str], scratch: Path | None
 ) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
-    """All entries by their full name, tensors in files under the folder `scratch` (None: in memory), others `SavedBytes`;
-    and torch's map from these names to the nested keys that they were saved under.
+    """All entries by their flat names, and torch's map from these to the nested keys that they were saved under.
+
+    Tensors are in nameless files in the folder `scratch` (None: in memory); other entries are `SavedBytes`.
+
+    Raises:
+        FileError: damaged or incomplete.
+        UnsafeFileError: its description asks for a class that no distributed checkpoint needs.
     """
     path = Path(path)
     metadata = read_metadata(path)

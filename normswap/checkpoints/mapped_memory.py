@@ -1,4 +1,7 @@
-"""Memory of tensors that are mapped from files: given back where a file holds it, and counted."""
+"""Memory of tensors that are mapped from files: taken, counted, and given back while a file still holds the values.
+
+So a checkpoint larger than the memory can be converted. Giving back works on Linux alone; elsewhere nothing happens.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _libc = ctypes.CDLL(None, use_errno=True) if _POSIX else None
 
 
 def peak_memory() -> int | None:
-    """The most bytes of memory that this process has held at once; None where the system does not tell."""
+    """The most bytes of memory that this process has held at any time; None where the system does not tell."""
     if resource is None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -35,9 +38,9 @@ def peak_memory() -> int | None:
 
 
 def release(tensor: Tensor) -> None:
-    """Give back the memory of a tensor whose values a file holds; they come back from there when they are read.
+    """Give back the memory of a tensor whose values a file holds; the next read brings them back from there.
 
-    Nothing is ever lost: memory that no file holds, or that was written to since, is kept. Only on Linux.
+    Nothing is ever lost: memory that no file holds, or that was written to since it was mapped, is kept.
     """
     if tensor.device.type == "cpu" and tensor.numel():
         storage = tensor.untyped_storage()
@@ -70,7 +73,7 @@ def _held_by_files(first: int, end: int) -> bool:
 
 
 class Releasing:
-    """A file to write to that releases each block of memory after it is written; blocks come from `torch.save`."""
+    """A file for `torch.save` to write to, which releases the memory of each large tensor after it is written."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -86,7 +89,10 @@ class Releasing:
 
 
 def scratch_tensor(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) -> Tensor:
-    """An empty tensor whose memory is a file in `folder` that has no name any more; small ones, or without a folder, in memory."""
+    """An uninitialized tensor whose memory is a nameless file in `folder`, so that it can be larger than the memory.
+
+    A small one, or any without a folder, is in memory. The file is gone with the tensor.
+    """
     size = math.prod(shape) * dtype.itemsize
     if folder is None or size < _RELEASED_FROM or not os.path.isdir("/proc/self/fd"):
         return torch.empty(shape, dtype=dtype)

@@ -202,7 +202,10 @@ def _check_archive(path: Path) -> bool:
 
 
 def _table_of_contents(path: Path) -> int:
-    """Where a zip archive without a comment says that its table begins (APPNOTE 4.3.14 to 4.3.16); torch reads it there."""
+    """Where a zip archive without a comment says that its table of contents begins; torch reads it there.
+
+    See PKWARE's APPNOTE.TXT, 4.3.14 to 4.3.16. Archives of 4 GB and more say so in a record of their own.
+    """
     with path.open("rb") as file:
         file.seek(-min(98, path.stat().st_size), os.SEEK_END)
         end = file.read()
@@ -256,5 +259,6 @@ def _import(name: str, path: Path) -> Any:
         return getattr(import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError):
         raise FileError(
-            f"{path}: needs {name}, which cannot be imported here; install its package, or run in the folder that holds it"
+            f"{path}: needs {name}, which cannot be imported here; install its package, "
+            "or run in the folder that holds it"
         ) from None

@@ -34,10 +34,10 @@ def read_checkpoint(
     """Read a file or a folder; tensors are on the CPU, and mapped from their files where the format allows it.
 
     Args:
-        path: a file of `torch.save` or of safetensors, a distributed checkpoint, an index of weight files, or their folder.
+        path: a file of `torch.save` or of safetensors, a distributed checkpoint, an index of weight files, its folder.
         trust: run whatever code a pickle names; else none runs, see `pickle_files.read_pickle`.
         allow: full names of further classes that a pickle may hold.
-        scratch: an existing folder for nameless files that hold the tensors of a distributed checkpoint; None: in memory.
+        scratch: an existing folder for nameless files with the tensors of a distributed checkpoint; None: in memory.
 
     Raises:
         FileError: nothing there, another kind of file, or a broken one.

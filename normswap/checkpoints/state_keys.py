@@ -1,4 +1,8 @@
-"""How the keys of a state dict stand to those of its model: prefixes, wrappers, copies."""
+"""How the keys in a saved state dict stand to those of its model.
+
+A saved key may have a prefix (`module.` of data parallelism, `model.` of a trainer), names of wrappers within it
+(`_orig_mod` of `torch.compile`), or be one of several copies of the model's key, under several prefixes.
+"""
 
 from __future__ import annotations
 
@@ -20,50 +24,56 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Binding:
-    """How a model's keys stand in a state dict: `names` maps each to the one there, under `prefix`."""
+    """What the keys of a model are called in a saved state dict."""
 
     names: Mapping[str, str]
+    """The saved key of each key of the model."""
     prefix: str = ""
+    """What stands before the model's keys there, with the dot behind it."""
 
-    def outer(self, key: str) -> str:
-        """The key in the state dict for a key of the model, also for a new one."""
+    def saved_key(self, key: str) -> str:
+        """The saved key for a key of the model, also for one that the conversion has made new."""
         if key in self.names:
             return self.names[key]
         module, _, leaf = key.rpartition(".")
-        return f"{self._modules[module]}{leaf}" if module in self._modules else self.prefix + key
+        return f"{self._saved_modules[module]}{leaf}" if module in self._saved_modules else self.prefix + key
 
     @cached_property
-    def _modules(self) -> dict[str, str]:
-        """What each module is called there, with the dot behind it: the keys that it has tell."""
+    def _saved_modules(self) -> dict[str, str]:
+        """What each module is called there, with the dot behind it, as the keys of its tensors tell."""
         return {
             known.rpartition(".")[0]: name.removesuffix(known.rpartition(".")[2]) for known, name in self.names.items()
         }
 
 
 def without_wrappers(key: str) -> str:
-    """A key without what `torch.compile`, FSDP and checkpointing put into it."""
+    """A key without the names that `torch.compile`, FSDP and activation checkpointing put into it."""
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def bind(state: Mapping[str, Any], model: Mapping[str, Any], where: object) -> list[Binding]:
-    """The places of a model with the state dict `model` in `state`: one, or several where it holds copies of the model.
+    """Find a model in a saved state dict: one binding, or several where it holds copies of the model.
 
-    Raises `FileError`, which says which keys are missing, unexpected or of another shape, and why that may be.
+    Args:
+        state: the saved state dict.
+        model: the model's own state dict.
+        where: the file, for messages.
+
+    Raises:
+        FileError: with the keys that are missing, unexpected or of another shape, and why that may be.
     """
     plain = {without_wrappers(name): name for name in state}
     if not any("parametrizations." in name for name in model):
-        plain = {_PARAMETRIZED.sub(_as_ours, name): outer for name, outer in plain.items()}
+        plain = {_PARAMETRIZED.sub(_as_weight_g_or_v, name): outer for name, outer in plain.items()}
     wanted = [name for name in model if not name.endswith("num_batches_tracked")]
-    best: list[tuple[int, str]] = []
-    for prefix in _prefixes(plain, wanted):
-        best.append((sum(prefix + name in plain for name in wanted), prefix))
-    best.sort(key=lambda item: (-item[0], len(item[1])))
+    best = [(sum(prefix + name in plain for name in wanted), prefix) for prefix in _possible_prefixes(plain, wanted)]
+    best.sort(key=lambda item: (-item[0], len(item[1])))  # most keys found, then the shortest prefix
     complete = [prefix for hits, prefix in best if hits == len(wanted)]
     if not complete:
         raise FileError(f"{where}: {_mismatch(plain, state, model, best[0][1] if best else '')}")
     bindings: list[Binding] = []
     taken: set[str] = set()
-    for prefix in complete:
+    for prefix in complete:  # a match far down in the keys is a part of another model, not a copy
         names = {name: plain[prefix + name] for name in model if prefix + name in plain}
         if not taken & set(names.values()) and (not bindings or prefix.count(".") <= 2):
             bindings.append(Binding(names, prefix))
@@ -76,7 +86,7 @@ def bind(state: Mapping[str, Any], model: Mapping[str, Any], where: object) -> l
         state[outer].shape != model[name].shape
         for b in bindings
         for name, outer in b.names.items()
-        if _shaped(state[outer], model[name])
+        if _both_tensors(state[outer], model[name])
     )
     if odd or shapes:
         raise FileError(f"{where}: {_mismatch(plain, state, model, first, taken)}")
@@ -86,17 +96,17 @@ def bind(state: Mapping[str, Any], model: Mapping[str, Any], where: object) -> l
 _PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original([01])$")
 
 
-def _as_ours(match: re.Match[str]) -> str:
-    """`weight_g` and `weight_v`, which torch's newer weight normalization calls `parametrizations.weight.original0` and `1`."""
+def _as_weight_g_or_v(match: re.Match[str]) -> str:
+    """`weight_g` and `weight_v`: torch's newer weight norm calls them `parametrizations.weight.original0` and `1`."""
     return f"{match[1]}_{'gv'[int(match[2])]}"
 
 
-def _shaped(a: Any, b: Any) -> bool:
+def _both_tensors(a: Any, b: Any) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor)
 
 
-def _prefixes(plain: Mapping[str, str], wanted: Sequence[str]) -> Iterable[str]:
-    """What may stand before the model's keys: whatever does before the most telling of them."""
+def _possible_prefixes(plain: Mapping[str, str], wanted: Sequence[str]) -> Iterable[str]:
+    """What may stand before the model's keys: whatever stands before a few of them that seldom occur by chance."""
     found = Counter[str]()
     telling = sorted(wanted, key=lambda name: (-name.count("."), -len(name)))
     for name in {*telling[:3], *wanted[:3], *wanted[-3:]}:
@@ -111,6 +121,7 @@ def _prefixes(plain: Mapping[str, str], wanted: Sequence[str]) -> Iterable[str]:
 def _mismatch(
     plain: Mapping[str, str], state: Mapping[str, Any], model: Mapping[str, Any], prefix: str, taken: Iterable[str] = ()
 ) -> str:
+    """What does not fit, and the likely cause. `taken`: saved keys that belong to some copy of the model."""
     taken = set(taken)
     here = {
         name.removeprefix(prefix): plain[name] for name in plain if name.startswith(prefix) and plain[name] not in taken
@@ -121,7 +132,9 @@ def _mismatch(
     reshaped = [
         f"{name} is {tuple(state[here[name]].shape)}, the model's {tuple(model[name].shape)}"
         for name in model
-        if name in here and _shaped(state[here[name]], model[name]) and state[here[name]].shape != model[name].shape
+        if name in here
+        and _both_tensors(state[here[name]], model[name])
+        and state[here[name]].shape != model[name].shape
     ]
     parts = [
         f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''}"
@@ -139,8 +152,8 @@ def _cause(missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence
         return "Likely another number of classes: give it with --model-arg num_classes=N"
     if any(name.endswith(("weight_gain", "weight_shift")) for name in unexpected):
         return (
-            "It seems to be converted already: load it with normswap.load(path, model=...); without a recipe in it, into "
-            "normswap.convert(model, target).model, with the target that made it"
+            "It seems to be converted already: load it with normswap.load(path, model=...); without a recipe in it, "
+            "into normswap.convert(model, target).model, with the target that made it"
         )
     return "Likely another version or another size of the architecture: see --model-arg"
 
@@ -148,18 +161,25 @@ def _cause(missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence
 def rebuild(
     state: Mapping[str, Any], bindings: Sequence[Binding], states: Sequence[Mapping[str, Any]]
 ) -> OrderedDict[str, Any]:
-    """`state` with the keys of each binding exchanged for the new state dict of its model, all others as they were."""
+    """A saved state dict after the conversion of its model: keys of the model are replaced, all others stay.
+
+    Args:
+        state: the saved state dict before.
+        bindings: where the copies of the model stand in it.
+        states: the new state dict of each copy.
+    """
     result: OrderedDict[str, Any] = OrderedDict()
     owner: dict[str, tuple[int, str]] = {}
     parts: dict[tuple[int, str], dict[str, Any]] = {}  # by binding and module: a module's keys stand together
     for index, (binding, new) in enumerate(zip(bindings, states, strict=True)):
         owner |= {outer: (index, name.rpartition(".")[0]) for name, outer in binding.names.items()}
         for name, value in new.items():
-            parts.setdefault((index, name.rpartition(".")[0]), {})[binding.outer(name)] = value
+            parts.setdefault((index, name.rpartition(".")[0]), {})[binding.saved_key(name)] = value
     for key, value in state.items():
         place = owner.get(key)
+        # New keys of a module come where its first old key stood: readers that go by order find them together.
         result.update({key: value} if place is None else parts.pop(place, {}))
-    for part in parts.values():
+    for part in parts.values():  # modules that had no keys before
         result.update(part)
     result._metadata = _metadata(state, bindings, states)  # type: ignore[attr-defined]  # torch's own place
     return result
@@ -168,9 +188,13 @@ def rebuild(
 def _metadata(
     state: Mapping[str, Any], bindings: Sequence[Binding], states: Sequence[Mapping[str, Any]]
 ) -> OrderedDict[str, Any]:
+    """The versions of modules that torch keeps beside the tensors, under the saved names of the modules.
+
+    The name of a module is what stands before a key of it, here `x`.
+    """
     known = getattr(state, "_metadata", None)
     metadata = OrderedDict(known if isinstance(known, Mapping) else {})
     for binding, new in zip(bindings, states, strict=True):
         for module, value in (getattr(new, "_metadata", None) or {}).items():
-            metadata[binding.outer(f"{module}.x" if module else "x").removesuffix("x").removesuffix(".")] = value
+            metadata[binding.saved_key(f"{module}.x" if module else "x").removesuffix("x").removesuffix(".")] = value
     return metadata

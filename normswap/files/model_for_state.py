@@ -118,7 +118,9 @@ def _load_tensors(model: nn.Module, state: Mapping[str, Any], binding: Binding, 
     # Modules read in `_metadata` of which version their tensors are: it goes along, under the model's own paths.
     known = getattr(state, "_metadata", None)
     known = known if isinstance(known, Mapping) else {}
-    outer = {name: binding.outer(f"{name}.x" if name else "x")[:-1].rstrip(".") for name, _ in model.named_modules()}
+    outer = {
+        name: binding.saved_key(f"{name}.x" if name else "x")[:-1].rstrip(".") for name, _ in model.named_modules()
+    }
     part._metadata = {name: known[path] for name, path in outer.items() if path in known}  # type: ignore[attr-defined]
     try:
         missing, unexpected = model.load_state_dict(part, strict=False, assign=True)
@@ -147,8 +149,8 @@ def parameters_of_state(
     A training script's own module holds the model under a prefix, and may have parameters beside it, such as a loss
     with weights.
     """
-    own = {binding.outer(p.name): p for p in parameters}
-    bound = {*binding.names.values(), *(binding.outer(name) for name in model.state_dict())}
+    own = {binding.saved_key(p.name): p for p in parameters}
+    bound = {*binding.names.values(), *(binding.saved_key(name) for name in model.state_dict())}
     found = []
     for name, value in state.items():
         if name in own:
