@@ -1,30 +1,36 @@
-"""The command line: arguments, progress, exit codes."""
+"""The commands: what each calls, what it prints, and its exit code."""
 
 from __future__ import annotations
 
 import gc
 import io
-import json
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from normswap.cli import options as opt
-from normswap.errors import NormswapError, OptionError
+from normswap.cli.progress import show_progress
+from normswap.cli.values import allowed_classes, parse_numbers, parse_shape, parse_size
+from normswap.errors import NormswapError
 from normswap.target_table import NORM_FORMS, RECURRENT_FORMS, TARGET_FORMS, WEIGHT_FORMS
 
-_PHASES = 9  # words of progress that a conversion gives: the length of the bar
-_PATIENCE = 1.0  # seconds before the bar shows
+if TYPE_CHECKING:
+    from normswap.report.inspection import Inspection
+    from normswap.report.report import Report
+    from normswap.report.terminal import ReportView
+    from normswap.report.terminal_inspection import InspectionView
+
+# What a command needs is imported when it runs: `normswap --help` does without torch, which takes seconds.
+
+_PHASES = 9  # of a conversion: the length of the bar
 
 app = typer.Typer(
     name="normswap", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -89,22 +95,24 @@ def convert(
     [bold]normswap convert torchvision:resnet50 --to gn --calibrate pictures/ --report report.html[/]
     """
     from normswap.files import convert_file, model_specs, paths
+    from normswap.report.terminal import ReportView
 
     form = format.value if format else None
-    with _speaking(_PHASES, quiet or as_json) as progress:
-        _check_report(report, overwrite)
-        shape, arguments = _parse_shape(input_shape), model_specs.parse_arguments(model_arg or [])
-        size = _numbers("--input-size", input_size, int)
+    with _exit_on_error(), show_progress(_PHASES, silent=quiet or as_json) as progress:
+        _check_report_file(report, overwrite)
         done = convert_file.convert_file(
-            input, to, out, model=model, model_args=arguments, weights=weights, key=key, eps=eps, input_shape=shape,
-            fold=fold, format=form, allow=_importable(allow), trust=trust, overwrite=overwrite, dry_run=dry_run,
-            progress=progress, groups=groups, transfer=transfer.value, ws=ws.value, ws_scope=ws_scope.value,
-            calibrate=calibrate, calibrate_seconds=calibrate_seconds, input_size=size and (size if len(size) > 1 else size[0]),
-            mean=_numbers("--mean", mean, float), std=_numbers("--std", std, float),
+            input, to, out,
+            input_shape=parse_shape(input_shape), model=model, model_args=model_specs.parse_arguments(model_arg or []),
+            weights=weights, key=key, eps=eps, allow=allowed_classes(allow), trust=trust,
+            groups=groups, transfer=transfer.value, ws=ws.value, ws_scope=ws_scope.value,
             layers=tuple(layers.split(",")), recurrent=recurrent, include=include or None, exclude=exclude or None,
+            input_size=parse_size(input_size), mean=parse_numbers("--mean", mean, float),
+            std=parse_numbers("--std", std, float), calibrate=calibrate, calibrate_seconds=calibrate_seconds,
+            fold=fold, format=form, overwrite=overwrite, dry_run=dry_run, progress=progress,
         )  # fmt: skip
-        _write_report(done, input, report, overwrite)
-    _print(done, input, "" if dry_run else str(out or paths.default_output(input, to, form)), as_json, full, quiet)
+        _write_report_file(done, input, report, overwrite)
+    written = "" if dry_run else str(out or paths.default_output(input, to, form))
+    _show(done, ReportView(done, input, written, full), as_json, quiet)
 
 
 @app.command()
@@ -126,19 +134,14 @@ def inspect(
     [bold]normswap inspect torchvision:mobilenet_v2[/]
     """
     from normswap.files import inspect_file, model_specs
+    from normswap.report.terminal_inspection import InspectionView
 
-    with _speaking(5, quiet or as_json) as progress:
+    with _exit_on_error(), show_progress(5, silent=quiet or as_json) as progress:
         found = inspect_file.inspect_file(
             input, model=model, model_args=model_specs.parse_arguments(model_arg or []), weights=weights, key=key,
-            input_shape=_parse_shape(input_shape), allow=_importable(allow), trust=trust, progress=progress,
+            input_shape=parse_shape(input_shape), allow=allowed_classes(allow), trust=trust, progress=progress,
         )  # fmt: skip
-
-    def view() -> Any:
-        from normswap.report.terminal_inspection import InspectionView
-
-        return InspectionView(found, input, full)
-
-    _show(found, view, as_json, quiet)
+    _show(found, InspectionView(found, input, full), as_json, quiet)
 
 
 @app.command()
@@ -161,16 +164,17 @@ def fold(
     [bold]normswap fold resnet50.gn-ws.pt[/]
     """
     from normswap.files import convert_file, model_specs, paths
+    from normswap.report.terminal import ReportView
 
-    with _speaking(2, quiet or as_json) as progress:
-        _check_report(report, overwrite)
+    with _exit_on_error(), show_progress(2, silent=quiet or as_json) as progress:
+        _check_report_file(report, overwrite)
         progress(f"folding {input}")
         done = convert_file.fold_file(
             input, out, model=model, model_args=model_specs.parse_arguments(model_arg or []), key=key,
-            allow=_importable(allow), trust=trust, overwrite=overwrite,
+            allow=allowed_classes(allow), trust=trust, overwrite=overwrite,
         )  # fmt: skip
-        _write_report(done, input, report, overwrite)
-    _print(done, input, str(out or paths.default_output(input, "fold")), as_json, full, quiet)
+        _write_report_file(done, input, report, overwrite)
+    _show(done, ReportView(done, input, str(out or paths.default_output(input, "fold")), full), as_json, quiet)
 
 
 @app.command()
@@ -191,13 +195,14 @@ def diff(
     [bold]normswap diff model.pt model.gn-ws.pt[/]
     """
     from normswap.files.diff import diff as compare
+    from normswap.report.terminal import ReportView
 
-    with _speaking(2, quiet or as_json) as progress:
-        _check_report(report, overwrite)
+    with _exit_on_error(), show_progress(2, silent=quiet or as_json) as progress:
+        _check_report_file(report, overwrite)
         progress(f"comparing {a} with {b}")
-        done = compare(a, b, key=key, allow=_importable(allow), trust=trust)
-        _write_report(done, f"{a} and {b}", report, overwrite)
-    _print(done, f"{a} and {b}", "", as_json, full, quiet)
+        done = compare(a, b, key=key, allow=allowed_classes(allow), trust=trust)
+        _write_report_file(done, f"{a} and {b}", report, overwrite)
+    _show(done, ReportView(done, f"{a} and {b}", full=full), as_json, quiet)
 
 
 @app.command()
@@ -223,94 +228,40 @@ def targets() -> None:
 
 
 @contextmanager
-def _speaking(phases: int, silent: bool) -> Iterator[Callable[[str], None]]:
-    """Progress on stderr where the run takes more than a moment; errors of ours as one line and exit code 1."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=silent or not console.is_terminal)
-    task = bar.add_task("starting", total=phases)
-    later = threading.Timer(_PATIENCE, bar.start)  # a short run needs no bar, and a long phase gets one too
-    later.daemon = True
-
-    def step(phase: str) -> None:
-        new = "%" not in phase
-        bar.update(task, description=phase, advance=int(new), refresh=new)  # the shortest phase shows too
-
-    def done() -> None:
-        later.cancel()
-        bar.stop()
-
-    if not bar.disable:
-        later.start()
+def _exit_on_error() -> Iterator[None]:
+    """Errors of ours end the command with one line on stderr and exit code 1; stdout is left to the report."""
     try:
         with redirect_stdout(sys.stderr), warnings.catch_warnings():  # what a model prints is not the report
             warnings.simplefilter("ignore", UserWarning)  # the report repeats ours; torch's are not the user's doing
-            yield step
+            yield
     except NormswapError as error:
-        done()
+        console = Console(stderr=True)
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    finally:
-        done()
 
 
-def _parse_shape(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise OptionError(f"--input-shape: {text!r} is no shape; write numbers from 1 with commas, such as 1,3,224,224")
-    return shape
-
-
-def _numbers(option: str, text: str | None, kind: Callable[[str], Any]) -> Any:
-    if text is None:
-        return None
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise OptionError(f"{option}: {text!r} is not possible; write numbers with commas") from None
-
-
-def _importable(allow: list[str] | None) -> list[str]:
-    """Allowed classes may stand in the folder where the command runs."""
-    if allow and "" not in sys.path:
-        sys.path.insert(0, "")
-    return allow or []
-
-
-def _check_report(path: Path | None, overwrite: bool) -> None:
+def _check_report_file(path: Path | None, overwrite: bool) -> None:
     if path is not None:
         from normswap.files.report_file import check_report_file
 
         check_report_file(path, overwrite)
 
 
-def _write_report(report: Any, source: str, path: Path | None, overwrite: bool) -> None:
+def _write_report_file(report: Report, source: str, path: Path | None, overwrite: bool) -> None:
     if path is not None:
         from normswap.files.report_file import write_report_file
 
         write_report_file(report, source, path, overwrite)
 
 
-def _print(report: Any, source: str, out: str, as_json: bool, full: bool, quiet: bool) -> None:
-    def view() -> Any:
-        from normswap.report.terminal import ReportView
-
-        return ReportView(report, source, out, full)
-
-    _show(report, view, as_json, quiet)
-
-
-def _show(found: Any, view: Callable[[], Any], as_json: bool, quiet: bool) -> None:
-    """A report or an inspection on stdout, as data or as it is viewed."""
+def _show(found: Report | Inspection, view: ReportView | InspectionView, as_json: bool, quiet: bool) -> None:
+    """A report or an inspection on stdout, as data or as the view shows it."""
     if as_json:
-        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
+        from normswap.report.formats import to_json
+
+        sys.stdout.write(to_json(found))
     elif not quiet:
-        Console().print(view())
+        Console().print(view)
 
 
 def main() -> None:

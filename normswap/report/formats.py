@@ -10,6 +10,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from normswap.report.html_page import to_html
+from normswap.report.inspection import Inspection
 from normswap.report.markdown import to_markdown
 from normswap.report.report import Report
 from normswap.report.terminal import ReportView
@@ -25,9 +26,9 @@ def to_svg(report: Report, source: str) -> str:
     return re.sub(r"\s*@font-face \{.*?\}", "", drawn, flags=re.DOTALL)  # they would be fetched from a server
 
 
-def to_json(report: Report, source: str) -> str:
-    """The report as `--json` prints it."""
-    return json.dumps(report.to_dict(), indent=2) + "\n"
+def to_json(found: Report | Inspection, source: str = "") -> str:
+    """A report or an inspection as `--json` prints it; `source` is not in it."""
+    return json.dumps(found.to_dict(), indent=2) + "\n"
 
 
 REPORT_FORMATS: dict[str, Callable[[Report, str], str]] = {

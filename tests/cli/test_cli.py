@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -145,17 +146,24 @@ def test_a_class_beside_the_command_can_be_allowed(tmp_path: Path, monkeypatch: 
 
 
 # A short run shows no bar; this one does, however fast the machine.
-IMPATIENT = "from normswap.cli import commands; commands._PATIENCE = 0; commands.app(prog_name='normswap')"
+IMPATIENT = """
+from normswap.cli import commands, progress
+progress._SECONDS_BEFORE_BAR = 0
+commands.app(prog_name="normswap")
+"""
 
 
-def on_a_terminal(folder: Path, *arguments: str, **environment: str) -> str:
-    """What the command writes where a person watches: its stdout and stderr are one terminal of 80 columns."""
+def on_a_terminal(folder: Path, *arguments: str, stdout: Path | None = None, **environment: str) -> str:
+    """What the command writes where a person watches: stderr is a terminal of 80 columns, stdout the same or a file."""
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLUMNS": "80", **environment}
     environment.pop("CI", None)
     command = [sys.executable, "-c", IMPATIENT, *arguments]
-    with subprocess.Popen(command, cwd=folder, stdout=theirs, stderr=theirs, env=environment) as process:
+    with (
+        nullcontext(theirs) if stdout is None else stdout.open("w") as out,
+        subprocess.Popen(command, cwd=folder, stdout=out, stderr=theirs, env=environment) as process,
+    ):
         os.close(theirs)
         shown = b""
         try:
@@ -178,6 +186,12 @@ def test_progress_shows_on_a_terminal_alone(saved: Path) -> None:
         [sys.executable, "-m", "normswap", *CONVERT], cwd=saved.parent, capture_output=True, text=True
     )
     assert piped.stderr == "" and "\x1b" not in piped.stdout and "20 norms" in piped.stdout
+
+
+def test_the_report_goes_to_stdout_after_the_bar_has_shown(saved: Path) -> None:
+    file = saved.with_name("report.txt")
+    shown = on_a_terminal(saved.parent, *CONVERT, stdout=file)
+    assert "tracing what feeds what" in shown and "20 norms" not in shown and "20 norms" in file.read_text()
 
 
 def test_quiet_is_silent_on_a_terminal_too(saved: Path) -> None:
