@@ -13,7 +13,12 @@ from typing import Any
 
 @functools.cache
 def reaches_into(cls: Any) -> frozenset[tuple[str, str]]:
-    """The pairs (a, b) for which what a class's forward may run says `.a.b`: parts of its children that it may use itself."""
+    """The pairs (a, b) where code that a class's forward may run says `.a.b`: parts of children that it may use itself.
+
+    Asked where a forward cannot be traced. The children may be traced then, each by itself, but what such a forward
+    does with the parts of a child is in none of these traces: it may run `self.block.conv` beside the block's own
+    forward. The code cannot tell which object a name stands for, so any `.a.b` counts.
+    """
     pairs = set()
     for code in _reached(cls):
         loads = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "RESUME", "EXTENDED_ARG")]
@@ -23,7 +28,10 @@ def reaches_into(cls: Any) -> frozenset[tuple[str, str]]:
 
 
 def _reached(cls: Any) -> list[types.CodeType]:
-    """The code that the forward of a class may run, by the names of methods; all of it where it may choose by a string."""
+    """The code that the forward of a class may run: its own, and that of methods whose names occur in what it may run.
+
+    All of the class's code where it may choose a method by a string, with `getattr`.
+    """
     owners = itertools.takewhile(lambda owner: not owner.__module__.startswith("torch."), cls.__mro__)
     methods = [
         (name, [code for function in _functions(value) for code in _codes(function.__code__)])

@@ -1,8 +1,8 @@
 """Copies of a model: a whole one, one on the same tensors to trace, and what a module's attributes held before.
 
 What they give is what `copy.deepcopy` gives. By itself that takes apart the thirty attributes that torch gives each
-module, of which most are empty. Processor time of a copy here and by `copy.deepcopy`, beside a conversion to `gn` without
-the copy: ResNet-50 18, 29 and 73 ms, EfficientNetV2-L 118, 231 and 422 ms, 10,000 norms 1.7, 2.4 and 7.0 s.
+module, of which most are empty. Processor time of a copy here and by `copy.deepcopy`, and of the rest of a conversion
+to `gn`: ResNet-50 18, 29 and 73 ms, EfficientNetV2-L 118, 231 and 422 ms, 10,000 norms 1.7, 2.4 and 7.0 s.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def clone(model: nn.Module) -> nn.Module:
     """A deep copy of `model`.
 
     Process groups are handles, not data, and stay shared. Tensors that hooks compute (weight_norm, pruning)
-    are copied without their history, which torch's own copy refuses. Raises whatever an attribute raises that cannot be copied.
+    are copied without their history, which torch's own copy refuses. Raises whatever an attribute raises that cannot be
+    copied.
     """
     modules = list(model.modules())
     memo = _handles(modules)
@@ -86,7 +87,7 @@ def attributes_restored(module: nn.Module) -> Iterator[None]:
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module, with copies of containers that a run may fill; torch's own layers only have their children changed."""
+    """The attributes of a module, with containers that a run may fill copied; in torch's layers only the children."""
     if type(module).__module__.startswith("torch.nn.modules."):
         return {**vars(module), "_modules": dict(module._modules)}
     return {name: opened(value) for name, value in vars(module).items()}
@@ -123,7 +124,7 @@ def _handles(modules: Iterable[nn.Module]) -> dict[int, Any]:
 
 
 def _empty(modules: Iterable[nn.Module], memo: dict[int, Any]) -> list[nn.Module]:
-    """An instance for each module, to be filled; they are in the memo, so that all that refer to a module get its instance."""
+    """An instance for each module, to be filled; in the memo, so that all that refer to a module get its instance."""
     copies = []
     for module in modules:
         # The class of a module that torch.fx made is its own.

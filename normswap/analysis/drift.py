@@ -20,7 +20,7 @@ def relative_distance(old: Tensor, new: Tensor) -> float:
 
 
 def same_first_choices(old: Tensor, new: Tensor) -> Tensor | None:
-    """Where the largest entry along dimension 1 is the same, for scores of shape (N, C) or (N, C, H, W); None for others."""
+    """Where the largest entry along dimension 1 is the same, for (N, C) or (N, C, H, W); None for other shapes."""
     return old.argmax(1) == new.argmax(1) if old.dim() in (2, 4) and old.shape[1] > 1 else None
 
 

@@ -24,21 +24,23 @@ class Flow:
     normed: set[str] = field(default_factory=set)
     """Weight layers whose output reaches a norm before it reaches another weight layer: these are standardized."""
     single: set[str] = field(default_factory=set)
-    """Norms whose input has one element a sample and channel, in some call: a group norm of one channel would erase it."""
+    """Norms whose input has one element a sample and channel, in some call: a group of one channel would erase it."""
     spatial: set[str] = field(default_factory=set)
     """Norms whose input is known to have more elements a channel, in some call."""
     flat: set[str] = field(default_factory=set)
-    """Norms whose input is known to be (N, C), in some call: the last dimension of a LayerNorm is that of channels then."""
+    """Norms whose input is known to be (N, C), in some call: a LayerNorm's last dimension is that of channels then."""
     first: set[str] = field(default_factory=set)
     """Weight layers that read the model's input, with no weight layer before them: their input is no norm's output."""
     between: dict[str, set[tuple[str | None, tuple[str, ...]]]] = field(default_factory=lambda: defaultdict(set))
-    """For each site, the site before it (None: none, or several) and the names of the non-linearities and dropouts between
-    the two, from the last to the first: a norm behind the activation, or a dropout before a norm, is worth a word.
+    """For each site, the site before it (None: none, or several), and what non-linearities and dropouts stand between.
+
+    These by their names, from the last to the first: a norm behind the activation, or a dropout before a norm, is worth
+    a word.
     """
     calls: dict[str, int] = field(default_factory=dict)
     """How often one forward calls a site: a norm that is called more than once mixes the statistics of its places."""
     touched: set[str] = field(default_factory=set)
-    """Sites whose tensors some forward reads directly, past the layer: no layer with other tensors may take its place."""
+    """Sites whose tensors some forward reads past the layer: no layer with other tensors may take its place."""
     complete: set[str] = field(default_factory=set)
     """Sites all of whose uses are known. For any other site, "no other reader" only means that none was seen."""
     functional: dict[str, str] = field(default_factory=dict)

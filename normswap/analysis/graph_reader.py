@@ -117,7 +117,7 @@ class _Reader:
         return flow
 
     def _norm_ahead(self) -> dict[fx.Node, bool]:
-        """Whether the value of a node reaches a norm before another weight layer, on some way: told from the end backwards."""
+        """Whether the value of a node reaches a norm before another weight layer, on some way."""
         ahead: dict[fx.Node, bool] = {}
         for node in reversed(self.nodes):
             ahead[node] = any(self._is_norm(u) or (not self._is_weighted(u) and ahead[u]) for u in node.users)
@@ -200,7 +200,7 @@ class _Reader:
         return before
 
     def _flat(self, complete: bool) -> dict[fx.Node, bool]:
-        """Whether the value of each node is (N, C): made so, or the input of a whole model that is a multilayer perceptron.
+        """Whether the value of each node is (N, C): made so, or the input of a model that is a multilayer perceptron.
 
         A model's input may have any number of dimensions. Only one that keeps them all through to the end, with nothing
         but linear layers and what works on each element, is taken for a perceptron, whose input is (N, C) by custom.

@@ -68,7 +68,8 @@ def _of_libraries(*names: str) -> set[type[nn.Module]]:
 def activated() -> set[type[nn.Module]]:
     """Norms with children `drop` and `act` that run behind them: timm's, and what they become here."""
     return {*ACTIVATED.values()} | _of_libraries(
-        "BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d", "GroupNormAct", "GroupNorm1Act", "LayerNormAct", "LayerNormAct2d"
+        "BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d",
+        "GroupNormAct", "GroupNorm1Act", "LayerNormAct", "LayerNormAct2d",
     )  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def own_attributes(base: Any) -> dict[str, frozenset[str]]:
 
 
 def is_frozen_copy(module: nn.Module) -> bool:
-    """Whether a module is one of the copies of torchvision's FrozenBatchNorm2d that libraries keep: transformers' detectors, detectron2."""
+    """Whether a module is a library's copy of torchvision's FrozenBatchNorm2d: transformers and detectron2 have one."""
     cls: Any = type(module)
     held = {*module._buffers} - {"num_batches_tracked"}
     bare = held == {*_FROZEN} and not module._parameters and not module._modules
@@ -105,7 +106,7 @@ def is_frozen_copy(module: nn.Module) -> bool:
 
 @functools.cache
 def _acts_frozen(cls: Any) -> bool:
-    """Whether instances of a class compute what its name says: told by one of three channels, since the code is anybody's."""
+    """Whether instances of a class compute what its name says: one is tried, since the code is anybody's."""
     try:
         with torch.device("cpu"), torch.no_grad():  # the caller may be building on `meta`, where nothing can be told
             norm = cls(3)

@@ -21,8 +21,8 @@ NORM_FUNCTIONS: set[Any] = {
     F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, torch.batch_norm, torch.group_norm
 }  # fmt: skip
 NON_LINEAR: set[Any] = {
-    torch.relu, torch.relu_, torch.tanh, torch.sigmoid, F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.silu, F.gelu, F.mish, F.softplus,
-    F.hardswish, F.tanh, F.sigmoid, "relu", "relu_", "tanh", "sigmoid",
+    torch.relu, torch.relu_, torch.tanh, torch.sigmoid, F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.silu,
+    F.gelu, F.mish, F.softplus, F.hardswish, F.tanh, F.sigmoid, "relu", "relu_", "tanh", "sigmoid",
 }  # fmt: skip
 DROPOUTS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout}
 POINTWISE: set[Any] = {
@@ -60,7 +60,10 @@ def reads_shape_only(node: fx.Node) -> bool:
 
 
 def shaping(node: fx.Node, module: nn.Module | None) -> str:
-    """The name of a non-linearity or of a dropout that drops something; "" for any other node. `module` is what it calls."""
+    """The name of a non-linearity or of a dropout that drops something; "" for any other node.
+
+    `module` is the one that the node calls, if any.
+    """
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return type(module).__name__ if module.p > 0 else ""
     if module is not None:

@@ -49,7 +49,7 @@ class Observed(NamedTuple):
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with: a tuple or list as positional arguments, a dict as keywords, else the one argument."""
+    """What a model is called with: the items of a tuple or list, those of a dict by name, else the one argument."""
     if isinstance(inputs, dict):
         return (), inputs
     several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)  # which is a tuple too
@@ -127,7 +127,7 @@ def run_model(
     name: str = "example inputs",
     taps: Iterable[str] = (),
 ) -> Observed:
-    """Run `model` in eval mode on `inputs`; note what each of `sites` sees, and what the layers at the paths `taps` put out.
+    """Run `model` in eval mode on `inputs`; note what each of `sites` sees, and what layers at the paths `taps` give.
 
     Raises `ModelError` where the forward fails, or reaches a site after more than `limit` seconds; `name` is what the
     message calls the inputs.

@@ -1,4 +1,4 @@
-"""Which models and which of their layers are converted: checks, the copy, the user's patterns, and what tensors are shared."""
+"""Which models and layers are converted: checks, the copy, the user's patterns, and what tensors are shared."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 
 def check_model(model: nn.Module) -> None:
+    """Raise `ModelError` for what is no module, or has layers that are TorchScript, wrapped, sharded or lazy."""
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"expected a torch.nn.Module, not {type(model).__name__}; for a file, use normswap.convert_file"
@@ -39,11 +40,13 @@ def check_model(model: nn.Module) -> None:
         for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and is_lazy(tensor):
                 raise ModelError(
-                    f"{where} ({name}) is lazy and its {tensor_name} has no shape yet; run the model once on an input, then convert"
+                    f"{where} ({name}) is lazy and its {tensor_name} has no shape yet; run the model once on an input, "
+                    "then convert"
                 )
 
 
 def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy of `model`; raises `ModelError` where it, or one of its modules, cannot be copied."""
     try:
         copied = clone(model)
         if {id(module) for module in copied.modules()} & {id(module) for module in model.modules()}:
@@ -56,7 +59,11 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 def select(sites: Sequence[Site], include: Pattern, exclude: Pattern) -> tuple[set[Site], set[Site]]:
-    """The sites to convert, and those that the user excluded."""
+    """The sites to convert, and those that the user excluded.
+
+    A pattern is a glob on paths, several, or a function of a path and a module. Raises `OptionError` where a glob
+    matches no site, or a pattern is none of these.
+    """
     included = set(sites) if include is None else _matching(sites, include, "include")
     excluded = set() if exclude is None else _matching(sites, exclude, "exclude")
     return included - excluded, excluded
@@ -91,9 +98,8 @@ def shared_tensors(model: nn.Module) -> frozenset[int]:
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                places[
-                    tensor.data_ptr() if tensor.layout is torch.strided and _has_memory(tensor) else id(tensor)
-                ].append(id(tensor))
+                strided = tensor.layout is torch.strided and _has_memory(tensor)
+                places[tensor.data_ptr() if strided else id(tensor)].append(id(tensor))
     return frozenset(key for keys in places.values() if len(keys) > 1 for key in keys)
 
 
@@ -102,6 +108,7 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def hidden_layers(model: nn.Module) -> tuple[list[Left], list[str]]:
+    """Layers that torch does not see, which are left, and a notice for each module that holds some."""
     left, notices = [], []
     for where, module in hidden_modules(model):
         reason = "is not registered (a plain list or attribute): its parameters are neither saved nor trained"

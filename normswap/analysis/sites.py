@@ -27,24 +27,30 @@ from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS, PLAIN
 
 SiteKind = Literal["norm", "weight"]
+NormForm = Literal["data", "batch", "group", "position", "last", "data, group", ""]
+"""Over what a norm takes its statistics.
+
+The data (running ones), the batch (a batch norm without running ones), groups of a sample's channels, the channels at
+each position of (N, C, H, W), the last dimension, or the data and then groups (a batch-channel norm).
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place in the model: one normalization or weight layer, with every path that leads to it.
-
-    `base` is the known class that it behaves as (None: none), `obstacle` why it must not be
-    touched (empty: it may be).
-    """
+    """A place in the model: one normalization or weight layer."""
 
     module: nn.Module
     paths: tuple[str, ...]
+    """Every path that leads to it, in order of registration: a shared module has several."""
     kind: SiteKind
     base: type[nn.Module] | None
+    """The known class that it behaves as; None: none."""
     obstacle: str = ""
+    """Why it must not be touched; "": it may be."""
 
     @property
     def path(self) -> str:
+        """The first path, by which the site is named."""
         return self.paths[0]
 
     @property
@@ -64,6 +70,7 @@ class Site:
 
     @property
     def spatial_dims(self) -> int | None:
+        """How many dimensions the input of a norm has behind (N, C); None: any number, or not known."""
         if isinstance(self.module, FrozenBatchNorm | EstimatedBatchNorm):
             return self.module.spatial_dims
         if type(self.module) in positional():
@@ -71,12 +78,8 @@ class Site:
         return {**SAMPLE_NORMS, **batch_norms()}.get(self.base) if self.base else None
 
     @property
-    def form(self) -> str:
-        """Over what a norm takes its statistics in eval mode; "" for what is no source of a conversion.
-
-        "data" (running ones), "batch" (a batch norm without these), "group" (channel groups of a sample), "position" (the channels at each position of (N, C, H, W)),
-        "last" (the last dimension), or "data, group" (a batch-channel norm).
-        """
+    def form(self) -> NormForm:
+        """Over what a norm takes its statistics in eval mode; "" for what is no source of a conversion."""
         if self.base is BatchChannelNorm:
             return "data, group"
         if self.base and isinstance(getattr(self.module, "running_mean", None), torch.Tensor):

@@ -1,9 +1,9 @@
 """What stands in for parts of Python and torch while a forward runs symbolically, for the tracing thread alone.
 
 A symbolic run has to know what a forward asks of its values and of its module. torch.fx offers no hook for that, so a
-builtin, and attributes of torch's classes, are exchanged as long as a run lasts. Other threads may train meanwhile: each
-stand-in asks first whose call it is, and does for any other thread what the real thing does. Two threads that exchanged
-the same attribute in turn could put back each other's stand-in for good, which a lock prevents.
+builtin, and attributes of torch's classes, are exchanged as long as a run lasts. Other threads may train meanwhile, so
+each stand-in asks first whose call it is, and does for any other thread what the real thing does. Two threads that
+exchanged the same attribute in turn could put back each other's stand-in for good, which a lock prevents.
 
 Not for one thread alone, since Python and torch keep one of each: warnings are silent during a run, and random numbers
 that other threads draw from torch's generator meanwhile are drawn again afterwards.
@@ -54,8 +54,8 @@ class ModeWatch:
 def standing_in(mode: ModeWatch, asked_type: Callable[[fx.Proxy, Any], None]) -> Iterator[None]:
     """Exchange what a symbolic run needs exchanged, and keep its gradients, warnings and random numbers from everybody.
 
-    `mode` notes whether the forward asks for its mode. `asked_type` is called with a symbolic value and the classes that
-    it is compared with, where the answer of `isinstance` may mislead the forward.
+    `mode` notes whether the forward asks for its mode. `asked_type` is called with a symbolic value and the classes
+    that it is compared with, where the answer of `isinstance` may mislead the forward.
     """
     with _LOCK, ExitStack() as stack:
         stack.enter_context(_exchanged(builtins, "isinstance", _watching_isinstance(asked_type)))
@@ -101,7 +101,7 @@ def _watching_isinstance(asked_type: Callable[[fx.Proxy, Any], None]) -> Callabl
 
 
 def _is_packing(frame: types.FrameType | None) -> bool:
-    """Whether a dataclass is being filled, as the outputs of transformers' models are: it only holds what it is given."""
+    """Whether a dataclass is being filled, as transformers' outputs are: it only holds what it is given."""
     for _ in range(_PACKING_DEPTH):
         if frame is None:
             break
@@ -112,7 +112,7 @@ def _is_packing(frame: types.FrameType | None) -> bool:
 
 
 def _autocast_on_any_device() -> Callable[..., None]:
-    """autocast's constructor, which refuses a device that is symbolic (`torch.autocast(x.device.type)`); any will do."""
+    """autocast's constructor, which refuses a symbolic device (`torch.autocast(x.device.type)`); any device will do."""
     real, here = torch.autocast.__init__, threading.get_ident()
 
     def on_any_device(self: torch.autocast, device_type: Any, *args: Any, **options: Any) -> None:
@@ -125,8 +125,8 @@ def _autocast_on_any_device() -> Callable[..., None]:
 def _remembering_instructions() -> Callable[..., Any]:
     """`dis.get_instructions` that takes each function apart once.
 
-    torch.fx asks for the whole function each time that a symbolic value is unpacked (`n, c = x.shape`): without this, the
-    dataflow of timm's efficientvit_m5 takes 5.7 s of processor time, with it 3.6 s.
+    torch.fx asks for the whole function each time that a symbolic value is unpacked (`n, c = x.shape`). Without
+    this, the dataflow of timm's efficientvit_m5 takes 5.7 s of processor time, with it 3.6 s.
     """
     real, here = dis.get_instructions, threading.get_ident()
 

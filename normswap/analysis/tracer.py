@@ -106,19 +106,19 @@ class BranchTracer(fx.Tracer):
         return iter([obj[0], obj[1]])  # type: ignore[index]
 
     def asked_type(self, value: fx.Proxy, kinds: Any) -> None:
-        """Note that a forward asks whether a symbolic value is one of `kinds`: a tensor in its place may answer otherwise."""
+        """Note that a forward asks whether a symbolic value is one of `kinds`: a tensor may give another answer."""
         if not self._is_truly_no(value, kinds):
             self.inexact = "its forward asks for the type of a value"
 
     def _is_truly_no(self, value: fx.Proxy, kinds: Any) -> bool:
-        """Whether a real value is none of `kinds` either: the tensor that a layer of torch gives, and a list or the like."""
+        """Whether a real value is none of `kinds` either: a tensor from a layer of torch is no list or the like."""
         if value.node.op != "call_module" or not {*(kinds if type(kinds) is tuple else (kinds,))} <= _NO_TENSORS:
             return False
         layer = self.root.get_submodule(str(value.node.target))
         return any(type(layer).forward is cls.forward for cls in _GIVES_A_TENSOR if isinstance(layer, cls))
 
     def has_refused(self, error: BaseException) -> bool:
-        """Whether `error` says that the branch just taken only refuses its input, as no caller's input would take it."""
+        """Whether `error` says that the branch just taken only refuses its input: no good input takes it."""
         if not isinstance(error, WRONG_WAY) or isinstance(error, fx.proxy.TraceError):
             return False
         tail = error.__traceback__

@@ -116,8 +116,8 @@ class _Runs:
     def follow_branches(self, modes: list[bool], call: _Call) -> None:
         """Run the forward along each combination of branches that has not been followed yet.
 
-        A run that is told the first few decisions makes the others itself, all `True`. Each of these flipped, with those
-        before it kept, is a run to come: so every branch is entered once, and no combination twice.
+        A run is told the first few decisions and makes the others itself, all `True`. Each of these flipped, with those
+        before it kept, is a run to come: so every branch is entered, and no combination is run twice.
         """
         pending: list[dict[Place, bool]] = [{}]
         for run in range(_MAX_RUNS):
