@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_FAINT = 1e-3
+_FAINT = 1e-3  # below this part of its group's variance, a channel is nearly constant
 _CHUNK = 1 << 18  # elements of a weight that are widened at once: they stay in the processor's cache
 
 
@@ -33,13 +33,13 @@ class Affine(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What a norm within a sample does to data: mean and variance of its input and of its normalized output, before gain
-    and bias; all of shape (C,).
-    """
+    """What a norm within a sample does to data; all of shape (C,)."""
 
     mean: Tensor
+    """Of its input."""
     var: Tensor
     normed_mean: Tensor
+    """Of its normalized output, before gain and bias."""
     normed_var: Tensor
 
 

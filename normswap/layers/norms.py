@@ -28,8 +28,11 @@ class FrozenBatchNorm(_NormBase):
 
 
 def _is_repeated() -> bool:
-    """Whether this forward is run again during backward, for gradient checkpointing: it must give what it gave before."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # as checkpointing itself asks
+    """Whether this forward is run again during backward, for gradient checkpointing.
+
+    It must then give what it gave before. torch's own checkpointing asks in the same way.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class EstimatedBatchNorm(_NormBase):
@@ -53,9 +56,12 @@ class EstimatedBatchNorm(_NormBase):
         super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
         self.spatial_dims = spatial_dims
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     @torch.no_grad()
-    def _follow(self, input: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+    def _update_estimates(self, input: Tensor) -> None:
         self.num_batches_tracked.add_(1)
         rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         dims = [0, *range(2, input.dim())]
@@ -67,8 +73,7 @@ class EstimatedBatchNorm(_NormBase):
         mean, var = self.running_mean, self.running_var
         if self.training:
             if not _is_repeated():
-                self._follow(input)
-            assert mean is not None and var is not None  # for the type checker: they are always tracked
+                self._update_estimates(input)
             mean, var = mean.clone(), var.clone()  # backward reads them, maybe after a further forward has moved them
         return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 

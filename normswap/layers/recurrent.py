@@ -26,24 +26,29 @@ State = tuple[Tensor, ...]  # (h, c) of an LSTM, (h,) of a GRU; each of shape (b
 
 
 class Part(NamedTuple):
-    """A linear map whose result is normalized by itself: `LN(W x; gain, bias)`, (out, in), (out,) and (out,) or None."""
+    """A linear map whose result is normalized by itself: `LN(W x; gain, bias)`."""
 
     weight: Tensor
+    """(out, in)"""
     gain: Tensor
+    """(out,)"""
     bias: Tensor | None
+    """(out,)"""
 
 
 class Weights(NamedTuple):
-    """The tensors of one direction of one layer: of the input, of the state h, and of an LSTM's cells.
-
-    `gain_c` and `bias_c` have the shape (H,); `weight_hr`, of a projected LSTM, (projection, H).
-    """
+    """The tensors of one direction of one layer."""
 
     ih: list[Part]
+    """For the input."""
     hh: list[Part]
+    """For the state h."""
     gain_c: Tensor | None
+    """For an LSTM's cells: (H,)"""
     bias_c: Tensor | None
+    """(H,)"""
     weight_hr: Tensor | None
+    """Of a projected LSTM: (projection, H)"""
 
 
 # ---- one step: tensors to tensors ----
@@ -175,9 +180,9 @@ class _LayerNormalized:
 class _Layer(_LayerNormalized):
     def forward(self: Any, input: Tensor | PackedSequence, hx: Any = None) -> Any:
         """As the plain layer's: the output of the last layer for all steps, and the last state of each layer."""
-        x, sizes, start = prepare(self, input, hx)
+        x, sizes, start = prepare_input(self, input, hx)
         x, last = run_layers(self, x, sizes, start, self._run, self.dropout if self.training else 0.0)
-        return _as_given(self, input, x, last)
+        return _in_layout_of(input, self, x, last)
 
     def _run(self: Any, x: Tensor, sizes: list[int] | None, start: State, suffix: str) -> tuple[list[Tensor], State]:
         w, kind = self.weights(suffix), type(self)
@@ -190,9 +195,9 @@ class _Layer(_LayerNormalized):
 
 class _Cell(_LayerNormalized):
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
-        """As the plain cell's: (batch, input) or (input,), and the state before the step or None, to the state after."""
+        """As the plain cell's: (batch, input) or (input,), and the state before or None, to the state after."""
         w, kind, lone = self.weights(), type(self), isinstance(self, nn.GRUCell)
-        x, state = prepare_cell(self, input, hx)
+        x, state = prepare_cell_input(self, input, hx)
         state = kind.step(normalized(x, w.ih, self.eps), state, w, self.eps)
         if input.dim() == 1:
             state = tuple(s.squeeze(0) for s in state)
@@ -252,7 +257,7 @@ def new_shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
 # ---- input and state as a plain layer takes and gives them ----
 
 
-def prepare(layer: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tensor, list[int] | None, State]:
+def prepare_input(layer: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tensor, list[int] | None, State]:
     """Input by step, the batch sizes of a packed one, and the state to start from; checked as the plain layer does.
 
     The input has the shape (steps, batch, size), or packed (sum of sizes, size); states (layers · directions, batch,
@@ -285,7 +290,7 @@ def prepare(layer: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tensor
     return x, None if batch_sizes is None else batch_sizes.tolist(), given
 
 
-def _as_given(layer: Any, input: Tensor | PackedSequence, x: Tensor, last: State) -> Any:
+def _in_layout_of(input: Tensor | PackedSequence, layer: Any, x: Tensor, last: State) -> Any:
     """The output by step and the last states, in the layout that `input` has."""
     output: Tensor | PackedSequence
     if isinstance(input, PackedSequence):
@@ -300,7 +305,7 @@ def _as_given(layer: Any, input: Tensor | PackedSequence, x: Tensor, last: State
     return output, last if isinstance(layer, nn.LSTM) else last[0]
 
 
-def prepare_cell(cell: Any, input: Tensor, hx: Any) -> tuple[Tensor, State]:
+def prepare_cell_input(cell: Any, input: Tensor, hx: Any) -> tuple[Tensor, State]:
     """Input and state of a cell, (batch, size) each."""
     lstm = isinstance(cell, nn.LSTMCell)
     given: State | None = None if hx is None else tuple(hx) if lstm else (hx,)
@@ -320,7 +325,7 @@ Run = Callable[[Tensor, "list[int] | None", State, str], "tuple[list[Tensor], St
 def run_layers(
     layer: Any, x: Tensor, sizes: list[int] | None, start: State, run: Run, dropout: float
 ) -> tuple[Tensor, State]:
-    """The last layer's output and the last states of all; `run` runs one direction of one layer, named by its suffix."""
+    """The last layer's output and the last states of all; `run` runs one direction of a layer, named by its suffix."""
     directions = 2 if layer.bidirectional else 1
     names, ends = suffixes(layer), []
     for i in range(layer.num_layers):

@@ -17,8 +17,8 @@ from normswap.layers.recurrent import (
     LAYER_NORMALIZED,
     State,
     norm_parts,
-    prepare,
-    prepare_cell,
+    prepare_cell_input,
+    prepare_input,
     run_layers,
     run_steps,
     split_steps,
@@ -78,10 +78,10 @@ def measured_moments(layer: nn.Module, input: Tensor | PackedSequence, hx: Any =
     no dropout; those of several inputs can be merged by `merge_moments`.
     """
     if isinstance(layer, nn.RNNBase):
-        return _measure(layer, *prepare(layer, input, hx))
+        return _moments_of_steps(layer, *prepare_input(layer, input, hx))
     assert isinstance(input, Tensor)  # for the type checker: a cell takes nothing else
-    x, start = prepare_cell(layer, input, hx)
-    return _measure(layer, x.unsqueeze(0), None, tuple(s.unsqueeze(0) for s in start))
+    x, start = prepare_cell_input(layer, input, hx)
+    return _moments_of_steps(layer, x.unsqueeze(0), None, tuple(s.unsqueeze(0) for s in start))
 
 
 STEPS, SEQUENCES = 16, 64
@@ -90,10 +90,11 @@ STEPS, SEQUENCES = 16, 64
 
 @torch.no_grad()
 def typical_moments(layer: nn.Module) -> dict[str, VectorMoments]:
-    """The moments for a plain layer of which no data is known: `measured_moments` on noise, independent and of unit variance.
+    """The moments for a plain layer of which no data is known: `measured_moments` on noise.
 
-    It is the same noise each time. It tells how large the states become, and their means, with these weights and
-    biases; on inputs whose mean is far from 0 it can be no better than gain 1, and `measured_moments` on true ones is.
+    The noise is independent, of unit variance, and the same noise each time. It tells how large the states become, and
+    their means, with these weights and biases; on inputs whose mean is far from 0 it can be no better than gain 1, and
+    `measured_moments` on true ones is.
     """
     w: Tensor = next(layer.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -101,12 +102,12 @@ def typical_moments(layer: nn.Module) -> dict[str, VectorMoments]:
     x = torch.randn(size, generator=generator).to(w.device, w.dtype)
     if isinstance(layer, nn.RNNBase):
         return measured_moments(layer, x.transpose(0, 1) if layer.batch_first else x)
-    _, start = prepare_cell(layer, x[0], None)
-    return _measure(layer, x, None, tuple(s.unsqueeze(0) for s in start))
+    _, start = prepare_cell_input(layer, x[0], None)
+    return _moments_of_steps(layer, x, None, tuple(s.unsqueeze(0) for s in start))
 
 
-def _measure(layer: nn.Module, x: Tensor, sizes: list[int] | None, start: State) -> dict[str, VectorMoments]:
-    """`measured_moments` on what `prepare` gives; a cell is run as one layer in one direction."""
+def _moments_of_steps(layer: nn.Module, x: Tensor, sizes: list[int] | None, start: State) -> dict[str, VectorMoments]:
+    """`measured_moments` on what `prepare_input` gives; a cell is run as one layer in one direction."""
     found: dict[str, VectorMoments] = {}
     gates = 4 if isinstance(layer, nn.LSTM | nn.LSTMCell) else 3
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -117,7 +118,7 @@ def _measure(layer: nn.Module, x: Tensor, sizes: list[int] | None, start: State)
         x = F.linear(x, w["weight_ih"])  # type: ignore[arg-type]
         seen: dict[str, list[Tensor]] = {"ih": [x.flatten(0, -2)], "hh": [], "c": []}
         steps = split_steps((x,), sizes)
-        result = run_steps(lambda x, state: _plain_step(x[0], state, w, seen), steps, start, "reverse" in suffix)
+        result = run_steps(lambda x, state: _observed_step(x[0], state, w, seen), steps, start, "reverse" in suffix)
         for name, vectors in seen.items():
             if vectors:
                 parts = norm_parts(vectors[0].shape[1], gates)
@@ -135,7 +136,7 @@ def _measure(layer: nn.Module, x: Tensor, sizes: list[int] | None, start: State)
 _PLAIN = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
-def _plain_step(x: Tensor, state: State, w: Mapping[str, Any], seen: Mapping[str, list[Tensor]]) -> State:
+def _observed_step(x: Tensor, state: State, w: Mapping[str, Any], seen: Mapping[str, list[Tensor]]) -> State:
     """One step of a plain LSTM or GRU on `W_x x`; what layer normalization would normalize in it is added to `seen`."""
     hidden = F.linear(state[0], w["weight_hh"])
     seen["hh"].append(hidden)

@@ -35,12 +35,15 @@ def weight_names(layer: nn.Module) -> list[str]:
 
 
 def filter_groups(layer: nn.Module) -> int | None:
-    """The groups of a transposed convolution, whose filters do not lie along the first dimension; None for all others."""
+    """The groups of a transposed convolution, None for all others: its filters are not along the first dimension."""
     return int(layer.groups) if isinstance(layer, TRANSPOSED) else None  # type: ignore[arg-type]
 
 
 def as_filters(weight: Tensor, groups: int | None = None) -> Tensor:
-    """`weight` as (out, fan-in): a weight (out, in, *kernel), or a transposed convolution's (in, out / groups, *kernel)."""
+    """`weight` as (out, fan-in).
+
+    It has the shape (out, in, *kernel), or a transposed convolution's (in, out / groups, *kernel).
+    """
     if groups is None:
         return weight.reshape(weight.shape[0], -1)
     blocks = weight.reshape(groups, -1, *weight.shape[1:])
@@ -56,7 +59,7 @@ def as_weight(filters: Tensor, like: Tensor, groups: int | None = None) -> Tenso
 
 
 def _filter_dims(weight: Tensor, groups: int | None) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-    """`weight` with each filter along dimensions of its own, these dimensions, and the shape of one number a filter beside it."""
+    """`weight` with each filter along dimensions of its own; these dimensions; and the shape of one number a filter."""
     if groups is None:
         return weight, tuple(range(1, weight.dim())), (-1, *[1] * (weight.dim() - 1))
     blocks = weight.reshape(groups, -1, *weight.shape[1:])
@@ -70,7 +73,7 @@ def retyped(
     buffers: Mapping[str, Tensor] | None = None,
     parameters: Mapping[str, nn.Parameter | None] | None = None,
 ) -> nn.Module:
-    """`old` as an instance of `cls`, with more buffers, or other parameters; hooks and attributes are the same objects."""
+    """`old` as an instance of `cls`, with more buffers, or other parameters; all else is the same objects."""
     new = cls.__new__(cls)
     new.__dict__ = {**vars(old), "_buffers": {**old._buffers, **(buffers or {})}}
     if parameters is not None:
@@ -92,7 +95,7 @@ def standardize_weight(
     Weight Standardization". One fused call: a filter is a group of a group norm.
     """
     if torch.compiler.is_compiling():
-        return _spelled_out(weight, gain, shift, eps, groups)
+        return _standardize_for_compiler(weight, gain, shift, eps, groups)
     lying = weight.movedim(1, -1)  # is_contiguous(memory_format=...) is not known under vmap
     last = weight.dim() in _CHANNELS_LAST and lying.is_contiguous() and not weight.is_contiguous()
     if groups is None and last:
@@ -106,8 +109,8 @@ def _standardize(filters: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Te
     return F.group_norm(filters.unsqueeze(0), len(filters), gain, shift, eps).squeeze(0)
 
 
-def _spelled_out(weight: Tensor, gain: Tensor, shift: Tensor, eps: float, groups: int | None) -> Tensor:
-    """The same for a compiler, which fuses it: of a group norm, and of a weight that changes its shape, it makes slower code."""
+def _standardize_for_compiler(weight: Tensor, gain: Tensor, shift: Tensor, eps: float, groups: int | None) -> Tensor:
+    """The same for a compiler, which fuses it; of a group norm and of changes of shape it makes slower code."""
     laid, over, one = _filter_dims(weight, groups)
     wide = laid.to(torch.promote_types(weight.dtype, torch.float32))  # as a group norm computes
     centred = wide - wide.mean(over, keepdim=True)
@@ -134,7 +137,7 @@ def normalize_weight(v: Tensor, g: Tensor, groups: int | None = None) -> Tensor:
     `g` has the shape of `v` with 1 for what the norm is over: (out, 1, *1), or for a transposed convolution
     (groups, out / groups, *1). Source: Salimans & Kingma 2016, "Weight Normalization".
     """
-    if groups is None and _is_plain(v) and v.is_contiguous():
+    if groups is None and _is_observable(v) and v.is_contiguous():
         return _FusedNormalization.apply(v, g)  # type: ignore[no-any-return]
     laid, over, one = _filter_dims(v, groups)
     return (laid * (g.reshape(one) / _lengths(laid, over))).reshape(v.shape)
@@ -173,8 +176,8 @@ class _FusedNormalization(torch.autograd.Function):
         return g / lengths * (gradient - v * along / lengths), along
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` holds numbers that can be looked at without waiting, and no transform of torch's follows what becomes of it."""
+def _is_observable(tensor: Tensor) -> bool:
+    """Whether `tensor` holds numbers that can be looked at without waiting, and is part of no transform of torch's."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.device.type == "cpu"
