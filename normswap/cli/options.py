@@ -54,21 +54,26 @@ Input = Annotated[
 To = Annotated[
     str,
     _option(
-        CONVERSION, "A norm, a weight form, or both with a hyphen: gn, ws, gn-ws. [bold]normswap targets[/] lists them.", "--to",
-        metavar="TARGET", autocompletion=_targets,
+        CONVERSION,
+        "A norm, a weight form, or both with a hyphen: gn, ws, gn-ws. [bold]normswap targets[/] lists them.",
+        "--to", metavar="TARGET", autocompletion=_targets,
     ),
 ]  # fmt: skip
 Groups = Annotated[
     str,
     _option(
-        CONVERSION, "Groups of gn and bcn: auto (at most 8, of at least 4 channels), their number (32), or channels in each (16c).",
+        CONVERSION,
+        "Groups of gn and bcn: auto (at most 8, of at least 4 channels), their number (32), or channels in each (16c).",
         metavar="auto|N|Nc",
     ),
 ]  # fmt: skip
 TransferChoice = Annotated[
     Transfer,
-    _option(CONVERSION, "Gain and bias: moved with the running statistics (match), as they stand (copy), or 1 and 0 (reset)."),
-]  # fmt: skip
+    _option(
+        CONVERSION,
+        "Gain and bias: moved with the running statistics (match), as they stand (copy), or 1 and 0 (reset).",
+    ),
+]
 WsChoice = Annotated[
     Ws, _option(CONVERSION, "Standardized weights keep each filter's std and mean, or take the paper's form.")
 ]

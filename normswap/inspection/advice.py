@@ -1,4 +1,4 @@
-"""What to pick, and why. A new piece of advice is one function in the list `RULES`, or a row in `FOR_BATCH_NORM`.
+"""What to pick, and why. A new piece of advice is one function in `ADVICE_RULES`, or a row in `FOR_BATCH_NORM`.
 
 What it says follows the tables of the README, which benchmarks write (`fine_tune`, `retention`, `calibrated`).
 """
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 from normswap.report.inspection import Advice, Layer, Outcome
 
-_MANY = 0.25  # the share of norms from which 1×1 maps shape a choice
+_MANY_POINTS = 0.25  # the share of norms from which 1×1 maps shape a choice
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the advice goes by; `repeated` are norms that one forward calls more than once."""
+    """What the advice goes by."""
 
-    layers: Sequence[Layer]
-    outcomes: Mapping[str, Outcome]
+    layers: Sequence[Layer]  # every norm and weight layer
+    outcomes: Mapping[str, Outcome]  # by target
     batch_norms: Sequence[Layer]
-    recurrent: Sequence[Layer]
-    repeated: Sequence[str]
+    recurrent: Sequence[Layer]  # those that can have layer norm inside
+    repeated: Sequence[str]  # paths of norms that one forward calls more than once
 
 
 def small_batches(facts: Facts) -> Advice | None:
@@ -45,7 +45,8 @@ def deployment(facts: Facts) -> Advice | None:
 
 def recurrence(facts: Facts) -> Advice | None:
     if facts.repeated and facts.batch_norms:
-        why = f"{facts.repeated[0]} is called several times in a forward, and batch norm has one statistic for all of them"
+        first = facts.repeated[0]
+        why = f"{first} is called several times in a forward, and batch norm has one statistic for all of them"
         return Advice("norms used again and again", "gn", why)
     if facts.recurrent:
         what = ", ".join(sorted({layer.module for layer in facts.recurrent}))
@@ -65,9 +66,10 @@ def mobile(facts: Facts) -> Advice | None:
 def pointlike(facts: Facts) -> Advice | None:
     small = [layer for layer in facts.layers if layer.kind == "norm" and layer.spatial and max(layer.spatial) == 1]
     norms = [layer for layer in facts.layers if layer.kind == "norm"]
-    if len(small) < max(1, _MANY * len(norms)):
+    if len(small) < max(1, _MANY_POINTS * len(norms)):
         return None
-    why = f"{len(small)} of {len(norms)} norms read 1×1 maps, where few elements share a group: take few groups, and not in"
+    where = f"{len(small)} of {len(norms)} norms read 1×1 maps"
+    why = f"{where}, where few elements share a group: take few groups, and not in"
     return Advice("many 1×1 maps", "ln, or gn --groups 1", why)
 
 
@@ -90,13 +92,13 @@ FOR_BATCH_NORM = (
     ),
 )
 """For every model with batch norms."""
-RULES: tuple[Callable[[Facts], Advice | None], ...] = (recurrence, mobile, pointlike, deployment)
+ADVICE_RULES: tuple[Callable[[Facts], Advice | None], ...] = (recurrence, mobile, pointlike, deployment)
 
 
 def advise(facts: Facts) -> tuple[Advice, ...]:
     """What to pick in which situation: what goes for every model with batch norms, and what this one's layers say."""
     general = (small_batches(facts), *FOR_BATCH_NORM) if facts.batch_norms else ()
-    return tuple(advice for advice in (*general, *(rule(facts) for rule in RULES)) if advice is not None)
+    return tuple(advice for advice in (*general, *(rule(facts) for rule in ADVICE_RULES)) if advice is not None)
 
 
 def _depthwise(facts: Facts) -> list[Layer]:

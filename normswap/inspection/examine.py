@@ -20,7 +20,7 @@ from normswap.conversion.accounting import changes_of, count_elements
 from normswap.conversion.planning import plan_sites
 from normswap.errors import ModelError, NormswapError
 from normswap.inspection.advice import Facts, advise
-from normswap.inspection.findings import Evidence, find
+from normswap.inspection.findings import Observations, find_problems
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import TRANSPOSED
 from normswap.report.inspection import Inspection, Layer, Outcome
@@ -33,9 +33,13 @@ from normswap.targets.target import TARGETS, Target
 def inspect(model: nn.Module, *, example_inputs: Any = None) -> Inspection:
     """What norms and weight layers `model` has, what each target would do to them, what is wrong, and what to pick.
 
-    `example_inputs` (a tensor, a tuple of positional or a dict of keyword arguments) tell the sizes of feature maps, which group counts
-    regard. The model is run on them in eval mode, and not changed. Raises `ModelError` for what is no model, a lazy one, or
-    inputs that it does not run on.
+    Args:
+        model: is not changed.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. The model is run on them in eval
+            mode to see the sizes of feature maps, which the numbers of groups depend on.
+
+    Raises:
+        ModelError: for what is no model, a lazy one, or inputs that it does not run on.
     """
     return examine(model, example_inputs)
 
@@ -48,40 +52,50 @@ def examine(
     probe_only: bool = False,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> Inspection:
-    """`inspect`, with word of each phase; with `probe_only`, a model that does not run on the inputs is no error."""
+    """`inspect`, with word of each phase.
+
+    Args:
+        model: is not changed.
+        inputs: as `example_inputs` of `inspect`.
+        name: what the inputs are, for the inspection and for errors.
+        probe_only: the inputs were made up, so it is no error where the model does not run on them.
+        progress: called with the name of each phase.
+    """
     check_model(model)
     progress("finding norms and convolutions")
     sites = find_sites(model)
     progress("tracing what feeds what")
     flow = find_flow(model, sites)
     seen: Mapping[str, Seen] = {}
+    probe = ""
     if inputs is not None:
         progress("running the model")
         try:
-            seen = run_model(model, inputs, sites, PATIENCE if probe_only else None, name).seen
+            seen, probe = run_model(model, inputs, sites, PATIENCE if probe_only else None, name).seen, name
         except ModelError:
             if not probe_only:
                 raise
-            name = ""
-    layers = tuple(_layer(site, seen) for site in sites)
+    layers = tuple(_describe_layer(site, seen) for site in sites)
     progress("trying the targets")
-    shared = shared_tensors(model)
-    outcomes = tuple(_outcome(TARGETS[form], sites, flow, seen, shared) for form in (*NORM_FORMS, *WEIGHT_FORMS))
-    facts = Facts(
+    context = Context(Options(), flow, {site.path: site for site in sites}, shared_tensors(model), seen=seen)
+    outcomes = tuple(_try_target(TARGETS[form], sites, context) for form in (*NORM_FORMS, *WEIGHT_FORMS))
+    statistics = {layer.paths[0]: layer.statistics for layer in layers}
+    findings = tuple(find_problems(model, Observations(sites, flow, statistics)))
+    advice = advise(_facts(sites, layers, outcomes, flow))
+    return Inspection(type(model).__name__, *count_elements(model), layers, outcomes, findings, advice, probe)
+
+
+def _facts(sites: Sequence[Site], layers: Sequence[Layer], outcomes: Sequence[Outcome], flow: Flow) -> Facts:
+    return Facts(
         layers,
         {outcome.target: outcome for outcome in outcomes},
         [layer for layer, site in zip(layers, sites, strict=True) if isinstance(site.module, _BatchNorm)],
         [layer for layer, site in zip(layers, sites, strict=True) if site.base in LAYER_NORMALIZED],
         [site.path for site in sites if site.kind == "norm" and flow.calls.get(site.path, 0) > 1],
     )
-    statistics = {layer.paths[0]: layer.statistics for layer in layers}
-    findings = tuple(find(model, Evidence(sites, flow, statistics)))
-    sizes = count_elements(model)
-    probed = name if inputs is not None else ""
-    return Inspection(type(model).__name__, *sizes, layers, outcomes, findings, advise(facts), probed)
 
 
-def _layer(site: Site, seen: Mapping[str, Seen]) -> Layer:
+def _describe_layer(site: Site, seen: Mapping[str, Seen]) -> Layer:
     module = site.module
     gradients = {p.requires_grad for p in module.parameters()}
     known = site.base is not None
@@ -90,7 +104,7 @@ def _layer(site: Site, seen: Mapping[str, Seen]) -> Layer:
         site.paths,
         site.kind,
         site.name,
-        _size(site) if site.kind == "weight" and known else "",
+        _describe_size(site) if site.kind == "weight" and known else "",
         site.channels if known and (site.kind == "weight" or site.form) else None,
         groups if isinstance(groups, int) else None,
         seen[site.path].spatial if site.path in seen and site.layer_kind == "conv" else None,
@@ -100,12 +114,12 @@ def _layer(site: Site, seen: Mapping[str, Seen]) -> Layer:
     )
 
 
-def _size(site: Site) -> str:
+def _describe_size(site: Site) -> str:
     """What a weight layer takes and gives: `3 → 64, 7×7, stride 2`, `512 → 1000`, `28 → 64, 2 layers`."""
     module: Any = site.module
     if site.layer_kind == "conv" and hasattr(module, "kernel_size"):
         parts = [f"{module.in_channels} → {module.out_channels}", "×".join(map(str, module.kernel_size))]
-        parts += [f"stride {_one(module.stride)}"] if set(module.stride) != {1} else []
+        parts += [f"stride {_in_short(module.stride)}"] if set(module.stride) != {1} else []
         parts += ["transposed"] if isinstance(module, TRANSPOSED) else []
         depthwise = module.groups == module.out_channels > 1
         return ", ".join(
@@ -119,15 +133,12 @@ def _size(site: Site) -> str:
     return ""
 
 
-def _one(values: Sequence[int]) -> str:
+def _in_short(values: Sequence[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else "×".join(map(str, values))
 
 
-def _outcome(
-    target: Target, sites: Sequence[Site], flow: Flow, seen: Mapping[str, Seen], shared: frozenset[int]
-) -> Outcome:
+def _try_target(target: Target, sites: Sequence[Site], context: Context) -> Outcome:
     """What a target would do with every option at its default: all replacements are built, none is put in."""
-    context = Context(Options(), flow, {site.path: site for site in sites}, shared, seen=seen)
     try:
         swaps, left = plan_sites(sites, set(sites), target, context)
     except NormswapError as error:

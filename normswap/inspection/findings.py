@@ -11,42 +11,42 @@ from normswap.analysis.flow import Flow
 from normswap.analysis.sites import Site, hidden_modules
 from normswap.report.inspection import Finding
 
-_MOSTLY = 3  # times as many norms before the non-linearity as after it make the latter look like slips
+_FAR_MORE = 3  # times as many norms before the non-linearity as after it make the latter look like slips
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What the rules go by: `statistics` says of each norm, by path, what `statistics_of` does."""
+class Observations:
+    """What the rules go by."""
 
-    sites: Sequence[Site]
-    flow: Flow
-    statistics: Mapping[str, str]
+    sites: Sequence[Site]  # every norm and weight layer
+    flow: Flow  # what feeds what
+    statistics: Mapping[str, str]  # the state of running statistics, by path of the norm
 
     def norms(self, *states: str) -> Iterator[Site]:
         """The norms whose running statistics are in one of these states."""
         return (site for site in self.sites if self.statistics.get(site.path) in states)
 
 
-def _broken_statistics(evidence: Evidence) -> Iterator[Site]:
-    return evidence.norms("not finite", "negative variance")
+def _broken_statistics(seen: Observations) -> Iterator[Site]:
+    return seen.norms("not finite", "negative variance")
 
 
-def _untrained(evidence: Evidence) -> Iterator[Site]:
-    return evidence.norms("never trained")
+def _untrained(seen: Observations) -> Iterator[Site]:
+    return seen.norms("never trained")
 
 
-def _dead(evidence: Evidence) -> Iterator[Site]:
-    return (site for site in evidence.sites if "dead" in evidence.statistics.get(site.path, ""))
+def _dead(seen: Observations) -> Iterator[Site]:
+    return (site for site in seen.sites if "dead" in seen.statistics.get(site.path, ""))
 
 
-def _resting(evidence: Evidence) -> Iterator[Site]:
-    for site in evidence.sites:
-        if site.is_batch_norm and evidence.statistics[site.path] and getattr(site.module, "momentum", 0.1) == 0:
+def _never_following(seen: Observations) -> Iterator[Site]:
+    for site in seen.sites:
+        if site.is_batch_norm and seen.statistics[site.path] and getattr(site.module, "momentum", 0.1) == 0:
             yield site
 
 
-def _useless_bias(evidence: Evidence) -> Iterator[Site]:
-    sites, flow = evidence.sites, evidence.flow
+def _useless_bias(seen: Observations) -> Iterator[Site]:
+    sites, flow = seen.sites, seen.flow
     norms = {site.path: site for site in sites if site.kind == "norm"}
     for site in sites:
         if (
@@ -56,33 +56,33 @@ def _useless_bias(evidence: Evidence) -> Iterator[Site]:
         ):
             continue
         readers = set(flow.readers.get(site.path, [])) if site.path in flow.complete else set()
-        if readers and all(reader in norms and _takes_the_mean_away(norms[reader]) for reader in readers):
+        if readers and all(reader in norms and _removes_the_mean(norms[reader]) for reader in readers):
             yield site
 
 
-def _takes_the_mean_away(norm: Site) -> bool:
+def _removes_the_mean(norm: Site) -> bool:
     """Whether a norm, as it trains, takes away each channel's own mean."""
     if norm.is_batch_norm:
         return isinstance(norm.module, nn.modules.batchnorm._BatchNorm)
     return norm.form == "group" and norm.groups == norm.channels
 
 
-def _after_activation(evidence: Evidence) -> Iterator[Site]:
-    sites, flow = evidence.sites, evidence.flow
-    places: dict[str, list[Site]] = {"before": [], "after": []}
+def _after_activation(seen: Observations) -> Iterator[Site]:
+    sites, flow = seen.sites, seen.flow
+    norms: dict[str, list[Site]] = {"before": [], "after": []}
     weights = {site.path for site in sites if site.kind == "weight"}
     for site in sites:
-        ways = flow.between.get(site.path, set()) if site.kind == "norm" else set()
-        if ways and all(source in weights for source, _ in ways):
-            shaped = [any("ropout" not in name for name in names) for _, names in ways]
-            if all(shaped) or not any(shaped):
-                places["after" if shaped[0] else "before"].append(site)
-    if len(places["before"]) >= _MOSTLY * len(places["after"]):
-        yield from places["after"]
+        routes = flow.between.get(site.path, set()) if site.kind == "norm" else set()
+        if routes and all(source in weights for source, _ in routes):
+            activated = [any("ropout" not in name for name in names) for _, names in routes]
+            if all(activated) or not any(activated):
+                norms["after" if activated[0] else "before"].append(site)
+    if len(norms["before"]) >= _FAR_MORE * len(norms["after"]):
+        yield from norms["after"]
 
 
-def _dropout(evidence: Evidence) -> Iterator[Site]:
-    sites, flow = evidence.sites, evidence.flow
+def _dropout(seen: Observations) -> Iterator[Site]:
+    sites, flow = seen.sites, seen.flow
     kinds = {site.path: site.kind for site in sites}
     for site in sites:
         for source, names in flow.between.get(site.path, set()):
@@ -92,8 +92,8 @@ def _dropout(evidence: Evidence) -> Iterator[Site]:
                 break
 
 
-Rule = Callable[[Evidence], Iterator[Site]]
-RULES: dict[str, tuple[Rule, str]] = {
+Rule = Callable[[Observations], Iterator[Site]]
+PROBLEM_RULES: dict[str, tuple[Rule, str]] = {
     "running statistics that are not finite or negative": (
         _broken_statistics,
         "no target takes these layers; re-estimate them on data in train mode, or look for the step that diverged",
@@ -107,8 +107,9 @@ RULES: dict[str, tuple[Rule, str]] = {
         "the filters before them give a constant; group norms keep them out of their groups' scale",
     ),
     "momentum 0": (
-        _resting,
-        "the statistics never follow the data, though batches are normalized by their own in training: frozen says so openly",
+        _never_following,
+        "the statistics never follow the data, though batches are normalized by their own in "
+        "training: frozen says so openly",
     ),
     "a bias that the norm behind takes away": (
         _useless_bias,
@@ -120,23 +121,27 @@ RULES: dict[str, tuple[Rule, str]] = {
     ),
     "dropout between norm and convolution": (
         _dropout,
-        "it changes the variance between training and evaluation, which running statistics cannot follow (Li et al. 2019)",
+        "it changes the variance between training and evaluation, which running statistics "
+        "cannot follow (Li et al. 2019)",
     ),
 }  # fmt: skip
 """By what is wrong: where to find it, and what follows."""
 
 
-def find(model: nn.Module, evidence: Evidence) -> list[Finding]:
-    """All that is wrong, in the order of `RULES`, then norms and layers that no module of the model holds."""
+def find_problems(model: nn.Module, seen: Observations) -> list[Finding]:
+    """All that is wrong, in the order of `PROBLEM_RULES`, then norms and layers that no module of the model holds."""
     found = []
-    for problem, (rule, note) in RULES.items():
-        places = [site.path for site in rule(evidence)]
-        found += [Finding(problem, tuple(places), note)] if places else []
-    for where, name in evidence.flow.functional.items():
+    for problem, (rule, note) in PROBLEM_RULES.items():
+        paths = [site.path for site in rule(seen)]
+        found += [Finding(problem, tuple(paths), note)] if paths else []
+    for where, name in seen.flow.functional.items():
         note = "no module holds it, so no target can change it: make it a module, such as nn.BatchNorm2d"
         found.append(Finding(f"a functional {name}", (where,), note))
     hidden = tuple(where for where, module in hidden_modules(model) if any(True for _ in module.parameters()))
     if hidden:
-        note = "parameters in a plain list, dict or attribute are neither saved nor trained: use nn.ModuleList or nn.ModuleDict"
+        note = (
+            "parameters in a plain list, dict or attribute are neither saved nor trained: use "
+            "nn.ModuleList or nn.ModuleDict"
+        )
         found.append(Finding("modules that are not registered", hidden, note))
     return found

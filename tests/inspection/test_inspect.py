@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import normswap
 from normswap import Inspection, NormswapError
 from normswap.files import model_specs
-from normswap.inspection.findings import RULES
+from normswap.inspection.findings import PROBLEM_RULES
 from normswap.report.module_tree import fold_tree
 from normswap.report.terminal_inspection import InspectionView
 from normswap.target_table import NORM_FORMS, WEIGHT_FORMS
@@ -254,7 +254,7 @@ def test_what_is_wrong_is_found_where_it_is(make: type[Net]) -> None:
 
 
 def test_every_rule_is_tested() -> None:
-    assert set(RULES) <= {make.problem for make in SPOILT}
+    assert set(PROBLEM_RULES) <= {make.problem for make in SPOILT}
 
 
 def test_dropout_that_drops_nothing_is_none() -> None:
