@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from normswap.target_table import TARGET_FORMS
+from normswap.target_table import NORM_FORMS, TARGET_FORMS
 
 CONVERSION, READING, DATA, WRITING, SHOWING = "Conversion", "Reading", "Data", "Writing", "Report"
 """The panels of `--help`."""
@@ -63,7 +63,8 @@ Groups = Annotated[
     str,
     _option(
         CONVERSION,
-        "Groups of gn and bcn: auto (at most 8, of at least 4 channels), their number (32), or channels in each (16c).",
+        f"Groups of {' and '.join(form.name for form in NORM_FORMS.values() if form.takes_groups)}: "
+        "auto (at most 8, of at least 4 channels), their number (32), or channels in each (16c).",
         metavar="auto|N|Nc",
     ),
 ]  # fmt: skip

@@ -38,10 +38,10 @@ def convert(
 
     Args:
         model: any module; it is left untouched unless `inplace`.
-        to: a name in `normswap.TARGETS`: a norm (`gn`, `ln`, `in`, `est`, `bcn`, `bn`, `frozen`, `fold`), a weight
-            form (`ws`, `wn`), or a pair (`gn-ws`).
-        groups: for `gn` and `bcn`: `auto` (at most 8 groups, at least 4 channels in each; on data fewer where these
-            keep more), a number of groups (`32`), or channels a group (`"16c"`).
+        to: a name in `normswap.TARGETS`: a norm (`gn`), a weight form (`ws`), or a pair (`gn-ws`); `normswap targets`
+            lists them.
+        groups: for targets with groups (`gn`): `auto` (at most 8 groups, at least 4 channels in each; on data fewer
+            where these keep more), a number of groups (`32`), or channels a group (`"16c"`).
         transfer: `match` moves the running statistics into gain and bias, `copy` keeps gain and
             bias as they stand, `reset` makes them 1 and 0.
         ws: `preserve` starts from each filter's own std and mean, which is exact; `strict` takes the

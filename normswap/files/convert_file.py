@@ -66,8 +66,8 @@ def convert_file(
         to: the target, as for `normswap.convert`.
         out: where to write; by default `model.gn-ws.pt` beside the input (`resnet50.gn-ws.pt` here).
         model: what the tensors belong to, where the file holds no module: a spec (`torchvision:NAME`, `timm:NAME`,
-            `package.module:factory`, `file.py:factory`), a factory, or a module. `gn`, `ln`, `in`, `est`, `bcn` and
-            `frozen` do without.
+            `package.module:factory`, `file.py:factory`), a factory, or a module. Most norms (`gn`) do without:
+            `Form.on_tensors_alone` says which.
         model_args: keyword arguments of a model that is built.
         weights: the published weights of a library's model, by name.
         key: which entry of a training checkpoint is the model, where it has none of the usual names.
