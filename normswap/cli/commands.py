@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -94,12 +93,12 @@ def convert(
 
     [bold]normswap convert torchvision:resnet50 --to gn --calibrate pictures/ --report report.html[/]
     """
-    from normswap.files import convert_file, model_specs, paths
+    from normswap.files import convert_file, model_specs, paths, report_file
     from normswap.report.terminal import ReportView
 
     form = format.value if format else None
     with _exit_on_error(), show_progress(_PHASES, silent=quiet or as_json) as progress:
-        _check_report_file(report, overwrite)
+        report_file.check_report_file(report, overwrite)
         done = convert_file.convert_file(
             input, to, out,
             input_shape=parse_shape(input_shape), model=model, model_args=model_specs.parse_arguments(model_arg or []),
@@ -110,7 +109,7 @@ def convert(
             std=parse_numbers("--std", std, float), calibrate=calibrate, calibrate_seconds=calibrate_seconds,
             fold=fold, format=form, overwrite=overwrite, dry_run=dry_run, progress=progress,
         )  # fmt: skip
-        _write_report_file(done, input, report, overwrite)
+        report_file.write_report_file(done, input, report, overwrite)
     written = "" if dry_run else str(out or paths.default_output(input, to, form))
     _show(done, ReportView(done, input, written, full), as_json, quiet)
 
@@ -163,17 +162,17 @@ def fold(
 
     [bold]normswap fold resnet50.gn-ws.pt[/]
     """
-    from normswap.files import convert_file, model_specs, paths
+    from normswap.files import convert_file, model_specs, paths, report_file
     from normswap.report.terminal import ReportView
 
     with _exit_on_error(), show_progress(2, silent=quiet or as_json) as progress:
-        _check_report_file(report, overwrite)
+        report_file.check_report_file(report, overwrite)
         progress(f"folding {input}")
         done = convert_file.fold_file(
             input, out, model=model, model_args=model_specs.parse_arguments(model_arg or []), key=key,
             allow=allowed_classes(allow), trust=trust, overwrite=overwrite,
         )  # fmt: skip
-        _write_report_file(done, input, report, overwrite)
+        report_file.write_report_file(done, input, report, overwrite)
     _show(done, ReportView(done, input, str(out or paths.default_output(input, "fold")), full), as_json, quiet)
 
 
@@ -194,14 +193,15 @@ def diff(
 
     [bold]normswap diff model.pt model.gn-ws.pt[/]
     """
+    from normswap.files import report_file
     from normswap.files.diff import diff as compare
     from normswap.report.terminal import ReportView
 
     with _exit_on_error(), show_progress(2, silent=quiet or as_json) as progress:
-        _check_report_file(report, overwrite)
+        report_file.check_report_file(report, overwrite)
         progress(f"comparing {a} with {b}")
         done = compare(a, b, key=key, allow=allowed_classes(allow), trust=trust)
-        _write_report_file(done, f"{a} and {b}", report, overwrite)
+        report_file.write_report_file(done, f"{a} and {b}", report, overwrite)
     _show(done, ReportView(done, f"{a} and {b}", full=full), as_json, quiet)
 
 
@@ -238,20 +238,6 @@ def _exit_on_error() -> Iterator[None]:
         console = Console(stderr=True)
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
-
-
-def _check_report_file(path: Path | None, overwrite: bool) -> None:
-    if path is not None:
-        from normswap.files.report_file import check_report_file
-
-        check_report_file(path, overwrite)
-
-
-def _write_report_file(report: Report, source: str, path: Path | None, overwrite: bool) -> None:
-    if path is not None:
-        from normswap.files.report_file import write_report_file
-
-        write_report_file(report, source, path, overwrite)
 
 
 def _show(found: Report | Inspection, view: ReportView | InspectionView, as_json: bool, quiet: bool) -> None:
