@@ -67,6 +67,27 @@ class Forward(nn.Module):
         return self.run(self, x)
 
 
+class MixedNet(nn.Module):
+    """Convolutions, grouped and transposed ones among them, and linear layers, with norms behind them. Takes (N, 3, 9, 9).
+
+    Its activations are smooth: at the kink of ReLU rounding moves a gradient by more than it measures.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU(),
+            nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8), nn.SiLU(),
+            nn.ConvTranspose2d(8, 8, 3, stride=2), nn.BatchNorm2d(8), nn.SiLU(),
+        )  # fmt: skip
+        self.line = nn.Sequential(nn.Conv1d(8, 8, 3), nn.BatchNorm1d(8), nn.SiLU())
+        self.head = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.SiLU(), nn.Linear(12, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.line(self.maps(x).flatten(2)).mean(2))
+        return y
+
+
 def resnet() -> nn.Module:
     """torchvision's ResNet-18 by class and paths, at an eighth of its width, for 10 classes."""
     torch.manual_seed(0)

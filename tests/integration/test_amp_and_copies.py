@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.nets import randomize
+from helpers.nets import MixedNet, randomize
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
@@ -28,34 +28,13 @@ DTYPES = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Each with the relative error of rounding."""
 
 
-class Net(nn.Module):
-    """Convolutions, grouped and transposed ones among them, and linear layers, with norms behind them.
-
-    Its activations are smooth: at the kink of ReLU rounding moves a gradient by more than it measures.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maps = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU(),
-            nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8), nn.SiLU(),
-            nn.ConvTranspose2d(8, 8, 3, stride=2), nn.BatchNorm2d(8), nn.SiLU(),
-        )  # fmt: skip
-        self.line = nn.Sequential(nn.Conv1d(8, 8, 3), nn.BatchNorm1d(8), nn.SiLU())
-        self.head = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.SiLU(), nn.Linear(12, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.line(self.maps(x).flatten(2)).mean(2))
-        return y
-
-
 X = torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 3, 4, 0])
 
 
 def trained(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    net = Net().train()
+    net = MixedNet().train()
     for _ in range(3):
         net(torch.randn(16, 3, 9, 9) + 0.5)
     return net.eval()
@@ -284,7 +263,7 @@ def test_a_state_dict_into_a_skeleton(target: str) -> None:
     torch.save(model.eval().state_dict(), file)
     state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     with torch.device("meta"):
-        skeleton = normswap.convert(Net(), target, layers=("conv", "linear")).model.eval()
+        skeleton = normswap.convert(MixedNet(), target, layers=("conv", "linear")).model.eval()
     assert all(t.is_meta for t in skeleton.state_dict().values())
     assigned, filled = copy.deepcopy(skeleton), copy.deepcopy(skeleton).to_empty(device="cpu")
     assigned.load_state_dict(state, assign=True)

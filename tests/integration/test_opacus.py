@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.nets import MixedNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,27 +27,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-class Net(nn.Module):
-    """Convolutions of every kind that private training may meet, with norms behind them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.Conv2d(8, 8, 3, stride=2, groups=4), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.ConvTranspose2d(8, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(),
-        )  # fmt: skip
-        self.line = nn.Sequential(nn.Conv1d(6, 8, 3), nn.BatchNorm1d(8), nn.ReLU())
-        self.head = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.line(self.features(x).flatten(2)).mean(2))
-        return y
-
-
 def trained(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    net = Net()
+    net = MixedNet()
     for _ in range(3):
         net(torch.randn(16, 3, 9, 9) + 0.5)
     return net.train()
@@ -127,7 +110,7 @@ def test_private_training_runs_and_learns(target: str) -> None:
 
 def test_an_empty_batch() -> None:
     model = normswap.convert(trained(), "gn-ws").model
-    layer = model.features[0]
+    layer = model.maps[0]
     from normswap.training.opacus import sample_gradients
 
     found = sample_gradients(layer, [torch.zeros(0, 3, 9, 9)], torch.zeros(0, 8, 9, 9))
