@@ -126,9 +126,9 @@ def _channels_second(site: Site, args: tuple[Any, ...]) -> Tensor | None:
 
 def affine_of(norm: nn.Module, like: Tensor, reset: bool = False) -> tuple[Tensor, Tensor]:
     """Gain and bias of a norm, widened; 1 and 0, of the shape of `like`, where it has none or shall forget them."""
-    weight = torch.ones_like(like) if norm.weight is None or reset else norm.weight
-    bias = torch.zeros_like(like) if norm.bias is None or reset else norm.bias
-    return widen(weight), widen(bias)  # type: ignore[arg-type]
+    weight: Any = torch.ones_like(like) if norm.weight is None or reset else norm.weight
+    bias: Any = torch.zeros_like(like) if norm.bias is None or reset else norm.bias
+    return widen(weight), widen(bias)
 
 
 def _normalized(site: Site, values: Tensor) -> Tensor:
@@ -145,17 +145,17 @@ def _normalized(site: Site, values: Tensor) -> Tensor:
 
 def _group_errors(site: Site, values: Tensor) -> Iterator[tuple[int, float]]:
     """By number of groups, one first: the square error of the group norm matched to a norm by running statistics."""
-    norm, channels = site.module, site.channels
+    norm: Any = site.module
     if site.form != "data":
         return
-    mean, var = widen(norm.running_mean), widen(norm.running_var)  # type: ignore[arg-type]
+    mean, var = widen(norm.running_mean), widen(norm.running_var)
     weight, bias = affine_of(norm, mean)
     stats = Statistics(weight, bias, mean, var, eps_of(norm))
     wide = values if values.dtype == mean.dtype else values.float()
     scale, shift = (v.to(wide).view(-1, *[1] * (wide.dim() - 2)) for v in as_affine(stats))
     wanted = wide * scale + shift
     for groups in range(1, AUTO_GROUPS + 1):
-        if channels % groups == 0 and (groups == 1 or channels // groups >= AUTO_CHANNELS):
+        if site.channels % groups == 0 and (groups == 1 or site.channels // groups >= AUTO_CHANNELS):
             gain, offset = (v.to(wide) for v in match_groups(stats, groups))
             given = F.group_norm(wide, groups, gain, offset, stats.eps)
             yield groups, float((given - wanted).square().sum())

@@ -44,8 +44,9 @@ def fit_in_first(fit: Callable[[], Result], model: nn.Module, paths: Collection[
         result = fit()
         box = [(result, {name: p.detach().cpu() for name, p in own.items()})]
     dist.broadcast_object_list(box, src=0)
-    result, values = box[0]
+    shared: tuple[Result, dict[str, Tensor]] = box[0]
+    result, values = shared
     with torch.no_grad():
         for name, value in values.items():
             own[name].copy_(value)
-    return result  # type: ignore[no-any-return]
+    return result

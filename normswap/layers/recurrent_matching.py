@@ -169,8 +169,9 @@ def layer_normalized(
     """
     cls = next(ours for plain, ours in LAYER_NORMALIZED.items() if isinstance(old, plain))
     gates = 4 if isinstance(old, nn.LSTM | nn.LSTMCell) else 3
-    matched = transfer == "match"
-    if matched and moments is None:
+    if transfer != "match":
+        moments = None
+    elif moments is None:
         moments = typical_moments(old)
     parameters: dict[str, nn.Parameter | None] = dict(old._parameters)
     writes: list[tuple[Tensor, Tensor]] = []
@@ -179,16 +180,15 @@ def layer_normalized(
             weight = getattr(old, f"weight_{'ih' if name == 'ih' else 'hh'}{suffix}")
             width = len(weight) // gates if name == "c" else len(weight)
             gain, shift = weight.new_ones(width), weight.new_zeros(width)
-            if matched:
-                assert moments is not None  # for the type checker
+            if moments is not None:
                 gain, shift = match_vectors(moments[name + suffix], norm_parts(width, gates))
             parameters[f"gain_{name}{suffix}"] = _as_parameter(gain, weight)
             bias = parameters.get(f"bias_{name}{suffix}")
             if bias is None:
                 parameters[f"bias_{name}{suffix}"] = _as_parameter(shift, weight)
-            elif matched and id(bias) in shared:
+            elif moments is not None and id(bias) in shared:
                 parameters[f"bias_{name}{suffix}"] = _as_parameter(widen(bias) + shift, bias)
-            elif matched:
+            elif moments is not None:
                 writes.append((bias, widen(bias) + shift))
     new: Any = retyped(old, cls, parameters=parameters)
     new.eps, new.bias = EPS, True
