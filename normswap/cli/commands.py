@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 # What a command needs is imported when it runs: `normswap --help` does without torch, which takes seconds.
 
-_PHASES = 9  # of a conversion: the length of the bar
 
 app = typer.Typer(
     name="normswap", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -93,11 +92,13 @@ def convert(
 
     [bold]normswap convert torchvision:resnet50 --to gn --calibrate pictures/ --report report.html[/]
     """
+    from normswap.conversion.request import phases
     from normswap.files import convert_file, model_specs, paths, report_file
     from normswap.report.terminal import ReportView
 
-    form = format.value if format else None
-    with _exit_on_error(), show_progress(_PHASES, silent=quiet or as_json) as progress:
+    form, data = format.value if format else None, calibrate is not None
+    count = len(phases(data)) + sum((True, data, fold, not dry_run))  # reading, the data too; folding; writing
+    with _exit_on_error(), show_progress(count, silent=quiet or as_json) as progress:
         report_file.check_report_file(report, overwrite)
         done = convert_file.convert_file(
             input, to, out,
