@@ -68,7 +68,7 @@ class Forward(nn.Module):
 
 
 class MixedNet(nn.Module):
-    """Convolutions, grouped and transposed ones among them, and linear layers, with norms behind them. Takes (N, 3, 9, 9).
+    """Convolutions, grouped and transposed ones among them, and linear layers, each before a norm; (N, 3, 9, 9) in.
 
     Its activations are smooth: at the kink of ReLU rounding moves a gradient by more than it measures.
     """
