@@ -1,7 +1,5 @@
 """The arguments and options of the command line: names, help texts, panels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path

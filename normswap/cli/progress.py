@@ -1,7 +1,5 @@
 """The progress bar: which phase a run is in, on stderr where a person watches."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

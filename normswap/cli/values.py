@@ -1,7 +1,5 @@
 """Values of options from their text; `OptionError` says which option is wrong and what to write."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Counts and names for the report: what changed, what stayed and why, and how large the model is."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

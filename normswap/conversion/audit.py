@@ -1,7 +1,5 @@
 """The proof of a conversion: no layer was missed, and the output moved no more than it may."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """The fit of the new norms to the original's outputs on calibration data."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from torch import nn

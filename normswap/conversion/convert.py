@@ -1,7 +1,5 @@
 """The API: convert a model, and fold a converted one back into plain torch layers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The first two phases: what is in a model, and what runs of it show."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The story of a conversion: look, decide, build all, replace once, prove, calibrate, measure."""
 
-from __future__ import annotations
-
 import gc
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Decide, before anything moves: for each norm and weight layer its replacement, built, or why it is left."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """The report of a conversion, put together from its phases, with the recipe that a converted file carries."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version

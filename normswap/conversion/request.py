@@ -1,7 +1,5 @@
 """What is asked of a conversion, in one value, and the phases that it goes through."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum

@@ -1,7 +1,5 @@
 """Swap once: built replacements take the places of the old layers, where these stand."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

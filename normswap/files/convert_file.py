@@ -1,7 +1,5 @@
 """The story for files: what is asked, what is read, which models are in it, each converted, all written."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections import OrderedDict

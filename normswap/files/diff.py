@@ -1,7 +1,5 @@
 """What differs between two models or two checkpoints: keys, modules, shapes, values."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial

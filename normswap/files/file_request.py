@@ -1,7 +1,5 @@
 """What is asked of each model in a file, and what comes of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What is given to be converted or inspected: a checkpoint on disk, or a model that a library makes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The inspection of a model in a file."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

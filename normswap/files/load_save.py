@@ -1,7 +1,5 @@
 """Converted models from files, and into files."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path

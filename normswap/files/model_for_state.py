@@ -1,7 +1,5 @@
 """The model of a state dict: built, converted as the recipe in the file says, and given the tensors of the file."""
 
-from __future__ import annotations
-
 import re
 from collections import OrderedDict
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Model specs to models: `torchvision:resnet50`, `timm:resnet50`, `package.module:factory`, `file.py:factory`."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util

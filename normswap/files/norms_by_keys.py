@@ -1,7 +1,5 @@
 """Tensors without their model: keys and shapes show which are norms, convolutions and parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

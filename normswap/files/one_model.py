@@ -1,7 +1,5 @@
 """One model in a file: converted as a module, as tensors whose model is known, or as tensors alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where a converted model goes, and in which format."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The file of a report: `--report FILE`, checked before any work and written after it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from normswap.checkpoints import atomic_write

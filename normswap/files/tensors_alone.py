@@ -1,7 +1,5 @@
 """A state dict without its model: its norms are converted on their tensors alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace

@@ -3,8 +3,6 @@
 What it says follows the tables of the README, which benchmarks write (`fine_tune`, `retention`, `calibrated`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The story of an inspection: what is there, what would become of it, what is wrong, what to pick."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What is wrong with a model's norms, or suspicious. A new finding is one function and one row."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

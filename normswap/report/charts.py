@@ -1,7 +1,5 @@
 """The charts of a report as data: how far each layer moved, and how many layers have how many groups."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The formats of a report, by the ending of a file's name. A new format is one function and one row."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -1,7 +1,5 @@
 """A report as one HTML page that needs nothing else: no network, no files beside it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """What a model has, what it could become, what is wrong with it and what to pick, as frozen plain data."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """A report as Markdown, for a pull request."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 from normswap.report import charts, wording

@@ -1,7 +1,5 @@
 """Many module paths as a few patterns."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """What changed, as frozen plain data: the terminal, `--json` and every other view read this."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """An inspection to the terminal: the tree, what each target would do, what is wrong, what to pick."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 

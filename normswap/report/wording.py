@@ -1,7 +1,5 @@
 """The sentences and the small tables of a report, the same in every view of it."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence

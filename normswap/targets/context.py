@@ -1,7 +1,5 @@
 """What a target's function reads, the context, and what it gives back, the swap."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 

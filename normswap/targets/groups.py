@@ -1,7 +1,5 @@
 """How many groups a norm gets, by what was asked, the channels, and how many elements a sample has."""
 
-from __future__ import annotations
-
 from normswap.analysis.sites import Site
 from normswap.calibration.measuring import AUTO_CHANNELS, AUTO_GROUPS
 from normswap.targets.context import Context

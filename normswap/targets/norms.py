@@ -4,8 +4,6 @@ A function takes a site and the context and returns a `Swap`, or the reason why 
 nothing in the model.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

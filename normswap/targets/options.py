@@ -1,7 +1,5 @@
 """The options of a conversion, checked on their own: what a user may ask of a target."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The learnt values of a norm: read as those of a batch norm, and put into the parameters of a new layer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Back to plain torch layers, for deployment: what `normswap.fold` makes of the layers of a converted model."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """The targets that a user names, a norm form, a weight form or a pair of them, and the plan for each site."""
 
-from __future__ import annotations
-
 import difflib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping

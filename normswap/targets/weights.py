@@ -3,8 +3,6 @@
 As in `norms`, a function builds a `Swap`, or says why the site is left, and changes nothing in the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
