@@ -17,7 +17,10 @@ import normswap
 from normswap.calibration import distillation, paired_runs
 from normswap.calibration.distillation import FitSettings, distill, split
 from normswap.calibration.paired_runs import FittedPair, both_in_eval_mode
+from normswap.conversion import pipeline
+from normswap.conversion.request import Request
 from normswap.report.report import Calibration
+from normswap.targets.options import Options
 
 X = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 2, 60).view(-1, 1, 1, 1)
 DATA = list(X.split(20))
@@ -391,9 +394,9 @@ def test_convert_with_data(inplace: bool) -> None:
     net = Net()
     wanted, x = copy.deepcopy(net), X[:8]
     told: list[str] = []
-    options = normswap.convert.__globals__["Options"](calibrate=DATA, calibrate_seconds=4.0)
-    target = normswap.TARGETS["gn"]
-    converted, report = normswap.convert.__globals__["run"](net, target, options, inplace=inplace, progress=told.append)
+    options = Options(calibrate=DATA, calibrate_seconds=4.0)
+    request = Request(normswap.TARGETS["gn"], options, inplace=inplace, progress=told.append)
+    converted, report = pipeline.run(net, request)
     calibration = report.calibration
     assert calibration.kept == "calibrated" and calibration.samples == 60
     assert error(wanted, converted, x) < error(wanted, normswap.convert(wanted, "gn").model, x)
