@@ -63,6 +63,9 @@ def _held_by_files(first: int, end: int) -> bool:
     A page of a private mapping that was written to is not. See the kernel's documentation of pagemap: of the 64 bits of
     a page, 63 says that it is present, 62 swapped, 61 a file's.
     """
+    # Nothing simpler is both safe and as good. Torch does not know for sure what was written to: `.data` and numpy pass
+    # by its counter of versions. MADV_PAGEOUT needs no look at the pages, but drops them from the system's cache too:
+    # a 1 GB file summed twice took 1.5 s instead of 0.3 s. Without any release its peak was 994 MB instead of 14 MB.
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as pages:
             pages.seek(first * 8)
