@@ -52,22 +52,12 @@ def survey_model(model: nn.Module, request: Request) -> Survey:
     """Find the norms and weight layers of `model`, what feeds them, and which of them the user means."""
     request.begin(Phase.FIND)
     sites = find_sites(model)
-    chosen, excluded = select(sites, request.options.include, request.options.exclude)
+    chosen, excluded = map(frozenset, select(sites, request.options.include, request.options.exclude))
     request.begin(Phase.TRACE)
     flow = find_flow(model, sites)
     hidden, notices = hidden_layers(model)
-    return Survey(
-        model=model,
-        sites=sites,
-        chosen=frozenset(chosen),
-        excluded=frozenset(excluded),
-        flow=flow,
-        shared=shared_tensors(model),
-        hidden=hidden,
-        notices=notices,
-        class_names=class_names(model),
-        elements=count_elements(model),
-    )
+    names, elements, shared = class_names(model), count_elements(model), shared_tensors(model)
+    return Survey(model, sites, chosen, excluded, flow, shared, hidden, notices, names, elements)
 
 
 @dataclass(frozen=True)

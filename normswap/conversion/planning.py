@@ -84,14 +84,11 @@ def plan_sites(
             if isinstance(swap, Swap) and swap.tied_lengths:
                 context = replace(context, tied_lengths={**context.tied_lengths, **swap.tied_lengths})
     swaps = [plan for plan in plans.values() if isinstance(plan, Swap)]
-    left = [
-        Left(path, site.kind, site.name, reason)
-        for site, reason in plans.items()
-        if isinstance(reason, str)
-        and site.path not in context.folded_scales
-        and is_reported(site, context.options.reported_layers)
-        for path in site.paths
-    ]
+    left = []
+    for site, reason in plans.items():
+        taken_in = site.path in context.folded_scales
+        if isinstance(reason, str) and not taken_in and is_reported(site, context.options.reported_layers):
+            left += [Left(path, site.kind, site.name, reason) for path in site.paths]
     unheld = "is a function call that no module holds"
     left += [Left(where, "norm", name, unheld) for where, name in context.flow.functional.items()]
     return swaps, left

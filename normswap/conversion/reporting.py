@@ -6,7 +6,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
 
 from normswap.conversion.accounting import class_names, count_elements
 from normswap.conversion.evidence import Survey
@@ -30,7 +29,7 @@ def make_report(
         recipe=_recipe(request.target, request.options, plan.changes),
         warnings=tuple(plan.notices),
         calibration=calibration,
-        modules=_module_tree(survey, survey.model, plan.changes),
+        modules=_module_tree(survey, plan.changes),
     )
 
 
@@ -43,10 +42,10 @@ def _totals(survey: Survey, plan: Plan) -> Totals:
     return Totals(kinds["norm"], kinds["weight"], len(plan.left), before[0], after[0], before[1], after[1])
 
 
-def _module_tree(survey: Survey, model: nn.Module, changes: Sequence[Change]) -> tuple[Node, ...]:
+def _module_tree(survey: Survey, changes: Sequence[Change]) -> tuple[Node, ...]:
     """Every module by its path, before and after."""
     written = {path: change for change in changes for path in change.paths}
-    before, after = survey.class_names, class_names(model)
+    before, after = survey.class_names, class_names(survey.model)
     pairs = ((path, before.get(path, ""), after.get(path, "")) for path in dict.fromkeys([*before, *after]))
     return tuple(
         Node(path, written[path].before, written[path].after) if path in written else Node(path, old, new)

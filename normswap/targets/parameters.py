@@ -1,6 +1,6 @@
 """The learnt values of a norm: read as those of a batch norm, and put into the parameters of a new layer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -128,14 +128,11 @@ def _affine_values(
         affine = match_groups(stats, groups)
         own = site.form == "data" or site.path not in context.measured
         how = f"{'running statistics' if own else 'statistics of the data'} moved into gain and bias"
-        added = "gain and bias added, not trained, to carry the statistics" if _lacks(values.values()) else ""
+        lacking = old.weight is None or old.bias is None
+        added = "gain and bias added, not trained, to carry the statistics" if lacking else ""
         return {"weight": affine.scale, "bias": affine.shift}, how, added
     if site.form != "data" and not same:
         # As on data, where gain and bias carry statistics: the architecture is the same with and without.
         one = torch.ones(site.channels)
         values = {k: (one if k == "weight" else one * 0) if v is None else v for k, v in values.items()}
     return values, "gain and bias copied as they stand", "no running statistics and no data to match"
-
-
-def _lacks(values: Iterable[Tensor | None]) -> bool:
-    return any(value is None for value in values)

@@ -11,12 +11,7 @@ from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS, eps_of
 from normswap.analysis.sites import Site
 from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
-from normswap.layers.reparametrized import (
-    NORMALIZED,
-    PLAIN,
-    retyped,
-    weight_names,
-)
+from normswap.layers.reparametrized import NORMALIZED, PLAIN, retyped, weight_names
 from normswap.targets.context import Context, Swap
 from normswap.targets.norms import to_folded
 
@@ -44,12 +39,8 @@ def _without_activation(site: Site) -> Swap:
     """A norm of torch's that had taken in an activation, alone."""
     cls: Any = site.base
     new = cls.__new__(cls)
-    new.__dict__ = {
-        **vars(site.module),
-        "_modules": {},
-        "_forward_hooks": OrderedDict(),
-        "_forward_pre_hooks": OrderedDict(),
-    }
+    hooks: dict[str, Any] = {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+    new.__dict__ = {**vars(site.module), "_modules": {}, **hooks}
     return Swap(site, new, site.name.removesuffix("Act"), "activation apart", True)
 
 
