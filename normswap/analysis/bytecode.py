@@ -1,7 +1,5 @@
 """What the code of a module's class says that its forward may use of the modules in it, where no trace tells."""
 
-from __future__ import annotations
-
 import dis
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Read-only: what feeds what in a model, as far as its parts can be traced."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise

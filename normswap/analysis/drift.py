@@ -1,7 +1,5 @@
 """How far outputs moved: of a whole model, of each layer, of one tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

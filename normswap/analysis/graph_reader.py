@@ -1,7 +1,5 @@
 """Reads one traced graph of a part of a model into a `Flow`."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The classes of norms and weight layers that normswap knows, torch's and those of libraries, and facts about them."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from typing import Any

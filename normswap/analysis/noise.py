@@ -1,7 +1,5 @@
 """Made-up inputs: noise of a shape that a model may take, where no data is at hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

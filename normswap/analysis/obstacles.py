@@ -1,7 +1,5 @@
 """Why a layer of a known class must not be converted."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn.utils import parametrize

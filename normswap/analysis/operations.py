@@ -1,7 +1,5 @@
 """What the functions and methods that a traced graph calls do to a value, as far as dataflow asks."""
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

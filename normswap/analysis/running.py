@@ -1,7 +1,5 @@
 """Runs of a model on inputs, in eval mode and without a trace left in it: its output, and what its layers see."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Which models and layers are converted: checks, the copy, the user's patterns, and what tensors are shared."""
 
-from __future__ import annotations
-
 import fnmatch
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence

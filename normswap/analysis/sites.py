@@ -1,7 +1,5 @@
 """Read-only: which norms and weights a model has, and under which names."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator

@@ -9,8 +9,6 @@ Not for one thread alone, since Python and torch keep one of each: warnings are 
 that other threads draw from torch's generator meanwhile are drawn again afterwards.
 """
 
-from __future__ import annotations
-
 import builtins
 import dis
 import functools

@@ -1,7 +1,5 @@
 """The state of a norm's running statistics: healthy, never trained, dead channels, or broken."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from normswap.analysis.known_norms import eps_of

@@ -1,7 +1,5 @@
 """One symbolic run of a forward: torch.fx's tracer, made to choose a way at each branch on data."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 import threading

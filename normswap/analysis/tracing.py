@@ -5,8 +5,6 @@ hooks. `torch.fx` does the tracing; what this package adds are branches on data 
 ways), loops over sequences of unknown length (two rounds), and train mode beside eval mode.
 """
 
-from __future__ import annotations
-
 import enum
 import inspect
 import itertools
