@@ -16,8 +16,6 @@ pictures: they become (N, C, H, W), are scaled to 0..1 and normalized as picture
 `input_size` is given.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import random

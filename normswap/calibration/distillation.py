@@ -19,8 +19,6 @@ own variance (96.0), the sum over the norms (94.7); rates of 0.003 (95.0) and 0.
 size (94.7 to 96.2).
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,14 +30,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normswap.analysis.running import batch_size
-from normswap.calibration.paired_runs import (
-    FittedPair,
-    Tap,
-    Train,
-    both_in_eval_mode,
-    channel_map,
-    random_state_kept,
-)
+from normswap.calibration.paired_runs import FittedPair, Tap, Train, both_in_eval_mode, channel_map, random_state_kept
 from normswap.errors import first_line
 from normswap.report.report import Calibration
 

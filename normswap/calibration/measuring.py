@@ -1,7 +1,5 @@
 """What data tells: the moments of the values that pass through each norm."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Which parts of a batch a model takes as inputs: labels are left out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from inspect import Parameter, signature
 from typing import Any

@@ -1,7 +1,5 @@
 """Pictures as inputs: those in a folder, and arrays of them."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterator, Sequence

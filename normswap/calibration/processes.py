@@ -1,7 +1,5 @@
 """Several processes of one training run: calibration on what all of them have, and one fit for all."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from itertools import chain, zip_longest
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Files of tensors as calibration data: the arrays in them, without running what they say."""
 
-from __future__ import annotations
-
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping

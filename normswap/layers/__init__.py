@@ -4,8 +4,6 @@ Saved files name these classes as `normswap.layers.NAME`, whichever file here de
 moves.
 """
 
-from __future__ import annotations
-
 from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import NORMALIZED, STANDARDIZED

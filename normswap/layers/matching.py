@@ -4,8 +4,6 @@ All vectors have one element a channel, shape (C,). They are computed in float64
 has it, and rounded once, by the caller, to the dtype of the tensor that they are written to.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

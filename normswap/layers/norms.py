@@ -1,7 +1,5 @@
 """The norms a converted model is made of, beside torch's own. State-dict keys of replaced layers stay as they were."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -9,8 +9,6 @@ biases has gains alone, and no `bias_c`; none comes from a trained one, see `lay
 As with torch's own recurrent layers, `torch.compile(fullgraph=True)` wants `torch._dynamo.config.allow_rnn`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

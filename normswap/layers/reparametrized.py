@@ -6,8 +6,6 @@ Each is a subclass of torch's own layer. A standardized one keeps its keys and a
 (`weight_ih_l0_gain`).
 """
 
-from __future__ import annotations
-
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Differentially private training with Opacus: gradients for each sample through the layers of this package."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections import OrderedDict

@@ -5,8 +5,6 @@ all groups in turn, and by number the state (momentum, moments). A conversion ta
 ones, so the numbers move: which number was which parameter has to be found out first, see `parameter_numbers`.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections import OrderedDict

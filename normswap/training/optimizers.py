@@ -1,7 +1,5 @@
 """Optimizers for a converted model: one that was made before the conversion, or groups of parameters for a new one."""
 
-from __future__ import annotations
-
 import fnmatch
 from collections import defaultdict
 from collections.abc import Iterable, Mapping

@@ -5,8 +5,6 @@ tried in turn, as they are or in groups by kind, and the first is taken whose gr
 parameters have the shapes of what the optimizer keeps for them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
