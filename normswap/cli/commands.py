@@ -1,7 +1,5 @@
 """The commands: what each calls, what it prints, and its exit code."""
 
-from __future__ import annotations
-
 import gc
 import io
 import sys
@@ -9,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,13 +17,12 @@ from normswap.cli import options as opt
 from normswap.cli.progress import show_progress
 from normswap.cli.values import allowed_classes, parse_numbers, parse_shape, parse_size
 from normswap.errors import NormswapError
+from normswap.report.formats import to_json
+from normswap.report.inspection import Inspection
+from normswap.report.report import Report
+from normswap.report.terminal import ReportView
+from normswap.report.terminal_inspection import InspectionView
 from normswap.target_table import NORM_FORMS, RECURRENT_FORMS, TARGET_FORMS, WEIGHT_FORMS
-
-if TYPE_CHECKING:
-    from normswap.report.inspection import Inspection
-    from normswap.report.report import Report
-    from normswap.report.terminal import ReportView
-    from normswap.report.terminal_inspection import InspectionView
 
 # What a command needs is imported when it runs: `normswap --help` does without torch, which takes seconds.
 
@@ -94,7 +91,6 @@ def convert(
     """
     from normswap.conversion.request import phases
     from normswap.files import convert_file, model_specs, paths, report_file
-    from normswap.report.terminal import ReportView
 
     form, data = format.value if format else None, calibrate is not None
     count = len(phases(data)) + sum((True, data, fold, not dry_run))  # reading, the data too; folding; writing
@@ -134,7 +130,6 @@ def inspect(
     [bold]normswap inspect torchvision:mobilenet_v2[/]
     """
     from normswap.files import inspect_file, model_specs
-    from normswap.report.terminal_inspection import InspectionView
 
     with _exit_on_error(), show_progress(5, silent=quiet or as_json) as progress:
         found = inspect_file.inspect_file(
@@ -164,7 +159,6 @@ def fold(
     [bold]normswap fold resnet50.gn-ws.pt[/]
     """
     from normswap.files import convert_file, model_specs, paths, report_file
-    from normswap.report.terminal import ReportView
 
     with _exit_on_error(), show_progress(2, silent=quiet or as_json) as progress:
         report_file.check_report_file(report, overwrite)
@@ -196,7 +190,6 @@ def diff(
     """
     from normswap.files import report_file
     from normswap.files.diff import diff as compare
-    from normswap.report.terminal import ReportView
 
     with _exit_on_error(), show_progress(2, silent=quiet or as_json) as progress:
         report_file.check_report_file(report, overwrite)
@@ -213,12 +206,8 @@ def targets() -> None:
     [bold]normswap targets[/]
     """
     console = Console()
-    tables = (
-        ("a normalization becomes", NORM_FORMS),
-        ("a weight becomes", WEIGHT_FORMS),
-        ("with --recurrent", RECURRENT_FORMS),
-    )
-    for title, forms in tables:
+    titles = ("a normalization becomes", "a weight becomes", "with --recurrent")
+    for title, forms in zip(titles, (NORM_FORMS, WEIGHT_FORMS, RECURRENT_FORMS), strict=True):
         table = Table(box=None, pad_edge=False)
         for heading in ("name", title, "in eval mode", "paper", "choose it for"):
             table.add_column(heading, overflow="fold", min_width=18 if heading == title else None)
@@ -244,8 +233,6 @@ def _exit_on_error() -> Iterator[None]:
 def _show(found: Report | Inspection, view: ReportView | InspectionView, as_json: bool, quiet: bool) -> None:
     """A report or an inspection on stdout, as data or as the view shows it."""
     if as_json:
-        from normswap.report.formats import to_json
-
         sys.stdout.write(to_json(found))
     elif not quiet:
         Console().print(view)

@@ -25,11 +25,10 @@ class Facts:
 def small_batches(facts: Facts) -> Advice | None:
     if not facts.outcomes["gn"].norms:
         return None
-    if not facts.outcomes["ws"].weights:
-        why = "statistics within a sample do not care for the batch; no convolutions here"
-        return Advice("small batches (1 to 8)", "gn", why)
-    why = "ahead of all else when fine-tuned at batch 1 to 4; bcn is its equal"
-    return Advice("small batches (1 to 8)", "gn-ws", why)
+    choose, why = "gn", "statistics within a sample do not care for the batch; no convolutions here"
+    if facts.outcomes["ws"].weights:
+        choose, why = "gn-ws", "ahead of all else when fine-tuned at batch 1 to 4; bcn is its equal"
+    return Advice("small batches (1 to 8)", choose, why)
 
 
 def deployment(facts: Facts) -> Advice | None:
@@ -54,7 +53,7 @@ def recurrence(facts: Facts) -> Advice | None:
 
 
 def mobile(facts: Facts) -> Advice | None:
-    depthwise = _depthwise(facts)
+    depthwise = [c for c in facts.layers if c.kind == "weight" and (c.groups or 0) > 1 and c.groups == c.channels]
     if not depthwise or not facts.batch_norms:
         return None
     why = f"{len(depthwise)} depthwise layers: several groups keep less, and --ws strict little"
@@ -62,8 +61,8 @@ def mobile(facts: Facts) -> Advice | None:
 
 
 def pointlike(facts: Facts) -> Advice | None:
-    small = [layer for layer in facts.layers if layer.kind == "norm" and layer.spatial and max(layer.spatial) == 1]
     norms = [layer for layer in facts.layers if layer.kind == "norm"]
+    small = [norm for norm in norms if norm.spatial and max(norm.spatial) == 1]
     if len(small) < max(1, _MANY_POINTS * len(norms)):
         return None
     where = f"{len(small)} of {len(norms)} norms read 1×1 maps"
@@ -72,23 +71,15 @@ def pointlike(facts: Facts) -> Advice | None:
 
 
 FOR_BATCH_NORM = (
-    Advice("large batches", "keep BatchNorm", "from 16 samples a device on, nothing is better and nothing is faster"),
-    Advice(
-        "a short fine-tuning near the original data",
-        "frozen",
-        "exact; behind the others where the data have shifted far",
-    ),
-    Advice(
-        "private or federated training",
-        "gn, or gn-ws",
-        "no sample and no client depends on another; Opacus also wants activations with inplace=False",
-    ),
-    Advice(
-        "some data at hand",
-        "--calibrate PATH",
-        "a few hundred samples without labels keep most of what gn, ln, bcn lose",
-    ),
-)
+    Advice("large batches", "keep BatchNorm",
+           "from 16 samples a device on, nothing is better and nothing is faster"),
+    Advice("a short fine-tuning near the original data", "frozen",
+           "exact; behind the others where the data have shifted far"),
+    Advice("private or federated training", "gn, or gn-ws",
+           "no sample and no client depends on another; Opacus also wants activations with inplace=False"),
+    Advice("some data at hand", "--calibrate PATH",
+           "a few hundred samples without labels keep most of what gn, ln, bcn lose"),
+)  # fmt: skip
 """For every model with batch norms."""
 ADVICE_RULES: tuple[Callable[[Facts], Advice | None], ...] = (recurrence, mobile, pointlike, deployment)
 
@@ -97,9 +88,3 @@ def advise(facts: Facts) -> tuple[Advice, ...]:
     """What to pick in which situation: what goes for every model with batch norms, and what this one's layers say."""
     general = (small_batches(facts), *FOR_BATCH_NORM) if facts.batch_norms else ()
     return tuple(advice for advice in (*general, *(rule(facts) for rule in ADVICE_RULES)) if advice is not None)
-
-
-def _depthwise(facts: Facts) -> list[Layer]:
-    return [
-        c for c in facts.layers if c.kind == "weight" and c.groups is not None and c.groups == (c.channels or 0) > 1
-    ]

@@ -119,10 +119,9 @@ def _describe_size(site: Site) -> str:
         parts = [f"{module.in_channels} → {module.out_channels}", "×".join(map(str, module.kernel_size))]
         parts += [f"stride {_in_short(module.stride)}"] if set(module.stride) != {1} else []
         parts += ["transposed"] if isinstance(module, TRANSPOSED) else []
-        depthwise = module.groups == module.out_channels > 1
-        return ", ".join(
-            parts + (["depthwise"] if depthwise else [f"{module.groups} groups"] if module.groups > 1 else [])
-        )
+        if module.groups > 1:
+            parts.append("depthwise" if module.groups == module.out_channels else f"{module.groups} groups")
+        return ", ".join(parts)
     if site.layer_kind == "linear":
         return f"{module.in_features} → {module.out_features}"
     if hasattr(module, "input_size"):

@@ -20,21 +20,18 @@ class Observations:
     flow: Flow  # what feeds what
     statistics: Mapping[str, str]  # the state of running statistics, by path of the norm
 
-    def norms(self, *states: str) -> Iterator[Site]:
-        """The norms whose running statistics are in one of these states."""
-        return (site for site in self.sites if self.statistics.get(site.path) in states)
+
+Rule = Callable[[Observations], Iterator[Site]]
 
 
-def _broken_statistics(seen: Observations) -> Iterator[Site]:
-    return seen.norms("not finite", "negative variance")
+def _statistics(*states: str) -> Rule:
+    """The rule that finds norms whose running statistics are in one of these states; part of its words will do."""
 
+    def find(seen: Observations) -> Iterator[Site]:
+        found = [path for path, words in seen.statistics.items() if any(state in words for state in states)]
+        return (site for site in seen.sites if site.path in found)
 
-def _untrained(seen: Observations) -> Iterator[Site]:
-    return seen.norms("never trained")
-
-
-def _dead(seen: Observations) -> Iterator[Site]:
-    return (site for site in seen.sites if "dead" in seen.statistics.get(site.path, ""))
+    return find
 
 
 def _never_following(seen: Observations) -> Iterator[Site]:
@@ -47,13 +44,10 @@ def _useless_bias(seen: Observations) -> Iterator[Site]:
     sites, flow = seen.sites, seen.flow
     norms = {site.path: site for site in sites if site.kind == "norm"}
     for site in sites:
-        if (
-            site.kind == "norm"
-            or site.layer_kind == "rnn"
-            or not isinstance(getattr(site.module, "bias", None), Tensor)
-        ):
+        known = site.kind == "weight" and site.layer_kind != "rnn" and site.path in flow.complete
+        if not known or not isinstance(getattr(site.module, "bias", None), Tensor):
             continue
-        readers = set(flow.readers.get(site.path, [])) if site.path in flow.complete else set()
+        readers = flow.readers.get(site.path, [])
         if readers and all(reader in norms and _removes_the_mean(norms[reader]) for reader in readers):
             yield site
 
@@ -90,38 +84,23 @@ def _dropout(seen: Observations) -> Iterator[Site]:
                 break
 
 
-Rule = Callable[[Observations], Iterator[Site]]
 PROBLEM_RULES: dict[str, tuple[Rule, str]] = {
-    "running statistics that are not finite or negative": (
-        _broken_statistics,
-        "no target takes these layers; re-estimate them on data in train mode, or look for the step that diverged",
-    ),
-    "running statistics that were never trained": (
-        _untrained,
-        "there is no function to keep: load the trained weights first, or check that they were loaded",
-    ),
-    "dead channels: no variance": (
-        _dead,
-        "the filters before them give a constant; group norms keep them out of their groups' scale",
-    ),
-    "momentum 0": (
-        _never_following,
-        "the statistics never follow the data, though batches are normalized by their own in "
-        "training: frozen says so openly",
-    ),
-    "a bias that the norm behind takes away": (
-        _useless_bias,
-        "it has no effect and takes memory; group norms of several channels give it one again",
-    ),
-    "a norm after the non-linearity, where the others stand before it": (
-        _after_activation,
-        "often a slip; matching moves the statistics of what they see all the same",
-    ),
-    "dropout between norm and convolution": (
-        _dropout,
-        "it changes the variance between training and evaluation, which running statistics "
-        "cannot follow (Li et al. 2019)",
-    ),
+    "running statistics that are not finite or negative": (_statistics("not finite", "negative variance"),
+        "no target takes these layers; re-estimate them on data in train mode, or look for the step that diverged"),
+    "running statistics that were never trained": (_statistics("never trained"),
+        "there is no function to keep: load the trained weights first, or check that they were loaded"),
+    "dead channels: no variance": (_statistics("dead channel"),
+        "the filters before them give a constant; group norms keep them out of their groups' scale"),
+    "momentum 0": (_never_following,
+        "the statistics never follow the data, though batches are normalized by their own in training: "
+        "frozen says so openly"),
+    "a bias that the norm behind takes away": (_useless_bias,
+        "it has no effect and takes memory; group norms of several channels give it one again"),
+    "a norm after the non-linearity, where the others stand before it": (_after_activation,
+        "often a slip; matching moves the statistics of what they see all the same"),
+    "dropout between norm and convolution": (_dropout,
+        "it changes the variance between training and evaluation, which running statistics cannot follow "
+        "(Li et al. 2019)"),
 }  # fmt: skip
 """By what is wrong: where to find it, and what follows."""
 
@@ -137,9 +116,6 @@ def find_problems(model: nn.Module, seen: Observations) -> list[Finding]:
         found.append(Finding(f"a functional {name}", (where,), note))
     hidden = tuple(where for where, module in hidden_modules(model) if any(True for _ in module.parameters()))
     if hidden:
-        note = (
-            "parameters in a plain list, dict or attribute are neither saved nor trained: use "
-            "nn.ModuleList or nn.ModuleDict"
-        )
-        found.append(Finding("modules that are not registered", hidden, note))
+        note = "parameters in a plain list, dict or attribute are neither saved nor trained"
+        found.append(Finding("modules that are not registered", hidden, f"{note}: use nn.ModuleList or nn.ModuleDict"))
     return found

@@ -31,11 +31,8 @@ def to_html(report: Report, source: str) -> str:
 
 def _summary(report: Report) -> str:
     totals = report.totals
-    tiles = [
-        (totals.norms_changed, "norms changed"),
-        (totals.weights_changed, "weights changed"),
-        (totals.left, "left"),
-    ]
+    changed = [(totals.norms_changed, "norms changed"), (totals.weights_changed, "weights changed")]
+    tiles = [*changed, (totals.left, "left")]
     if report.target == "diff":
         tiles = [(len(report.changes), "differences"), (totals.left, "the same")]
     shown = "".join(f'<div class="tile" data-name="{name}"><b>{count}</b>{name}</div>' for count, name in tiles)

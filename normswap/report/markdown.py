@@ -19,9 +19,9 @@ def _parts(report: Report, source: str) -> Iterator[str]:
     yield from (f"\n> **warning:** {_cell(notice)}" for notice in report.warnings)
     if report.changes:
         rows = [
-            (_code(line.path), line.change, str(line.count), section.how + _in_brackets(section.exact))
+            (_code(line.path), line.what, str(line.count), section.how + _in_brackets(section.exact))
             for section in wording.sections(report.changes)
-            for line in wording.folded_lines(section.changes)
+            for line in wording.change_lines(section.changes)
         ]
         yield _table(("layers", "became", "count", "how"), rows)
     if notes := wording.notes(report.changes):
@@ -35,8 +35,7 @@ def _parts(report: Report, source: str) -> Iterator[str]:
         ]
         yield _table(("layers", "drift, furthest", "", "count"), drawn)
     if report.left:
-        lines = wording.left_lines(report.left)
-        rows = [(_code(line.path), line.module, str(line.count), line.reason) for line in lines]
+        rows = [(_code(line.path), line.what, str(line.count), line.reason) for line in wording.left_lines(report.left)]
         yield f"\n<details><summary>{wording.left_heading(report)}</summary>\n"
         yield _table(("layers", "class", "count", "why"), rows)
         yield "\n</details>"

@@ -2,12 +2,10 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
 
 ROOT = "(root)"
-_MOST_PATTERNS = 3
-Key = TypeVar("Key", bound=Hashable)
+MOST_PATTERNS = 3  # that a summary names
 
 
 def fold_paths(paths: Iterable[str]) -> list[tuple[str, int]]:
@@ -52,25 +50,14 @@ def span(numbers: Iterable[int]) -> str:
     return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
 
 
-def summarize_paths(paths: Sequence[str], most: int | None = None) -> str:
+def summarize_paths(paths: Sequence[str], most: int = MOST_PATTERNS) -> str:
     """Where some layers are, and how many they are: `bn1, layer[1-4].*.bn[1-3] ×49`.
 
     Args:
         paths: of the layers.
-        most: patterns at most; three where it is None.
+        most: patterns at most.
     """
-    most = _MOST_PATTERNS if most is None else most
     patterns = fold_paths(paths)
     where = ", ".join(pattern for pattern, _ in patterns[:most])
     more = f" and {len(patterns) - most} more" if len(patterns) > most else ""
     return f"{where}{more}{f' ×{len(paths)}' if len(paths) > 1 else ''}"
-
-
-def fold_by_key(pairs: Iterable[tuple[Key, str]]) -> Iterator[tuple[Key, str, int]]:
-    """(key, pattern, count) for paths that are folded apart for each key, keys in order of appearance."""
-    paths: dict[Key, list[str]] = defaultdict(list)
-    for key, path in pairs:
-        paths[key].append(path)
-    for key, members in paths.items():
-        for pattern, count in fold_paths(members):
-            yield key, pattern, count

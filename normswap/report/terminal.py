@@ -1,7 +1,5 @@
 """A report to the terminal: lines folded into patterns of paths, or every line."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +8,6 @@ from rich.table import Table
 from rich.text import Text
 
 from normswap.report import charts, wording
-from normswap.report.path_patterns import ROOT
 from normswap.report.report import Report
 
 _MOST_NOTES = 8
@@ -25,10 +22,6 @@ class Terminal:
 
     width: int  # columns
     ascii_only: bool  # its encoding has no arrows
-
-    @classmethod
-    def of(cls, options: ConsoleOptions) -> Terminal:
-        return cls(options.max_width, options.ascii_only)
 
     def string(self, text: str) -> str:
         """`text` in characters that the terminal has."""
@@ -58,7 +51,7 @@ class ReportView:
     full: bool = False  # a line for every layer, not patterns
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Group(*self._parts(Terminal.of(options)))
+        yield Group(*self._parts(Terminal(options.max_width, options.ascii_only)))
 
     def _parts(self, terminal: Terminal) -> Iterator[Table | Text]:
         report = self.report
@@ -79,8 +72,7 @@ class ReportView:
     def _changes(self, terminal: Terminal) -> Iterator[Table | Text]:
         """A heading for each section, and below it what became what."""
         sections = wording.sections(self.report.changes)
-        fold = wording.full_lines if self.full else wording.folded_lines
-        lines_of = [fold(section.changes) for section in sections]
+        lines_of = [wording.change_lines(section.changes, self.full) for section in sections]
         width = max((len(line.path) for lines in lines_of for line in lines), default=0)
         for section, lines in zip(sections, lines_of, strict=True):
             title = terminal.text(section.how, "bold")
@@ -92,7 +84,7 @@ class ReportView:
             table.columns[0].min_width = min(width + 2, 50, max(26, terminal.width - 34))
             for line in lines:
                 count = "" if self.full else f"×{line.count}"
-                table.add_row(terminal.text(f"  {line.path}"), terminal.text(line.change), terminal.text(count))
+                table.add_row(terminal.text(f"  {line.path}"), terminal.text(line.what), terminal.text(count))
             yield table
             yield Text()
 
@@ -105,15 +97,9 @@ class ReportView:
 
     def _left(self, terminal: Terminal) -> Table:
         table = plain_table("path", "module", "count", "reason")
-        rows = (
-            ((entry.path or ROOT, entry.module, "", entry.reason) for entry in self.report.left)
-            if self.full
-            else (
-                (line.path, line.module, f"×{line.count}", line.reason) for line in wording.left_lines(self.report.left)
-            )
-        )
-        for path, module, count, reason in rows:
-            table.add_row(terminal.text(path), module, terminal.text(count), terminal.text(reason))
+        for line in wording.left_lines(self.report.left, self.full):
+            count = "" if self.full else f"×{line.count}"
+            table.add_row(terminal.text(line.path), line.what, terminal.text(count), terminal.text(line.reason))
         return table
 
 

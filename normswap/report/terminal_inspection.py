@@ -10,7 +10,7 @@ from rich.text import Text
 
 from normswap.report.inspection import Inspection, Layer
 from normswap.report.module_tree import Branch, fold_tree
-from normswap.report.path_patterns import span, summarize_paths
+from normswap.report.path_patterns import MOST_PATTERNS, span, summarize_paths
 from normswap.report.terminal import Terminal, plain_table
 from normswap.report.wording import plural, verdict
 from normswap.target_table import NORM_FORMS
@@ -28,9 +28,9 @@ class InspectionView:
     full: bool = False  # every branch of the tree, and every path of a finding
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Group(*self._parts(Terminal.of(options)))
+        yield Group(*self._parts(Terminal(options.max_width, options.ascii_only)))
 
-    def _parts(self, terminal: Terminal) -> Iterator[Text | Table | Padding]:
+    def _parts(self, terminal: Terminal) -> Iterator[Group | Text]:
         found = self.inspection
         norms = sum(layer.kind == "norm" for layer in found.layers)
         counts = f"{plural(norms, 'norm')}, {plural(len(found.layers) - norms, 'weight layer')}"
@@ -39,19 +39,13 @@ class InspectionView:
         yield Text()
         if found.layers:
             probe = terminal.string(f" (maps: {found.probe})") if found.probe else ""
-            yield Text.assemble(("what is in it", "bold"), (probe, "dim"))
-            yield _layer_table(found.layers, self.full, terminal)
-            yield Text()
-        yield Text("what each target would do", style="bold")
-        yield self._outcomes(terminal)
-        yield Text()
+            title = Text.assemble(("what is in it", "bold"), (probe, "dim"))
+            yield Group(title, _layer_table(found.layers, self.full, terminal), Text())
+        yield Group(Text("what each target would do", style="bold"), self._outcomes(terminal), Text())
         if found.findings:
-            yield Text("what is wrong, or suspicious", style="bold")
-            yield from self._findings(terminal)
-            yield Text()
+            yield Group(Text("what is wrong, or suspicious", style="bold"), *self._findings(terminal), Text())
         if found.advice:
-            yield Text("what to pick", style="bold")
-            yield from self._advice(terminal)
+            yield Group(Text("what to pick", style="bold"), *self._advice(terminal))
 
     def _outcomes(self, terminal: Terminal) -> Table:
         table = plain_table("target", "changes", "exact", "left")
@@ -61,11 +55,10 @@ class InspectionView:
         for outcome in outcomes:
             changes = [plural(n, w) for n, w in ((outcome.norms, "norm"), (outcome.weights, "weight")) if n]
             own = [reason for reason in outcome.reasons if outcome.target not in NORM_FORMS or reason not in common]
-            exact = Text(
-                "" if outcome.exact is None else verdict(outcome.exact), style="green" if outcome.exact else "yellow"
-            )
+            exact = "" if outcome.exact is None else verdict(outcome.exact)
+            shown = Text(exact, style="green" if outcome.exact else "yellow")
             left = terminal.string(outcome.problem or _reasons(own))
-            table.add_row(f"  {outcome.target}", ", ".join(changes) or "nothing", exact, left)
+            table.add_row(f"  {outcome.target}", ", ".join(changes) or "nothing", shown, left)
         if common:
             left = terminal.string(_reasons(sorted(common, key=lambda reason: -reason[1])))
             table.add_row("  all", "of gn to fold", "", left)
@@ -73,7 +66,7 @@ class InspectionView:
 
     def _findings(self, terminal: Terminal) -> Iterator[Padding]:
         for finding in self.inspection.findings:
-            where = summarize_paths(finding.paths, most=len(finding.paths) if self.full else None)
+            where = summarize_paths(finding.paths, len(finding.paths) if self.full else MOST_PATTERNS)
             yield _indented(Text.assemble((finding.problem, "yellow"), terminal.string(f": {where}")), 2)
             yield _indented(terminal.text(finding.note), 4)
 

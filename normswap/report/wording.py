@@ -2,13 +2,16 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from normswap.report.path_patterns import ROOT, fold_by_key, span, summarize_paths
+from normswap.report.path_patterns import ROOT, fold_paths, span, summarize_paths
 from normswap.report.report import Calibration, Change, Cost, Drift, Left, Report, Totals
 from normswap.target_table import describe_slowdown
 
+Item = TypeVar("Item")
+Key = TypeVar("Key")
 MAY_BE_EXACT = ("norm", "weight", "copy")
 """The kinds of changes of which a report says whether they are exact."""
 _MOST_FURTHEST = 3  # layers that are named as those that moved furthest
@@ -24,22 +27,13 @@ class Section:
 
 
 @dataclass(frozen=True)
-class ChangeLine:
-    """One change, or several that are alike, as one line."""
+class Line:
+    """One layer, or several that are alike, as one line."""
 
     path: str  # or a pattern of paths
-    change: str  # what became what: `BatchNorm2d → GroupNorm(8)`
+    what: str  # what became what: `BatchNorm2d → GroupNorm(8)`; the class of layers that stayed
     count: int  # of layers
-
-
-@dataclass(frozen=True)
-class LeftLine:
-    """Layers of one class that stayed for one reason, as one line."""
-
-    path: str  # a pattern of paths
-    module: str  # their class
-    count: int  # of layers
-    reason: str
+    reason: str = ""  # why they stayed
 
 
 def heading(report: Report, source: str) -> str:
@@ -54,76 +48,75 @@ def verdict(exact: bool) -> str:
     return "exact" if exact else "approximate"
 
 
+def _grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """The items that have the same key, keys in order of appearance."""
+    groups: dict[Key, list[Item]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
+
+
 def sections(changes: Sequence[Change]) -> list[Section]:
     """The changes by what became of the learnt values, in order of appearance."""
-    found: dict[tuple[str, bool], list[Change]] = defaultdict(list)
-    for change in changes:
-        found[change.how, change.exact].append(change)
+    alike = _grouped(changes, lambda change: (change.how, change.exact))
     return [
         Section(how, exact if members[0].kind in MAY_BE_EXACT else None, tuple(members))
-        for (how, exact), members in found.items()
+        for (how, exact), members in alike.items()
     ]
 
 
-def full_lines(changes: Iterable[Change]) -> list[ChangeLine]:
-    """A line for each change, with all its names."""
-    return [
-        ChangeLine(" = ".join(path or ROOT for path in c.paths), f"{c.before} → {c.after}", len(c.paths))
-        for c in changes
-    ]
+def change_lines(changes: Sequence[Change], full: bool = False) -> list[Line]:
+    """A line for all changes that differ in numbers alone: those in their paths, and the groups of the new layers.
 
-
-def folded_lines(changes: Sequence[Change]) -> list[ChangeLine]:
-    """A line for all changes that differ in numbers alone: those in their paths, and the groups of the new layers."""
+    With `full`, a line for each change, with all its names.
+    """
+    if full:
+        names = [" = ".join(path or ROOT for path in change.paths) for change in changes]
+        return [Line(name, f"{c.before} → {c.after}", len(c.paths)) for name, c in zip(names, changes, strict=True)]
     if changes[0].kind == "tensor" and not changes[0].how.startswith("renamed"):
-        return list(_tensor_lines(changes))
-    numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
-    pairs = []
-    for change in changes:
-        key = (change.before, change.after.partition("(")[0])
-        if found := re.search(r"\((\d+)\)", change.after):
-            numbers[key].add(int(found[1]))
-        pairs.append((key, change.paths[0]))
+        return _tensor_lines(changes)
     lines = []
-    for key, pattern, count in fold_by_key(pairs):
-        written = f"({span(numbers[key])})" if numbers[key] else ""
-        lines.append(ChangeLine(pattern, f"{key[0]} → {key[1]}{written}", count))
+    alike = _grouped(changes, lambda change: (change.before, change.after.partition("(")[0]))
+    for (before, after), members in alike.items():
+        groups = [int(found[1]) for change in members if (found := re.search(r"\((\d+)\)", change.after))]
+        what = f"{before} → {after}{f'({span(groups)})' if groups else ''}"
+        lines += [Line(pattern, what, count) for pattern, count in fold_paths(change.paths[0] for change in members)]
     return lines
 
 
-def _tensor_lines(changes: Sequence[Change]) -> Iterable[ChangeLine]:
+def _tensor_lines(changes: Sequence[Change]) -> list[Line]:
     """Tensors by the last part of their key; how far those moved that differ in value."""
-    pairs = [((change.paths[0].rpartition(".")[2],), change.paths[0]) for change in changes]
-    amounts: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for key, change in zip((key for key, _ in pairs), changes, strict=True):
-        if change.amount is not None:
-            amounts[key].append(change.amount)
-    for key, pattern, count in fold_by_key(pairs):
-        moved = sorted(amounts[key])
+    lines = []
+    for members in _grouped(changes, lambda change: change.paths[0].rpartition(".")[2]).values():
+        moved = sorted(change.amount for change in members if change.amount is not None)
         far = f"relative L2 {moved[0]:.2g}" + (f" to {moved[-1]:.2g}" if len(moved) > 1 else "") if moved else ""
-        shapes = {f"{c.before} → {c.after}" for c in changes if c.paths[0].rpartition(".")[2] == key[0]}
-        yield ChangeLine(pattern, far or (shapes.pop() if len(shapes) == 1 else "several shapes"), count)
+        shapes = {f"{change.before} → {change.after}" for change in members}
+        what = far or (shapes.pop() if len(shapes) == 1 else "several shapes")
+        lines += [Line(pattern, what, count) for pattern, count in fold_paths(change.paths[0] for change in members)]
+    return lines
+
+
+def left_lines(left: Sequence[Left], full: bool = False) -> list[Line]:
+    """What stayed, and why: a line for all of one class and one reason; with `full`, for each."""
+    if full:
+        return [Line(entry.path or ROOT, entry.module, 1, entry.reason) for entry in left]
+    return [
+        Line(pattern, module, count, reason)
+        for (module, reason), members in _grouped(left, lambda entry: (entry.module, entry.reason)).items()
+        for pattern, count in fold_paths(entry.path for entry in members)
+    ]
 
 
 def notes(changes: Sequence[Change]) -> list[str]:
     """What differs from what was asked; notes that differ in numbers alone are one."""
-    alike: dict[str, list[Change]] = defaultdict(list)
-    for change in changes:
-        if change.note:
-            alike[re.sub(r"\d+", "#", change.note)].append(change)
     texts = []
-    for text, members in alike.items():
+    noted = [change for change in changes if change.note]
+    for text, members in _grouped(noted, lambda change: re.sub(r"\d+", "#", change.note)).items():
         numbers = zip(*(map(int, re.findall(r"\d+", change.note)) for change in members), strict=True)
         spans = [span(column) for column in numbers]
         note = "".join(part + number for part, number in zip(text.split("#"), [*spans, ""], strict=True))
         texts.append(f"{summarize_paths([change.paths[0] for change in members])}: {note}")
     return texts
-
-
-def left_lines(left: Sequence[Left]) -> list[LeftLine]:
-    """What stayed, and why."""
-    found = fold_by_key(((entry.module, entry.reason), entry.path) for entry in left)
-    return [LeftLine(pattern, module, count, reason) for (module, reason), pattern, count in found]
 
 
 def left_heading(report: Report) -> str:
