@@ -47,108 +47,69 @@ Input = Annotated[
     str, typer.Argument(metavar="INPUT", help="A checkpoint (file or folder), torchvision:NAME or timm:NAME.")
 ]
 
+# fmt: off
+# A row an option: its type and panel, then its help, its names and how a value looks.
+
 # ---- what to convert to ----
 
-To = Annotated[
-    str,
-    _option(
-        CONVERSION,
-        "A norm, a weight form, or both with a hyphen: gn, ws, gn-ws. [bold]normswap targets[/] lists them.",
-        "--to", metavar="TARGET", autocompletion=_targets,
-    ),
-]  # fmt: skip
-Groups = Annotated[
-    str,
-    _option(
-        CONVERSION,
-        f"Groups of {' and '.join(form.name for form in NORM_FORMS.values() if form.takes_groups)}: "
-        "auto (at most 8, of at least 4 channels), their number (32), or channels in each (16c).",
-        metavar="auto|N|Nc",
-    ),
-]  # fmt: skip
-TransferChoice = Annotated[
-    Transfer,
-    _option(
-        CONVERSION,
-        "Gain and bias: moved with the running statistics (match), as they stand (copy), or 1 and 0 (reset).",
-    ),
-]
-WsChoice = Annotated[
-    Ws, _option(CONVERSION, "Standardized weights keep each filter's std and mean, or take the paper's form.")
-]
+To = Annotated[str, _option(CONVERSION,
+    "A norm, a weight form, or both with a hyphen: gn, ws, gn-ws. [bold]normswap targets[/] lists them.",
+    "--to", metavar="TARGET", autocompletion=_targets)]
+Groups = Annotated[str, _option(CONVERSION,
+    f"Groups of {' and '.join(form.name for form in NORM_FORMS.values() if form.takes_groups)}: "
+    "auto (at most 8, of at least 4 channels), their number (32), or channels in each (16c).",
+    metavar="auto|N|Nc")]
+TransferChoice = Annotated[Transfer, _option(CONVERSION,
+    "Gain and bias: moved with the running statistics (match), as they stand (copy), or 1 and 0 (reset).")]
+WsChoice = Annotated[Ws, _option(CONVERSION,
+    "Standardized weights keep each filter's std and mean, or take the paper's form.")]
 WsScopeChoice = Annotated[WsScope, _option(CONVERSION, "Standardize the convolutions that a norm follows, or all.")]
 Layers = Annotated[str, _option(CONVERSION, "Whose weights ws and wn change, with commas.", metavar="conv,linear,rnn")]
-Recurrent = Annotated[
-    str | None, _option(CONVERSION, "Layer normalization inside LSTMs, GRUs and their cells.", metavar="ln")
-]
-Include = Annotated[
-    list[str] | None, _option(CONVERSION, "Convert only layers on these paths: 'layer4.*'. Repeatable.", metavar="GLOB")
-]
+Recurrent = Annotated[str | None, _option(CONVERSION,
+    "Layer normalization inside LSTMs, GRUs and their cells.", metavar="ln")]
+Include = Annotated[list[str] | None, _option(CONVERSION,
+    "Convert only layers on these paths: 'layer4.*'. Repeatable.", metavar="GLOB")]
 Exclude = Annotated[list[str] | None, _option(CONVERSION, "Leave layers on these paths. Repeatable.", metavar="GLOB")]
 Fold = Annotated[bool, _option(CONVERSION, "Bake the result into plain torch layers.", "--fold")]
 
 # ---- what is read, and how ----
 
-Model = Annotated[
-    str | None,
-    _option(
-        READING,
-        "What the tensors of a file belong to: torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.",
-        metavar="SPEC",
-    ),
-]
-ModelArg = Annotated[
-    list[str] | None,
-    _option(READING, "An argument of the model, such as num_classes=10. Repeatable.", metavar="K=V"),
-]
+Model = Annotated[str | None, _option(READING,
+    "What the tensors of a file belong to: torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.",
+    metavar="SPEC")]
+ModelArg = Annotated[list[str] | None, _option(READING,
+    "An argument of the model, such as num_classes=10. Repeatable.", metavar="K=V")]
 Weights = Annotated[str | None, _option(READING, "Published weights of a library's model, by name.", metavar="NAME")]
 Key = Annotated[str | None, _option(READING, "Which entry of a training checkpoint is the model.", metavar="NAME")]
-Eps = Annotated[
-    float | None, _option(READING, "Of the norms in a file without its model; 1e-5 is assumed.", metavar="E")
-]
-Allow = Annotated[
-    list[str] | None, _option(READING, "A class that the file may hold, by full name. Repeatable.", metavar="PKG.CLASS")
-]
+Eps = Annotated[float | None, _option(READING,
+    "Of the norms in a file without its model; 1e-5 is assumed.", metavar="E")]
+Allow = Annotated[list[str] | None, _option(READING,
+    "A class that the file may hold, by full name. Repeatable.", metavar="PKG.CLASS")]
 Trust = Annotated[bool, _option(READING, "Run whatever code the file holds.", "--trust")]
 
 # ---- data ----
 
-InputShape = Annotated[
-    str | None, _option(DATA, "Shape of an input batch: the sizes of maps then count.", metavar="1,3,224,224")
-]
-Calibrate = Annotated[
-    Path | None,
-    _option(
-        DATA, "Unlabelled data: a folder of pictures, or tensors in .pt, .npy, .npz, .safetensors.", metavar="PATH"
-    ),
-]
-CalibrateSeconds = Annotated[
-    float, _option(DATA, "The most time that the new norms are fitted to the data; 0: not at all.", metavar="S")
-]
-InputSize = Annotated[
-    str | None, _option(DATA, "Size of the pictures, where the model's own is not known.", metavar="N|H,W")
-]
+InputShape = Annotated[str | None, _option(DATA,
+    "Shape of an input batch: the sizes of maps then count.", metavar="1,3,224,224")]
+Calibrate = Annotated[Path | None, _option(DATA,
+    "Unlabelled data: a folder of pictures, or tensors in .pt, .npy, .npz, .safetensors.", metavar="PATH")]
+CalibrateSeconds = Annotated[float, _option(DATA,
+    "The most time that the new norms are fitted to the data; 0: not at all.", metavar="S")]
+InputSize = Annotated[str | None, _option(DATA,
+    "Size of the pictures, where the model's own is not known.", metavar="N|H,W")]
 Mean = Annotated[str | None, _option(DATA, "Their mean, for values from 0 to 1.", metavar="R,G,B")]
 Std = Annotated[str | None, _option(DATA, "Their standard deviation.", metavar="R,G,B")]
 
 # ---- what is written and shown ----
 
-Out = Annotated[
-    Path | None,
-    _option(WRITING, "Where to write; model.TARGET.pt beside the input by default.", "-o", "--out", metavar="FILE"),
-]
-FormatChoice = Annotated[
-    Format | None,
-    _option(WRITING, "Write another kind of file than the input's: of a training checkpoint, the model."),
-]
+Out = Annotated[Path | None, _option(WRITING,
+    "Where to write; model.TARGET.pt beside the input by default.", "-o", "--out", metavar="FILE")]
+FormatChoice = Annotated[Format | None, _option(WRITING,
+    "Write another kind of file than the input's: of a training checkpoint, the model.")]
 Overwrite = Annotated[bool, _option(WRITING, "Replace what exists, a report too.", "--overwrite")]
 DryRun = Annotated[bool, _option(WRITING, "Report, and write no model.", "--dry-run")]
-ReportFile = Annotated[
-    Path | None,
-    _option(
-        SHOWING, "Write the report too: a page (.html), .md, .json or a picture (.svg).", "--report", metavar="FILE"
-    ),
-]
+ReportFile = Annotated[Path | None, _option(SHOWING,
+    "Write the report too: a page (.html), .md, .json or a picture (.svg).", "--report", metavar="FILE")]
 Json = Annotated[bool, _option(SHOWING, "Print it as JSON, and nothing else.", "--json")]
 Full = Annotated[bool, _option(SHOWING, "Print a line for every layer.", "--full")]
 Quiet = Annotated[bool, _option(SHOWING, "Print nothing but errors.", "--quiet")]
