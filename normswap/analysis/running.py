@@ -154,9 +154,10 @@ def run_model(
 
         return model.get_submodule(path).register_forward_hook(note)
 
+    handles = [*map(watch, sites), *map(tap, taps)]  # a damaged module fails here, and not as its forward
     try:
         with (
-            temporary_hooks([*map(watch, sites), *map(tap, taps)]),
+            temporary_hooks(handles),
             eval_mode(model),
             torch.random.fork_rng(devices=[]),
         ):
