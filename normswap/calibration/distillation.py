@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normswap.analysis.running import batch_size
-from normswap.calibration.paired_runs import FittedPair, Tap, Train, both_in_eval_mode, channel_map, random_state_kept
+from normswap.analysis.running import batch_size, eval_mode
+from normswap.calibration.paired_runs import FittedPair, Tap, Train, channel_map, random_state_kept
 from normswap.errors import first_line
 from normswap.report.report import Calibration
 
@@ -87,7 +87,7 @@ def distill(
     try:
         if not held_out:
             return replace(outcome, note=f"too few samples to fit anything: at least {_LEAST}")
-        with torch.inference_mode(False), torch.enable_grad(), random_state_kept(), both_in_eval_mode(teacher, student):
+        with torch.inference_mode(False), random_state_kept(), eval_mode(teacher), eval_mode(student):
             pair = FittedPair(teacher, student, paths, settings.train)
             outcome = _fit_and_compare(pair, samples, outcome, settings, started, progress)
     except Exception as error:  # the forward is anybody's code
@@ -96,6 +96,7 @@ def distill(
     return replace(outcome, seconds=time.monotonic() - started)
 
 
+@torch.enable_grad()
 def _fit_and_compare(
     pair: FittedPair, samples: Samples, outcome: Calibration, settings: FitSettings, started: float, progress: Progress
 ) -> Calibration:
@@ -206,10 +207,9 @@ class _Schedule:
         """Each batch once in a pass, in a new order; passes that bring nothing shorten what is left."""
         if not self.order:
             if self.step:
-                improved = self.loss < 0.99 * self.best_loss
-                self.best_loss, self.stale_passes = (
-                    (self.loss, 0) if improved else (self.best_loss, self.stale_passes + 1)
-                )
+                self.stale_passes += 1
+                if self.loss < 0.99 * self.best_loss:
+                    self.best_loss, self.stale_passes = self.loss, 0
                 self.loss = 0.0
             if self.stale_passes == _PATIENCE:  # on to the last fifth of the schedule: a small rate takes the noise out
                 self.steps = min(self.steps, self.step * 5 // 4 + 1)

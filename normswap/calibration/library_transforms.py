@@ -95,6 +95,8 @@ def _repeated(numbers: tuple[float, ...] | None, channels: int) -> tuple[float, 
 
 def preparation(spec: str | None, weights: str | None, options: PictureOptions) -> Preparation:
     """That of the model that `spec` names, changed as `options` say, or a plain one. Raises `OptionError`."""
+    from torchvision.transforms import functional as F
+
     for option, numbers in (("--mean", options.mean), ("--std", options.std)):
         if numbers is not None and len(numbers) not in (1, 3):
             raise OptionError(f"{option}: has {len(numbers)} numbers; pictures are read in RGB, so give 1 or 3")
@@ -106,9 +108,7 @@ def preparation(spec: str | None, weights: str | None, options: PictureOptions) 
         of = f"of {spec}" if spec else "of this model"
         raise OptionError(f"the size of picture {of} is not known; give --input-size 224 (input_size=224)")
     size, mean, std = options.size, options.mean or IMAGENET_MEAN, options.std or IMAGENET_STD
-    return Preparation(
-        lambda picture: normalize(_to_tensor(resize_and_crop(picture, size, _CROP)), mean, std), mean, std
-    )
+    return Preparation(lambda x: normalize(F.to_tensor(resize_and_crop(x, size, _CROP)), mean, std), mean, std)
 
 
 def library_preparation(spec: str | None, weights: str | None, options: PictureOptions) -> Preparation | None:
@@ -179,13 +179,6 @@ def resize_and_crop(picture: Any, size: tuple[int, int], crop: float, mode: Any 
     covering = [max(size[0], round(h * scale)), max(size[1], round(w * scale))]
     resized = F.resize(picture, covering, interpolation=mode or InterpolationMode.BILINEAR, antialias=True)
     return F.center_crop(resized, list(size))
-
-
-def _to_tensor(picture: Any) -> Tensor:
-    from torchvision.transforms import functional as F
-
-    tensor: Tensor = F.to_tensor(picture)
-    return tensor
 
 
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -2,21 +2,20 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from normswap.analysis.known_norms import eps_of
 from normswap.analysis.running import Seen, run_model, temporary_hooks
 from normswap.analysis.sites import Site
 from normswap.errors import ModelError
-from normswap.layers import recurrent_matching
 from normswap.layers.matching import Moments, Statistics, as_affine, match_groups, widen
 from normswap.layers.norms import EstimatedBatchNorm
-from normswap.layers.recurrent_matching import VectorMoments
+from normswap.layers.recurrent_matching import VectorMoments, measured_moments, merge_moments
 
 AUTO_GROUPS, AUTO_CHANNELS = 8, 4
 """`groups="auto"`: at most so many groups, with at least so many channels in each."""
@@ -64,7 +63,7 @@ class _NormGatherer:
     """Gathers over batches what passes through one norm."""
 
     def __init__(self, site: Site, compare_groups: bool):
-        self.site, self.compare_groups = site, compare_groups
+        self.site, self.compare_groups = site, compare_groups and site.form == "data"
         self.before, self.behind = _MomentGatherer(), _MomentGatherer()
         self.like = torch.empty(0)
         self.errors: dict[int, float] = {}
@@ -95,19 +94,15 @@ def measure_norms(
     gatherers: dict[str, _NormGatherer] = {}  # in the order in which norms are reached: the first that fails is named
     seen: dict[str, Seen] = {}
 
-    def watch(site: Site) -> RemovableHandle:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            values = _channels_second(site, args)
-            if values is not None:
-                gatherers.setdefault(site.path, _NormGatherer(site, compare_groups)).add(values)
+    def note(site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
+        values = _channels_second(site, args)
+        if values is not None:
+            gatherers.setdefault(site.path, _NormGatherer(site, compare_groups)).add(values)
 
-        return site.module.register_forward_pre_hook(note)
-
-    with temporary_hooks([watch(site) for site in sites]):
+    with temporary_hooks([site.module.register_forward_pre_hook(partial(note, site)) for site in sites]):
         for batch in batches:
             for path, now in run_model(model, batch, sites, name=_DATA).seen.items():
-                least = min(now.elements, seen[path].elements) if path in seen else now.elements
-                seen[path] = Seen(now.dims, least)
+                seen[path] = Seen(now.dims, min(now.elements, seen.get(path, now).elements))
     return {path: gatherer.measured(seen[path]) for path, gatherer in gatherers.items()}
 
 
@@ -144,8 +139,6 @@ def _normalized(site: Site, values: Tensor) -> Tensor:
 def _group_errors(site: Site, values: Tensor) -> Iterator[tuple[int, float]]:
     """By number of groups, one first: the square error of the group norm matched to a norm by running statistics."""
     norm: Any = site.module
-    if site.form != "data":
-        return
     mean, var = widen(norm.running_mean), widen(norm.running_var)
     weight, bias = affine_of(norm, mean)
     stats = Statistics(weight, bias, mean, var, eps_of(norm))
@@ -165,15 +158,12 @@ def measure_recurrent(
     """Run `model` in eval mode on `batches`; gather, by path, what layer norms inside its LSTMs and GRUs would see."""
     found: dict[str, dict[str, VectorMoments]] = {}
 
-    def watch(site: Site) -> RemovableHandle:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[site.path] = recurrent_matching.merge_moments(
-                found.get(site.path, {}), recurrent_matching.measured_moments(module, *args, **kwargs)
-            )
+    def note(site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        moments = measured_moments(module, *args, **kwargs)
+        found[site.path] = merge_moments(found.get(site.path, {}), moments)
 
-        return site.module.register_forward_pre_hook(note, with_kwargs=True)
-
-    with temporary_hooks([watch(site) for site in sites]):
+    hooks = [site.module.register_forward_pre_hook(partial(note, site), with_kwargs=True) for site in sites]
+    with temporary_hooks(hooks):
         for batch in batches:
             run_model(model, batch, name=_DATA)
     return found

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
-from normswap.analysis.running import as_arguments, eval_mode, temporary_hooks
+from normswap.analysis.running import as_arguments, temporary_hooks
 
 TRAINED = ("weight", "bias", "group_weight", "group_bias")
 """What is fitted of each norm."""
@@ -58,9 +59,7 @@ class Distance:
     """How many first choices were compared."""
 
     def __add__(self, other: Distance) -> Distance:
-        return Distance(
-            self.moved + other.moved, self.size + other.size, self.agreed + other.agreed, self.asked + other.asked
-        )
+        return Distance(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def relative(self) -> float:
@@ -175,17 +174,14 @@ def _forward(
     taps: dict[Tap, Tensor] = {}
     calls = dict.fromkeys(paths, 0)
 
-    def watch(path: str) -> RemovableHandle:
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if isinstance(output, Tensor) and output.is_floating_point():
-                output = output if change is None else change(path, output)
-                taps[path, calls[path]] = output.clone()  # what follows may write to it
-            calls[path] += 1
-            return output
+    def note(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            output = output if change is None else change(path, output)
+            taps[path, calls[path]] = output.clone()  # what follows may write to it
+        calls[path] += 1
+        return output
 
-        return model.get_submodule(path).register_forward_hook(note)
-
-    with temporary_hooks([watch(path) for path in paths]):
+    with temporary_hooks([model.get_submodule(path).register_forward_hook(partial(note, path)) for path in paths]):
         torch.manual_seed(_SEED)  # a forward that draws numbers draws the same in both
         batch = pytree.tree_map_only(Tensor, Tensor.clone, batch)
         args, kwargs = as_arguments(batch)
@@ -194,19 +190,10 @@ def _forward(
     return Outputs(taps, leaves)
 
 
-@contextmanager
-def both_in_eval_mode(teacher: nn.Module, student: nn.Module) -> Iterator[None]:
-    """Eval mode in both, with gradients."""
-    with eval_mode(teacher), eval_mode(student), torch.enable_grad():
-        yield
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
+def random_state_kept() -> AbstractContextManager[None]:
     """torch's random state, on every device in use, comes back afterwards."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=devices):
-        yield
+    return torch.random.fork_rng(devices=devices)
 
 
 # ---- comparing ----

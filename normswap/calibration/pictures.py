@@ -10,15 +10,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from normswap.calibration.library_transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    PictureOptions,
-    Preparation,
-    library_preparation,
-    normalize,
-    resize_and_crop,
-)
+from normswap.calibration import library_transforms
+from normswap.calibration.library_transforms import IMAGENET_MEAN, IMAGENET_STD, PictureOptions, Preparation
 from normswap.errors import FileError, OptionError, first_line
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
@@ -125,11 +118,11 @@ class Uint8Pictures:
         channels = x.shape[1]
         options = self.options.for_channels(channels)
         if options.size is not None:
-            x = resize_and_crop(x, options.size, 1.0)  # arrays are framed already
+            x = library_transforms.resize_and_crop(x, options.size, 1.0)  # arrays are framed already
         x = x.float() / 255
         mean, std = options.mean, options.std
         if mean is None:
-            known = library_preparation(self.spec, self.weights, PictureOptions())
+            known = library_transforms.library_preparation(self.spec, self.weights, PictureOptions())
             mean, std = (known.mean, known.std) if known is not None else (IMAGENET_MEAN, IMAGENET_STD)
         if mean is None or std is None:  # the model normalizes by itself
             return x
@@ -138,7 +131,7 @@ class Uint8Pictures:
                 f"pictures of {channels} channels, but a mean and std of {len(mean)} and {len(std)}; "
                 f"give --mean and --std of 1 or {channels} numbers (mean, std), or save other channels"
             )
-        return normalize(x, mean, std)
+        return library_transforms.normalize(x, mean, std)
 
 
 def _channels_first(x: Tensor) -> Tensor:

@@ -37,14 +37,12 @@ def fit_in_first(fit: Callable[[], Result], model: nn.Module, paths: Collection[
     if world_size() == 1:
         return fit()
     own = {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in paths}
-    box: list[Any] = [None]
+    shared: list[Any] = [None, None]
     if dist.get_rank() == 0:
-        result = fit()
-        box = [(result, {name: p.detach().cpu() for name, p in own.items()})]
-    dist.broadcast_object_list(box, src=0)
-    shared: tuple[Result, dict[str, Tensor]] = box[0]
-    result, values = shared
+        shared = [fit(), {name: p.detach().cpu() for name, p in own.items()}]
+    dist.broadcast_object_list(shared, src=0)
+    result: Result = shared[0]
     with torch.no_grad():
-        for name, value in values.items():
+        for name, value in shared[1].items():
             own[name].copy_(value)
     return result

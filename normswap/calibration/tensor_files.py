@@ -80,12 +80,9 @@ def _read_safetensors(path: Path) -> Any:
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    ".pt": _read_torch,
-    ".pth": _read_torch,
-    ".npy": _read_numpy,
-    ".npz": _read_numpy,
+    ".pt": _read_torch, ".pth": _read_torch, ".npy": _read_numpy, ".npz": _read_numpy,
     ".safetensors": _read_safetensors,
-}
+}  # fmt: skip
 
 
 def arrays_in(found: Any, depth: int = 0) -> Iterator[Array]:

@@ -8,15 +8,8 @@ from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNor
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import NORMALIZED, STANDARDIZED
 
-_CLASSES = (
-    FrozenBatchNorm,
-    EstimatedBatchNorm,
-    BatchChannelNorm,
-    *ACTIVATED.values(),
-    *STANDARDIZED.values(),
-    *NORMALIZED.values(),
-    *LAYER_NORMALIZED.values(),
-)
+_TABLES = (ACTIVATED, STANDARDIZED, NORMALIZED, LAYER_NORMALIZED)
+_CLASSES = (FrozenBatchNorm, EstimatedBatchNorm, BatchChannelNorm, *(made for of in _TABLES for made in of.values()))
 for _class in _CLASSES:
     _class.__module__ = __name__
     globals()[_class.__name__] = _class

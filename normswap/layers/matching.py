@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from normswap.layers.reparametrized import filter_dims
+
 _FAINT = 1e-3  # below this part of its group's variance, a channel is nearly constant
 _CHUNK = 1 << 18  # elements of a weight that are widened at once: they stay in the processor's cache
 
@@ -138,10 +140,6 @@ def scale_filters_(weight: Tensor, scale: Tensor, transposed_groups: int | None 
     A weight has the shape (out, in, *kernel); a transposed convolution's, of `transposed_groups` groups, has
     (in, out / groups, *kernel).
     """
-    scale = scale.to(weight.dtype)
+    blocks, _, one = filter_dims(weight, transposed_groups)
     with torch.no_grad():
-        if transposed_groups is None:
-            weight.mul_(scale.view(-1, *[1] * (weight.dim() - 1)))
-        else:
-            blocks = weight.view(transposed_groups, -1, *weight.shape[1:])
-            blocks.mul_(scale.view(transposed_groups, 1, -1, *[1] * (weight.dim() - 2)))
+        blocks.mul_(scale.to(weight.dtype).view(one))

@@ -11,19 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from normswap.layers import recurrent
 from normswap.layers.matching import Affine, widen
-from normswap.layers.recurrent import (
-    EPS,
-    LAYER_NORMALIZED,
-    State,
-    norm_parts,
-    prepare_cell_input,
-    prepare_input,
-    run_layers,
-    run_steps,
-    split_steps,
-    suffixes,
-)
+from normswap.layers.recurrent import EPS, LAYER_NORMALIZED, State, norm_parts, run_steps, suffixes
 from normswap.layers.reparametrized import retyped
 
 
@@ -54,10 +44,8 @@ def match_vectors(moments: VectorMoments, parts: Sequence[int]) -> Affine:
     `LN(a) = α·(a − m)/√(s² + eps) + β` with α the mean of √(s² + eps) and β that of m, over the vectors seen; each
     (size,). Exact where every vector has the same m and s.
     """
-    scale, shift = (
-        torch.cat([value.expand(width) for value, width in zip(total / moments.count, parts, strict=True)])
-        for total in (moments.std, moments.mean)
-    )
+    widths = torch.tensor(parts, device=moments.mean.device)
+    scale, shift = ((total / moments.count).repeat_interleave(widths) for total in (moments.std, moments.mean))
     return Affine(scale, shift)
 
 
@@ -78,9 +66,9 @@ def measured_moments(layer: nn.Module, input: Tensor | PackedSequence, hx: Any =
     no dropout; those of several inputs can be merged by `merge_moments`.
     """
     if isinstance(layer, nn.RNNBase):
-        return _moments_of_steps(layer, *prepare_input(layer, input, hx))
+        return _moments_of_steps(layer, *recurrent.prepare_input(layer, input, hx))
     assert isinstance(input, Tensor)  # for the type checker: a cell takes nothing else
-    x, start = prepare_cell_input(layer, input, hx)
+    x, start = recurrent.prepare_cell_input(layer, input, hx)
     return _moments_of_steps(layer, x.unsqueeze(0), None, tuple(s.unsqueeze(0) for s in start))
 
 
@@ -102,7 +90,7 @@ def typical_moments(layer: nn.Module) -> dict[str, VectorMoments]:
     x = torch.randn(size, generator=generator).to(w.device, w.dtype)
     if isinstance(layer, nn.RNNBase):
         return measured_moments(layer, x.transpose(0, 1) if layer.batch_first else x)
-    _, start = prepare_cell_input(layer, x[0], None)
+    _, start = recurrent.prepare_cell_input(layer, x[0], None)
     return _moments_of_steps(layer, x, None, tuple(s.unsqueeze(0) for s in start))
 
 
@@ -117,17 +105,16 @@ def _moments_of_steps(layer: nn.Module, x: Tensor, sizes: list[int] | None, star
         w = {name: None if tensor is None else tensor.to(wide) for name, tensor in tensors.items()}
         x = F.linear(x, w["weight_ih"])  # type: ignore[arg-type]
         seen: dict[str, list[Tensor]] = {"ih": [x.flatten(0, -2)], "hh": [], "c": []}
-        steps = split_steps((x,), sizes)
+        steps = recurrent.split_steps((x,), sizes)
         result = run_steps(lambda x, state: _observed_step(x[0], state, w, seen), steps, start, "reverse" in suffix)
         for name, vectors in seen.items():
             if vectors:
-                parts = norm_parts(vectors[0].shape[1], gates)
-                found[name + suffix] = moments_of(torch.cat(vectors), parts)
+                found[name + suffix] = moments_of(torch.cat(vectors), norm_parts(vectors[0].shape[1], gates))
         return result
 
     x, start = x.to(wide), tuple(s.to(wide) for s in start)
     if isinstance(layer, nn.RNNBase):
-        run_layers(layer, x, sizes, start, run, dropout=0.0)
+        recurrent.run_layers(layer, x, sizes, start, run, dropout=0.0)
     else:
         run(x, sizes, tuple(s[0] for s in start), "")
     return found

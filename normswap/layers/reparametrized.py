@@ -56,8 +56,11 @@ def as_weight(filters: Tensor, like: Tensor, groups: int | None = None) -> Tenso
     return blocks.transpose(1, 2).reshape(like.shape)
 
 
-def _filter_dims(weight: Tensor, groups: int | None) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-    """`weight` with each filter along dimensions of its own; these dimensions; and the shape of one number a filter."""
+def filter_dims(weight: Tensor, groups: int | None) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """`weight` with each filter along dimensions of its own; these dimensions; and the shape of one number a filter.
+
+    The first is `weight` itself or a view of it: what is written to it is written to `weight`.
+    """
     if groups is None:
         return weight, tuple(range(1, weight.dim())), (-1, *[1] * (weight.dim() - 1))
     blocks = weight.reshape(groups, -1, *weight.shape[1:])
@@ -109,7 +112,7 @@ def _standardize(filters: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Te
 
 def _standardize_for_compiler(weight: Tensor, gain: Tensor, shift: Tensor, eps: float, groups: int | None) -> Tensor:
     """The same for a compiler, which fuses it; of a group norm and of changes of shape it makes slower code."""
-    laid, over, one = _filter_dims(weight, groups)
+    laid, over, one = filter_dims(weight, groups)
     wide = laid.to(torch.promote_types(weight.dtype, torch.float32))  # as a group norm computes
     centred = wide - wide.mean(over, keepdim=True)
     scale = gain.view(one) * (centred.square().mean(over, keepdim=True) + eps).rsqrt()
@@ -137,7 +140,7 @@ def normalize_weight(v: Tensor, g: Tensor, groups: int | None = None) -> Tensor:
     """
     if groups is None and _is_observable(v) and v.is_contiguous():
         return _FusedNormalization.apply(v, g)  # type: ignore[no-any-return]
-    laid, over, one = _filter_dims(v, groups)
+    laid, over, one = filter_dims(v, groups)
     return (laid * (g.reshape(one) / _lengths(laid, over))).reshape(v.shape)
 
 

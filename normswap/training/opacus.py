@@ -3,8 +3,6 @@
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -17,10 +15,7 @@ from normswap.layers.norms import FrozenBatchNorm
 from normswap.layers.reparametrized import CONVOLUTIONS, STANDARDIZED, TRANSPOSED, retyped
 from normswap.report.path_patterns import summarize_paths
 
-CONSTANT: tuple[type[nn.Module], ...] = (
-    *(STANDARDIZED[plain] for plain in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)),
-    FrozenBatchNorm,
-)
+CONSTANT = (*(STANDARDIZED[plain] for plain in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)), FrozenBatchNorm)
 """Layers whose buffers are constants: none of them ever depends on a sample."""
 
 
@@ -86,19 +81,13 @@ def _ignoring_constants(check: Any) -> Any:
                 "set inplace=False",
                 stacklevel=2,
             )
-        with _without_constants(module):
+        layers = [layer for layer in module.modules() if type(layer) in CONSTANT]
+        for layer in layers:
+            vars(layer)["buffers"] = lambda recurse=True: iter(())
+        try:
             return check(cls, module, **options)
+        finally:
+            for layer in layers:
+                del vars(layer)["buffers"]
 
     return validate
-
-
-@contextmanager
-def _without_constants(module: nn.Module) -> Iterator[None]:
-    layers = [layer for layer in module.modules() if type(layer) in CONSTANT]
-    for layer in layers:
-        vars(layer)["buffers"] = lambda recurse=True: iter(())
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del vars(layer)["buffers"]

@@ -68,14 +68,10 @@ def _named_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> 
     """What `optimizer.state_dict()` has, with every parameter's name and without its hooks."""
     held = _parameters_of(optimizer)
     numbers = {id(parameter): number for number, parameter in enumerate(held)}
-    groups = [
-        {
-            **group,
-            "params": [numbers[id(p)] for p in group["params"]],
-            "param_names": [names[id(p)] for p in group["params"]],
-        }
-        for group in optimizer.param_groups
-    ]
+    groups = []
+    for group in optimizer.param_groups:
+        ids = [id(parameter) for parameter in group["params"]]
+        groups.append({**group, "params": [numbers[i] for i in ids], "param_names": [names[i] for i in ids]})
     return {"state": {numbers[id(p)]: optimizer.state[p] for p in held if p in optimizer.state}, "param_groups": groups}
 
 
@@ -85,15 +81,13 @@ def _as_seen(named: Mapping[str, nn.Parameter]) -> list[Parameter]:
 
 def state_changes(optimizer: str, remapped: RemappedState) -> list[Change]:
     """A change for each parameter of an optimizer, which is named, whose state was kept or dropped."""
-    fates = (
-        (remapped.kept, "carried over", "state of parameters that still exist"),
-        (remapped.dropped, "dropped", "state of parameters that no longer exist"),
-    )
-    return [
-        Change((parameter,), "optimizer", "state", fate, f"{optimizer}: {why}", True)
-        for parameters, fate, why in fates
-        for parameter in parameters
-    ]
+
+    def change(parameter: str, fate: str, which: str) -> Change:
+        why = f"{optimizer}: state of parameters that {which}"
+        return Change((parameter,), "optimizer", "state", fate, why, True)
+
+    kept = [change(parameter, "carried over", "still exist") for parameter in remapped.kept]
+    return kept + [change(parameter, "dropped", "no longer exist") for parameter in remapped.dropped]
 
 
 def param_groups(model: nn.Module, weight_decay: float, *, exempt: Iterable[str] = ()) -> list[dict[str, Any]]:

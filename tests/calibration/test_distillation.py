@@ -14,9 +14,10 @@ from helpers.terminal import printed
 from torch import Tensor, nn
 
 import normswap
+from normswap.analysis.running import eval_mode
 from normswap.calibration import distillation, paired_runs
 from normswap.calibration.distillation import FitSettings, distill, split
-from normswap.calibration.paired_runs import FittedPair, both_in_eval_mode
+from normswap.calibration.paired_runs import FittedPair
 from normswap.conversion import pipeline
 from normswap.conversion.request import Request
 from normswap.report.report import Calibration
@@ -124,7 +125,7 @@ def test_re_estimated_norms_have_the_original_moments() -> None:
     net = Net()
     student, paths = matched(net, "gn-ws", ws="strict")
     pair = FittedPair(net, student, paths)
-    with both_in_eval_mode(net, student):
+    with eval_mode(net), eval_mode(student), torch.enable_grad():
         distillation._re_estimate(pair, [X], math.inf)
         wanted, given = pair.teacher_outputs(X), pair.student_outputs(X)
     for tap in wanted.taps:
