@@ -53,15 +53,13 @@ def skeleton(model: nn.Module) -> nn.Module:
     memo = _handles(modules)
     copies = _empty(modules, memo)
     for module, copied in zip(modules, copies, strict=True):
-        state: dict[str, Any] = {}
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers"):
-                state[name] = dict(value)
+                vars(copied)[name] = dict(value)
             elif name == "_modules":
-                state[name] = {key: None if child is None else memo[id(child)] for key, child in value.items()}
+                vars(copied)[name] = {key: None if child is None else memo[id(child)] for key, child in value.items()}
             else:
-                state[name] = OrderedDict() if name in _HOOKS else _copied(value, memo)
-        vars(copied).update(state)
+                vars(copied)[name] = OrderedDict() if name in _HOOKS else _copied(value, memo)
     return copies[0]
 
 
@@ -139,8 +137,7 @@ def _copies_by_attribute(cls: type[nn.Module]) -> bool:
         not any(hasattr(cls, name) for name in own)
         and cls.__getstate__ is nn.Module.__getstate__
         and cls.__setstate__.__module__.startswith("torch.nn.modules.")
-        and (cls.__reduce__, cls.__reduce_ex__, cls.__new__)
-        == (object.__reduce__, object.__reduce_ex__, object.__new__)
+        and all(getattr(cls, name) is getattr(object, name) for name in ("__reduce__", "__reduce_ex__", "__new__"))
         and cls not in copyreg.dispatch_table
         and not any(vars(c).get("__slots__") for c in cls.__mro__)
     )

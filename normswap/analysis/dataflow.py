@@ -1,7 +1,7 @@
 """Read-only: what feeds what in a model, as far as its parts can be traced."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from torch import nn
@@ -9,14 +9,13 @@ from torch import nn
 from normswap.analysis.bytecode import reaches_into
 from normswap.analysis.copies import skeleton
 from normswap.analysis.flow import Flow
-from normswap.analysis.graph_reader import TracedPart, read_graph
+from normswap.analysis.graph_reader import GraphReader, TracedPart
 from normswap.analysis.sites import Site
 from normswap.analysis.tracing import trace
 
 
-def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
+def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
     """Trace `model`, or its largest parts that can be traced, and read off what feeds what."""
-    sites = list(sites)
     by_path = {path: site for site in sites for path in site.paths}
     try:
         bones = skeleton(model)
@@ -46,9 +45,9 @@ def find_flow(model: nn.Module, sites: Iterable[Site]) -> Flow:
             if traced.problem:
                 flow.problems[path] = traced.problem
                 doubted.update(_reached_into(module, path, below[path]))
-            part = TracedPart(module, path, by_path, hooked)
+            part = TracedPart(dict(module.named_modules(remove_duplicate=False)), path, by_path, hooked)
             for run in traced.graphs:
-                flow.add(read_graph(run, part, traced.complete))
+                flow.add(GraphReader(run, part).flow(traced.complete))
         children = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
         pending += reversed(children)  # so that they are taken in order, each with its own children first
     flow.complete -= doubted
@@ -84,13 +83,13 @@ def _reached_into(module: nn.Module, path: str, sites: Iterable[str]) -> Iterato
             yield site
 
 
-def _doubt_unreached(flow: Flow, sites: list[Site]) -> None:
+def _doubt_unreached(flow: Flow, sites: Sequence[Site]) -> None:
     """Where a forward passes one norm by, it may have chosen its neighbour: nothing is complete beside it."""
     unreached = {site.path.rpartition(".")[0] for site in sites if site.form and not flow.seen(site.path)}
     flow.complete -= {path for path in flow.complete if path.rpartition(".")[0] in unreached}
 
 
-def _guess_unseen(flow: Flow, sites: list[Site]) -> None:
+def _guess_unseen(flow: Flow, sites: Sequence[Site]) -> None:
     """A convolution that no trace reached counts as normed when its next sibling is a norm of its width."""
     for site, following in pairwise(sites):
         siblings = site.path.rpartition(".")[0] == following.path.rpartition(".")[0]

@@ -17,11 +17,6 @@ def relative_distance(old: Tensor, new: Tensor) -> float:
     return (torch.linalg.vector_norm(new - old) / size).item() if size != 0 else float("inf")
 
 
-def same_first_choices(old: Tensor, new: Tensor) -> Tensor | None:
-    """Where the largest entry along dimension 1 is the same, for (N, C) or (N, C, H, W); None for other shapes."""
-    return old.argmax(1) == new.argmax(1) if old.dim() in (2, 4) and old.shape[1] > 1 else None
-
-
 def floating_tensors(output: Any) -> list[Tensor]:
     """The floating-point tensors in an output of any structure."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -37,8 +32,8 @@ def output_drift(before: Any, after: Any, probe: str) -> Drift:
     a, b = (torch.cat([t.flatten().double() for t in tensors]) for tensors in (old, new))
     if not (a.isfinite().all() and b.isfinite().all()):
         return Drift(probe, note="the output is not finite")
-    same = same_first_choices(old[0], new[0])
-    top1 = None if same is None else same.double().mean().item()
+    of_classes = old[0].dim() in (2, 4) and old[0].shape[1] > 1  # (N, C) or (N, C, H, W)
+    top1 = (old[0].argmax(1) == new[0].argmax(1)).double().mean().item() if of_classes else None
     if not a.norm() > 0:
         return Drift(probe, top1_agreement=top1, note="the output before was zero")
     cosine = nn.functional.cosine_similarity(a, b, dim=0).item() if b.norm() > 0 else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 
@@ -37,7 +37,7 @@ class Flow:
     These by their names, from the last to the first: a norm behind the activation, or a dropout before a norm, is worth
     a word.
     """
-    calls: dict[str, int] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
     """How often one forward calls a site: a norm that is called more than once mixes the statistics of its places."""
     touched: set[str] = field(default_factory=set)
     """Sites whose tensors some forward reads past the layer: no layer with other tensors may take its place."""
@@ -58,8 +58,7 @@ class Flow:
             self.writers[path] += writers
         for path, ways in other.between.items():
             self.between[path] |= ways
-        for path, times in other.calls.items():
-            self.calls[path] = max(times, self.calls.get(path, 0))
+        self.calls |= other.calls  # the greater count of each
         self.functional.update(other.functional)
         self.problems.update(other.problems)
 

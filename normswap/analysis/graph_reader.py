@@ -2,37 +2,22 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 from torch import fx, nn
 
+from normswap.analysis import operations
 from normswap.analysis.flow import Flow
-from normswap.analysis.operations import (
-    FLATTENINGS,
-    NORM_FUNCTIONS,
-    POINTWISE,
-    RESHAPES,
-    WEIGHTED_FUNCTIONS,
-    WEIGHTED_MODULES,
-    all_ones,
-    input_of,
-    is_spatial_mean,
-    name_of,
-    pools_to_one,
-    reads_shape_only,
-    shaping,
-)
 from normswap.analysis.sites import Site
 from normswap.analysis.tracing import TracedGraph
 from normswap.layers.reparametrized import LAYERS, TRANSPOSED
 
 
-@dataclass(frozen=True)
-class TracedPart:
+class TracedPart(NamedTuple):
     """A module of the model that was traced, and what is known of it."""
 
-    module: nn.Module
+    modules: Mapping[str, nn.Module]
+    """It and all modules in it, by each of their paths in it."""
     path: str
     """Where it stands in the model."""
     sites: Mapping[str, Site]
@@ -40,21 +25,12 @@ class TracedPart:
     hooked: frozenset[int]
     """The ids of modules with hooks, which may do anything to a value."""
 
-    @cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        return dict(self.module.named_modules(remove_duplicate=False))
-
     def site(self, path: str) -> Site | None:
         """The site at a path below the module."""
         return self.sites.get(f"{self.path}.{path}".strip("."))
 
 
-def read_graph(run: TracedGraph, part: TracedPart, complete: bool) -> Flow:
-    """What one graph tells. `complete` says whether the graphs that were traced are all that the forward can do."""
-    return _Reader(run, part).flow(complete)
-
-
-class _Reader:
+class GraphReader:
     """One graph, whose nodes stand in the order in which they run: each before those that use its value."""
 
     def __init__(self, run: TracedGraph, part: TracedPart):
@@ -75,35 +51,38 @@ class _Reader:
 
     def _is_norm(self, node: fx.Node) -> bool:
         if node.op == "call_function":
-            return node.target in NORM_FUNCTIONS
+            return node.target in operations.NORM_FUNCTIONS
         site = self._site(node)
         return site is not None and site.kind == "norm"
 
     def _is_weighted(self, node: fx.Node) -> bool:
         if node.op == "call_function":
-            return node.target in WEIGHTED_FUNCTIONS
-        return isinstance(self._module(node), WEIGHTED_MODULES)
+            return node.target in operations.WEIGHTED_FUNCTIONS
+        return isinstance(self._module(node), operations.WEIGHTED_MODULES)
 
     # ---- the whole graph ----
 
     def flow(self, complete: bool) -> Flow:
+        """What the graph tells. `complete` says whether the graphs that were traced are all that the forward can do."""
         flow = Flow()
         norm_ahead, weights_before = self._norm_ahead(), self._weights_before()
         single, flat = self._single(), self._flat(complete)
         called = [(node, site) for node in self.nodes if (site := self._site(node)) is not None]
-        flow.calls.update(Counter(site.path for _, site in called))
+        flow.calls = Counter(site.path for _, site in called)
         for node in self.nodes:
             self._note_direct_access(node, flow)
         for node, site in called:
             path = site.path
             if complete:
                 flow.complete.add(path)
-            flow.between[path].add(self._between(node))
+            before, shapings = self._between(node)
+            flow.between[path].add((before, shapings))
             # Only the whole model's input is the user's; that of a part may be anything.
             if not self.part.path and self._is_weighted(node) and not weights_before[node]:
                 flow.first.add(path)
             if site.kind == "norm":
-                flow.writers[path].append(self._writer(node))
+                directly = before is not None and not shapings and self.part.sites[before].kind == "weight"
+                flow.writers[path].append(before if directly else None)
                 if (one := single[node]) is not None:
                     (flow.single if one else flow.spatial).add(path)
                 if flat[node]:
@@ -134,20 +113,12 @@ class _Reader:
             owner = self.part.site(str(node.target).rpartition(".")[0])
             if owner is not None:
                 flow.touched.add(owner.path)
-        elif node.op == "call_function" and node.target in NORM_FUNCTIONS:
+        elif node.op == "call_function" and node.target in operations.NORM_FUNCTIONS:
             stack = node.meta.get("nn_module_stack") or {}
             inner = next(reversed(stack), "")  # the innermost module that was running
-            flow.functional[f"{self.part.path}.{inner}".strip(".")] = name_of(node)
+            flow.functional[f"{self.part.path}.{inner}".strip(".")] = operations.name_of(node)
 
     # ---- what stands around a site ----
-
-    def _writer(self, node: fx.Node) -> str | None:
-        """The weight layer whose output is the whole input of this call of a norm."""
-        source = input_of(node)
-        while source is not None and self._is_identity(source):
-            source = input_of(source)
-        site = None if source is None or self._is_norm(source) else self._site(source)
-        return site.path if site else None
 
     def _readers(self, node: fx.Node) -> list[str | None]:
         """The norm behind each use of a weight layer's output; None for every other use."""
@@ -155,20 +126,20 @@ class _Reader:
         for user in node.users:
             if self._is_identity(user):
                 found += self._readers(user)
-            elif not reads_shape_only(user):
-                site = self._site(user) if self._is_norm(user) and input_of(user) is node else None
+            elif not operations.reads_shape_only(user):
+                site = self._site(user) if self._is_norm(user) and operations.input_of(user) is node else None
                 found.append(site.path if site else None)
         return found if node not in self.left_behind else [*found, None]
 
     def _between(self, node: fx.Node) -> tuple[str | None, tuple[str, ...]]:
         """The site before a node, and what non-linearities and dropouts stand between them."""
-        names, source = [], input_of(node)
+        names, source = [], operations.input_of(node)
         while source is not None:
-            name = shaping(source, self._module(source))
+            name = operations.shaping(source, self._module(source))
             if not name and not self._is_identity(source):
                 break
             names += [name] if name else []
-            source = input_of(source)
+            source = operations.input_of(source)
         site = None if source is None else self._site(source)
         return (site.path if site else None), tuple(names)
 
@@ -186,14 +157,14 @@ class _Reader:
     def _stays_single(self, node: fx.Node, before: bool | None) -> bool | None:
         """`_single` of a node, where `before` says it of what it reads."""
         module = self._module(node)
-        if (pooled := pools_to_one(node, module)) is not None:
+        if (pooled := operations.pools_to_one(node, module)) is not None:
             return pooled
-        if (mean := is_spatial_mean(node)) is not None:
+        if (mean := operations.is_spatial_mean(node)) is not None:
             return True if mean else None
         if isinstance(module, LAYERS["conv"]):
-            pointwise = all_ones(module.kernel_size) and not isinstance(module, TRANSPOSED)
+            pointwise = operations.all_ones(module.kernel_size) and not isinstance(module, TRANSPOSED)
             return bool(before and pointwise)
-        if node.target in RESHAPES or isinstance(module, nn.Unflatten | nn.Upsample):
+        if node.target in operations.RESHAPES or isinstance(module, nn.Unflatten | nn.Upsample):
             return None
         return before
 
@@ -210,7 +181,7 @@ class _Reader:
             module = self._module(node)
             if isinstance(module, nn.Flatten):
                 flat[node] = (module.start_dim, module.end_dim) == (1, -1)
-            elif node.target in FLATTENINGS:
+            elif node.target in operations.FLATTENINGS:
                 flat[node] = node.args[1:] == (1,) and not node.kwargs
             elif node.op == "placeholder":
                 flat[node] = perceptron
@@ -221,7 +192,7 @@ class _Reader:
     def _keeps_shape(self, node: fx.Node) -> bool:
         """Whether the value has the dimensions of what it is made from, the size of the last one apart."""
         if node.op != "call_module":
-            return node.target in POINTWISE
+            return node.target in operations.POINTWISE
         module = self._module(node)
         where = type(module).__module__
         pointwise = where in ("torch.nn.modules.activation", "torch.nn.modules.dropout")

@@ -6,33 +6,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS, PLAIN
 
-BATCH_NORM_BY_DIMS: dict[int, type[nn.modules.batchnorm._BatchNorm]] = {
-    1: nn.BatchNorm1d,
-    2: nn.BatchNorm2d,
-    3: nn.BatchNorm3d,
-}
+BATCH_NORM_BY_DIMS: dict[int, type[_BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 """torch's batch norm for each number of spatial dimensions."""
-INSTANCE_NORM_BY_DIMS: dict[int, type[nn.modules.instancenorm._InstanceNorm]] = {
-    1: nn.InstanceNorm1d,
-    2: nn.InstanceNorm2d,
-    3: nn.InstanceNorm3d,
-}
+INSTANCE_NORM_BY_DIMS: dict[int, type[_InstanceNorm]] = {
+    1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d,
+}  # fmt: skip
 """torch's instance norm, likewise."""
 BATCH_NORMS: dict[type[nn.Module], int | None] = {
     **{cls: dims for dims, cls in BATCH_NORM_BY_DIMS.items()},
-    nn.SyncBatchNorm: None,
-    FrozenBatchNorm: None,
-    EstimatedBatchNorm: None,
+    **dict.fromkeys((nn.SyncBatchNorm, FrozenBatchNorm, EstimatedBatchNorm)),
 }
 """Norms by running statistics, and how many spatial dimensions each takes (None: any)."""
 SAMPLE_NORMS: dict[type[nn.Module], int | None] = {
-    BatchChannelNorm: None,
-    nn.GroupNorm: None,
+    **dict.fromkeys((BatchChannelNorm, nn.GroupNorm)),
     nn.LayerNorm: 0,
     **{cls: dims for dims, cls in INSTANCE_NORM_BY_DIMS.items()},
 }

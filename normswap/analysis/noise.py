@@ -3,18 +3,13 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from normswap.analysis.running import SEED
+from normswap.analysis.running import SEED, inputs_like
 from normswap.errors import OptionError, first_line
 
 PATIENCE = 10.0
 """Seconds that a run on noise may take which nobody asked for."""
-
-
-def seeded_noise(shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise of a shape, the same each time."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
 
 
 def guess_inputs(model: nn.Module, shape: tuple[int, ...] | None = None) -> tuple[Any, str] | None:
@@ -38,9 +33,8 @@ def guess_inputs(model: nn.Module, shape: tuple[int, ...] | None = None) -> tupl
         elif family.startswith("torchvision.models.optical_flow"):
             shape = (1, 3, 128, 128)
     name = f"noise {'×'.join(map(str, shape))}, seed {SEED}"
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     try:
-        value = seeded_noise(shape).to(like.device, like.dtype)
+        value = inputs_like(model, torch.randn(shape, generator=torch.Generator().manual_seed(SEED)))
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
         raise OptionError(f"input_shape: {shape} cannot be made: {first_line(error)}") from None
     if family.startswith("torchvision.models.detection"):

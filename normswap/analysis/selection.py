@@ -20,27 +20,26 @@ Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 def check_model(model: nn.Module) -> None:
     """Raise `ModelError` for what is no module, or has layers that are TorchScript, wrapped, sharded or lazy."""
     if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"expected a torch.nn.Module, not {type(model).__name__}; for a file, use normswap.convert_file"
-        )
+        name = type(model).__name__
+        raise ModelError(f"expected a torch.nn.Module, not {name}; for a file, use normswap.convert_file")
     for path, module in model.named_modules():
-        where, name = path or "the model", type(module).__name__
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(
-                f"{where} is TorchScript, whose layers cannot be exchanged; convert the model that it was made from"
-            )
-        if name in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            raise ModelError(f"{where} is wrapped in {name}; convert first, then wrap: convert(model.module, ...)")
-        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
-            raise ModelError(
-                f"{where} is sharded by fully_shard; convert first, on the meta device if need be, then shard"
-            )
-        for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and is_lazy(tensor):
-                raise ModelError(
-                    f"{where} ({name}) is lazy and its {tensor_name} has no shape yet; run the model once on an input, "
-                    "then convert"
-                )
+        if reason := _unfit(module):
+            raise ModelError(f"{path or 'the model'} {reason}")
+
+
+def _unfit(module: nn.Module) -> str:
+    """Why a model cannot be converted that has this module in it; "": it can be."""
+    name = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is TorchScript, whose layers cannot be exchanged; convert the model that it was made from"
+    if name in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        return f"is wrapped in {name}; convert first, then wrap: convert(model.module, ...)"
+    if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        return "is sharded by fully_shard; convert first, on the meta device if need be, then shard"
+    for tensor, held in (*module._parameters.items(), *module._buffers.items()):
+        if held is not None and is_lazy(held):
+            return f"({name}) is lazy and its {tensor} has no shape yet; run the model once on an input, then convert"
+    return ""
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -51,9 +50,8 @@ def copy_of(model: nn.Module) -> nn.Module:
             raise TypeError("a module's own copy is itself")
         return copied
     except Exception as error:  # an attribute of the model that cannot be copied
-        raise ModelError(
-            f"the model cannot be copied ({type(error).__name__}: {error}); convert with inplace=True"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"the model cannot be copied ({reason}); convert with inplace=True") from error
 
 
 def select(sites: Sequence[Site], include: Pattern, exclude: Pattern) -> tuple[set[Site], set[Site]]:
@@ -71,21 +69,16 @@ def _matching(sites: Sequence[Site], pattern: Pattern, option: str) -> set[Site]
     if callable(pattern):
         return {site for site in sites if any(pattern(path, site.module) for path in site.paths)}
     found: set[Site] = set()
-    globs: list[Any] = (
-        [pattern] if isinstance(pattern, str) else list(pattern) if isinstance(pattern, Iterable) else [pattern]
-    )
+    globs: list[Any] = [pattern] if isinstance(pattern, str) or not isinstance(pattern, Iterable) else [*pattern]
     if not all(isinstance(glob, str) for glob in globs):
         raise OptionError(f"{option}: {pattern!r} is neither a glob, a list of globs nor a function")
     for glob in globs:
         matched = {site for site in sites if any(fnmatch.fnmatchcase(path, glob) for path in site.paths)}
         if not matched:
             inside = any(path.startswith(f"{glob}.") for site in sites for path in site.paths)
-            hint = (
-                f"; it holds some: write '{glob}.*'"
-                if inside
-                else "; patterns are globs on module paths, such as 'layer1.*'"
-            )
-            raise OptionError(f"{option}: {glob!r} matches no norm and no convolution{hint}")
+            globbed = "patterns are globs on module paths, such as 'layer1.*'"
+            hint = f"it holds some: write '{glob}.*'" if inside else globbed
+            raise OptionError(f"{option}: {glob!r} matches no norm and no convolution; {hint}")
         found |= matched
     return found
 

@@ -9,16 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from normswap.analysis import known_norms
 from normswap.analysis.copies import MODULE_STATE
-from normswap.analysis.known_norms import (
-    OTHER_NORMS,
-    SAMPLE_NORMS,
-    WEIGHT_LAYERS,
-    activated,
-    batch_norms,
-    is_frozen_copy,
-    positional,
-)
 from normswap.analysis.obstacles import obstacle_of
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
@@ -71,9 +63,9 @@ class Site:
         """How many dimensions the input of a norm has behind (N, C); None: any number, or not known."""
         if isinstance(self.module, FrozenBatchNorm | EstimatedBatchNorm):
             return self.module.spatial_dims
-        if type(self.module) in positional():
+        if type(self.module) in known_norms.positional():
             return 2
-        return {**SAMPLE_NORMS, **batch_norms()}.get(self.base) if self.base else None
+        return {**known_norms.SAMPLE_NORMS, **known_norms.batch_norms()}.get(self.base) if self.base else None
 
     @property
     def form(self) -> NormForm:
@@ -86,8 +78,8 @@ class Site:
             return "batch"
         if self.base is nn.LayerNorm:
             whole = len(self.module.normalized_shape) > 1  # type: ignore[arg-type]
-            return "" if whole else "position" if type(self.module) in positional() else "last"
-        return "group" if self.base in SAMPLE_NORMS else ""
+            return "" if whole else "position" if type(self.module) in known_norms.positional() else "last"
+        return "group" if self.base in known_norms.SAMPLE_NORMS else ""
 
     @property
     def groups(self) -> int | None:
@@ -107,18 +99,19 @@ class Site:
     @property
     def is_activated(self) -> bool:
         """Whether the norm has an activation of its own behind it, in its children `drop` and `act`."""
-        return type(self.module) in activated()
+        return type(self.module) in known_norms.activated()
 
     @property
     def is_batch_norm(self) -> bool:
-        return self.base in batch_norms()
+        return self.base in known_norms.batch_norms()
 
 
 def classify(module: nn.Module) -> tuple[SiteKind, type[nn.Module] | None, str] | None:
     """(kind, base, obstacle) of a module that a report must name, or None for any other."""
-    norms, name = (*batch_norms(), *SAMPLE_NORMS, *OTHER_NORMS), type(module).__name__
-    base = next((cls for cls in type(module).__mro__ if cls in norms or cls in WEIGHT_LAYERS), None)
-    if base is None and is_frozen_copy(module):
+    norms = (*known_norms.batch_norms(), *known_norms.SAMPLE_NORMS, *known_norms.OTHER_NORMS)
+    name = type(module).__name__
+    base = next((cls for cls in type(module).__mro__ if cls in norms or cls in known_norms.WEIGHT_LAYERS), None)
+    if base is None and known_norms.is_frozen_copy(module):
         # Imported only for a model that has them; most do without torchvision.
         from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -146,13 +139,9 @@ def find_sites(model: nn.Module) -> list[Site]:
         modules[id(module)] = module
     found = ((module, tuple(paths[key]), classify(module)) for key, module in modules.items())
     sites = [Site(module, where, *what) for module, where, what in found if what is not None]
-    owners = {
-        child: site for site in sites if site.obstacle for child in site.module.modules() if child is not site.module
-    }
+    owners = {child: site.name for site in sites if site.obstacle for child in [*site.module.modules()][1:]}
     return [
-        replace(s, obstacle=f"is part of {owners[s.module].name}, which may read it directly")
-        if s.module in owners
-        else s
+        replace(s, obstacle=f"is part of {owners[s.module]}, which may read it directly") if s.module in owners else s
         for s in sites
     ]
 
@@ -166,11 +155,8 @@ def hidden_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             if id(value) not in registered:
                 registered.add(id(value))
                 yield path, value
-        elif depth and isinstance(value, list | tuple | set | frozenset):
-            for index, item in enumerate(value):
-                yield from search(f"{path}[{index}]", item, depth - 1)
-        elif depth and isinstance(value, dict):
-            for key, item in value.items():
+        elif depth and isinstance(value, list | tuple | set | frozenset | dict):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 yield from search(f"{path}[{key!r}]", item, depth - 1)
 
     for path, module in model.named_modules():

@@ -12,8 +12,10 @@ that other threads draw from torch's generator meanwhile are drawn again afterwa
 import builtins
 import dis
 import functools
+import itertools
 import sys
 import threading
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -56,10 +58,10 @@ def standing_in(mode: ModeWatch, asked_type: Callable[[fx.Proxy, Any], None]) ->
     that it is compared with, where the answer of `isinstance` may mislead the forward.
     """
     with _LOCK, ExitStack() as stack:
-        stack.enter_context(_exchanged(builtins, "isinstance", _watching_isinstance(asked_type)))
-        stack.enter_context(_exchanged(torch.autocast, "__init__", _autocast_on_any_device()))
-        stack.enter_context(_exchanged(dis, "get_instructions", _remembering_instructions()))
-        stack.enter_context(_exchanged(nn.Module, "training", mode))
+        _exchange(stack, builtins, "isinstance", _watching_isinstance(asked_type))
+        _exchange(stack, torch.autocast, "__init__", _autocast_on_any_device())
+        _exchange(stack, dis, "get_instructions", _remembering_instructions())
+        _exchange(stack, nn.Module, "training", mode)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.no_grad())
@@ -67,19 +69,13 @@ def standing_in(mode: ModeWatch, asked_type: Callable[[fx.Proxy, Any], None]) ->
         yield
 
 
-@contextmanager
-def _exchanged(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
-    """An attribute of a module or a class, exchanged for a while."""
-    missing = object()
-    real = vars(owner).get(name, missing)
+def _exchange(stack: ExitStack, owner: Any, name: str, stand_in: Any) -> None:
+    """Exchange an attribute of a module or a class until `stack` closes."""
+    if name in vars(owner):
+        stack.callback(setattr, owner, name, vars(owner)[name])
+    else:
+        stack.callback(delattr, owner, name)
     setattr(owner, name, stand_in)
-    try:
-        yield
-    finally:
-        if real is missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, real)
 
 
 def _watching_isinstance(asked_type: Callable[[fx.Proxy, Any], None]) -> Callable[[Any, Any], bool]:
@@ -98,15 +94,10 @@ def _watching_isinstance(asked_type: Callable[[fx.Proxy, Any], None]) -> Callabl
     return watched
 
 
-def _is_packing(frame: types.FrameType | None) -> bool:
+def _is_packing(frame: types.FrameType) -> bool:
     """Whether a dataclass is being filled, as transformers' outputs are: it only holds what it is given."""
-    for _ in range(_PACKING_DEPTH):
-        if frame is None:
-            break
-        if frame.f_code.co_name == "__post_init__":
-            return True
-        frame = frame.f_back
-    return False
+    frames = itertools.islice(traceback.walk_stack(frame), _PACKING_DEPTH)
+    return any(frame.f_code.co_name == "__post_init__" for frame, _ in frames)
 
 
 def _autocast_on_any_device() -> Callable[..., None]:

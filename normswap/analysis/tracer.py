@@ -3,12 +3,16 @@
 import itertools
 import sys
 import threading
+import traceback
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normswap.layers.reparametrized import CONVOLUTIONS
 
 Place = tuple[str, tuple[tuple[types.CodeType, int], ...]]
 """Where a forward branches: the path of the module, and the code and instruction of each frame that led there."""
@@ -19,16 +23,7 @@ _REFUSAL_LINES = 3  # from the test of an input to the end of the statement that
 _MAX_ROUNDS = 100  # answers alike at one place in the code: ends a loop whose condition is data
 _FX = fx.__path__[0]
 _NO_TENSORS = {list, tuple, dict, set, str, int, float, bool, type(None)}
-_GIVES_A_TENSOR = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.Linear,
-    nn.modules.batchnorm._BatchNorm,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.ReLU,
-)
+_GIVES_A_TENSOR: tuple[Any, ...] = (*CONVOLUTIONS, nn.Linear, _BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.ReLU)
 
 
 class BranchTracer(fx.Tracer):
@@ -45,9 +40,8 @@ class BranchTracer(fx.Tracer):
         self.decisions = dict(decisions)
         self.inexact = ""
         self._is_leaf = is_leaf
-        self._last_asked: list[
-            tuple[types.CodeType, int]
-        ] = []  # code and line of each frame that led to the last branch
+        # Code and line of each frame that led to the last branch.
+        self._last_asked: list[tuple[types.CodeType, int]] = []
         self._times_asked: Counter[Place] = Counter()
         self._names: dict[Tensor, str] = {}  # of the root's parameters and buffers
         self._thread = threading.get_ident()
@@ -59,9 +53,7 @@ class BranchTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         # torch.fx exchanges `nn.Module.__call__` for all threads: a module that another one runs is none of this model.
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
@@ -87,14 +79,12 @@ class BranchTracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Which way to go where a forward branches on a symbolic value."""
-        chain, self._last_asked = [], []
-        frame: types.FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code is not BranchTracer.trace.__code__:
-            if not frame.f_code.co_filename.startswith(_FX):
-                chain.append((frame.f_code, frame.f_lasti))
-                self._last_asked.append((frame.f_code, frame.f_lineno))
-            frame = frame.f_back
-        place = (self.scope.module_path, tuple(chain))  # one instance of a block may go where another does not
+        above = (frame for frame, _ in traceback.walk_stack(sys._getframe(1)))
+        run = itertools.takewhile(lambda frame: frame.f_code is not BranchTracer.trace.__code__, above)
+        frames = [frame for frame in run if not frame.f_code.co_filename.startswith(_FX)]
+        self._last_asked = [(frame.f_code, frame.f_lineno) for frame in frames]
+        # One instance of a block may go where another does not.
+        place = (self.scope.module_path, tuple((frame.f_code, frame.f_lasti) for frame in frames))
         self._times_asked[place] += 1
         decided = self.decisions.setdefault(place, True)
         return decided if self._times_asked[place] <= _MAX_ROUNDS else not decided
@@ -119,10 +109,5 @@ class BranchTracer(fx.Tracer):
         """Whether `error` says that the branch just taken only refuses its input: no good input takes it."""
         if not isinstance(error, WRONG_WAY) or isinstance(error, fx.proxy.TraceError):
             return False
-        tail = error.__traceback__
-        while tail is not None and tail.tb_next is not None:
-            tail = tail.tb_next
-        return tail is not None and any(
-            tail.tb_frame.f_code is code and 0 <= tail.tb_lineno - line <= _REFUSAL_LINES
-            for code, line in self._last_asked
-        )
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        return any(frame.f_code is code and 0 <= line - asked <= _REFUSAL_LINES for code, asked in self._last_asked)

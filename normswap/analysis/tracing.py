@@ -11,8 +11,7 @@ import itertools
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -28,8 +27,7 @@ _SLACK = 2  # given up where the branches would want that many times the nodes, 
 _MAX_FLAGS = 3  # of a forward's boolean arguments, tried both ways
 
 
-@dataclass(frozen=True)
-class TracedGraph:
+class TracedGraph(NamedTuple):
     """What one symbolic run of a forward gave."""
 
     graph: fx.Graph
@@ -37,8 +35,7 @@ class TracedGraph:
     """Values that the run has left in attributes of modules: whoever reads these reads them too."""
 
 
-@dataclass(frozen=True)
-class Traced:
+class Traced(NamedTuple):
     """What all symbolic runs of a forward gave."""
 
     graphs: tuple[TracedGraph, ...]
@@ -65,8 +62,7 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
     return Traced(tuple(runs.graphs), not runs.problem and bool(runs.graphs), runs.problem)
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """A way to call a forward, as to the arguments that a caller may leave out."""
 
     arguments: Mapping[str, Any]
@@ -160,11 +156,7 @@ class _Runs:
 def _left_behind(module: nn.Module, graph: fx.Graph) -> frozenset[fx.Node]:
     """Values of `graph` that a run has left in attributes."""
     found = set()
-    for m in module.modules():
-        for name, value in vars(m).items():
-            if name not in MODULE_STATE:
-                values = (
-                    value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
-                )
-                found |= {v.node for v in values if isinstance(v, fx.Proxy) and v.node.graph is graph}
+    for value in (value for m in module.modules() for name, value in vars(m).items() if name not in MODULE_STATE):
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        found |= {v.node for v in values if isinstance(v, fx.Proxy) and v.node.graph is graph}
     return frozenset(found)
