@@ -38,6 +38,10 @@ class Binding:
         module, _, leaf = key.rpartition(".")
         return f"{self._saved_modules[module]}{leaf}" if module in self._saved_modules else self.prefix + key
 
+    def saved_module(self, module: str) -> str:
+        """What a module is called there: what stands before a key of it, here `x`."""
+        return self.saved_key(f"{module}.x" if module else "x").removesuffix("x").removesuffix(".")
+
     @cached_property
     def _saved_modules(self) -> dict[str, str]:
         """What each module is called there, with the dot behind it, as the keys of its tensors tell."""
@@ -188,13 +192,10 @@ def rebuild(
 def _metadata(
     state: Mapping[str, Any], bindings: Sequence[Binding], states: Sequence[Mapping[str, Any]]
 ) -> OrderedDict[str, Any]:
-    """The versions of modules that torch keeps beside the tensors, under the saved names of the modules.
-
-    The name of a module is what stands before a key of it, here `x`.
-    """
+    """The versions of modules that torch keeps beside the tensors, under the saved names of the modules."""
     known = getattr(state, "_metadata", None)
     metadata = OrderedDict(known if isinstance(known, Mapping) else {})
     for binding, new in zip(bindings, states, strict=True):
         for module, value in (getattr(new, "_metadata", None) or {}).items():
-            metadata[binding.saved_key(f"{module}.x" if module else "x").removesuffix("x").removesuffix(".")] = value
+            metadata[binding.saved_module(module)] = value
     return metadata

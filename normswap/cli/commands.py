@@ -16,7 +16,7 @@ from rich.table import Table
 from normswap.cli import options as opt
 from normswap.cli.progress import show_progress
 from normswap.cli.values import allowed_classes, parse_numbers, parse_shape, parse_size
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, OptionError
 from normswap.report.formats import to_json
 from normswap.report.inspection import Inspection
 from normswap.report.report import Report
@@ -159,16 +159,21 @@ def fold(
     [bold]normswap fold resnet50.gn-ws.pt[/]
     """
     from normswap.files import convert_file, model_specs, paths, report_file
+    from normswap.targets.target import PLAIN_TARGET
 
     with _exit_on_error(), show_progress(2, silent=quiet or as_json) as progress:
         report_file.check_report_file(report, overwrite)
+        if model_specs.is_spec(input):
+            hint = "convert it first: --to fold, or --to gn-ws --fold"
+            raise OptionError(f"{input} is a model, not a converted file; {hint}")
         progress(f"folding {input}")
-        done = convert_file.fold_file(
-            input, out, model=model, model_args=model_specs.parse_arguments(model_arg or []), key=key,
+        out = out or paths.default_output(input, "fold")
+        done = convert_file.convert_file(
+            input, PLAIN_TARGET, out, model=model, model_args=model_specs.parse_arguments(model_arg or []), key=key,
             allow=allowed_classes(allow), trust=trust, overwrite=overwrite,
         )  # fmt: skip
         report_file.write_report_file(done, input, report, overwrite)
-    _show(done, ReportView(done, input, str(out or paths.default_output(input, "fold")), full), as_json, quiet)
+    _show(done, ReportView(done, input, str(out), full), as_json, quiet)
 
 
 @app.command()

@@ -6,26 +6,24 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from normswap.calibration.batches import input_batches, read_samples
 from normswap.checkpoints import checkpoint, contents, mapped_memory, reading, writing
 from normswap.checkpoints.checkpoint import Checkpoint
-from normswap.checkpoints.contents import Entry
 from normswap.conversion.request import Progress
 from normswap.errors import OptionError
 from normswap.files import model_specs
 from normswap.files.file_request import ConvertedEntry, FileRequest
-from normswap.files.inputs import check_input_options, errors_name, read_input
-from normswap.files.model_specs import ModelSource
+from normswap.files.inputs import errors_name, read_input
 from normswap.files.one_model import convert_entry
 from normswap.files.paths import default_output, format_by_ending
 from normswap.files.recipe import state_dict_with_recipe
 from normswap.report.report import Change, Cost, Report
 from normswap.targets.options import Options
-from normswap.targets.target import PLAIN_TARGET, parse_target
+from normswap.targets.target import Target, parse_target
 from normswap.training import optimizer_states
 from normswap.training.optimizers import state_changes
 from normswap.training.parameter_numbers import Parameters
@@ -33,10 +31,10 @@ from normswap.training.parameter_numbers import Parameters
 
 def convert_file(
     path: str | os.PathLike[str],
-    to: str,
+    to: str | Target,
     out: str | os.PathLike[str] | None = None,
     *,
-    model: ModelSource | None = None,
+    model: model_specs.ModelSource | None = None,
     model_args: Mapping[str, Any] | None = None,
     weights: str | None = None,
     key: str | None = None,
@@ -61,7 +59,7 @@ def convert_file(
     Args:
         path: a file (whole module, state dict, training checkpoint, safetensors), a folder (distributed checkpoint,
             weight files with an index), or `torchvision:NAME`, `timm:NAME`.
-        to: the target, as for `normswap.convert`.
+        to: the target, as for `normswap.convert`; `PLAIN_TARGET` folds what is converted, as `normswap.fold` does.
         out: where to write; by default `model.gn-ws.pt` beside the input (`resnet50.gn-ws.pt` here).
         model: what the tensors belong to, where the file holds no module: a spec (`torchvision:NAME`, `timm:NAME`,
             `package.module:factory`, `file.py:factory`), a factory, or a module. Most norms (`gn`) do without:
@@ -88,10 +86,10 @@ def convert_file(
         NormswapError: with nothing written.
     """
     started = time.monotonic()
-    asked, target = Options(**options), parse_target(to)
+    asked, target = Options(**options), to if isinstance(to, Target) else parse_target(to)
     if not model_specs.is_spec(str(path)):
         reading.check_input(Path(path))
-    out = default_output(path, to, format) if out is None else Path(out)
+    out = default_output(path, target.name, format) if out is None else Path(out)
     format = format or format_by_ending(out)
     if not dry_run:
         writing.check_format(out, format, overwrite)
@@ -101,42 +99,16 @@ def convert_file(
     request = FileRequest(target, asked, model, model_args or {}, eps, input_shape, example_inputs, fold, progress)
 
     progress(f"reading {path}")
-    check_input_options(path, model, key, weights)
-    scratch = None if dry_run else out.resolve().parent
-    found = read_input(path, weights=weights, model_args=request.model_args, trust=trust, allow=allow, scratch=scratch)
+    found = read_input(
+        path, model=model, key=key, weights=weights, model_args=request.model_args,
+        trust=trust, allow=allow, scratch=None if dry_run else out.resolve().parent
+    )  # fmt: skip
     with errors_name(path):
         converted, report = _convert_models(found, key, request)
     if not dry_run:
         progress(f"writing {out}")
         _write(converted, out, format, key, overwrite)
-    return _with_cost(report, started)
-
-
-def fold_file(
-    path: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
-    *,
-    model: ModelSource | None = None,
-    model_args: Mapping[str, Any] | None = None,
-    key: str | None = None,
-    allow: Iterable[str] = (),
-    trust: bool = False,
-    overwrite: bool = False,
-) -> Report:
-    """Fold the converted model in a file into plain torch layers and save it; `model.fold.pt` by default.
-
-    The arguments are those of `convert_file`, and so are the errors.
-    """
-    if model_specs.is_spec(str(path)):
-        raise OptionError(f"{path} is a model, not a converted file; convert it first: --to fold, or --to gn-ws --fold")
-    started = time.monotonic()
-    out = default_output(path, "fold") if out is None else Path(out)
-    writing.check_format(out, None, overwrite)
-    found = reading.read_checkpoint(path, trust=trust, allow=allow, scratch=out.resolve().parent)
-    with errors_name(path):
-        folded, report = _convert_models(found, key, FileRequest(PLAIN_TARGET, Options(), model, model_args or {}))
-    writing.write_checkpoint(folded, out, overwrite=overwrite)
-    return _with_cost(report, started)
+    return replace(report, cost=Cost(time.monotonic() - started, mapped_memory.peak_memory()))
 
 
 def _read_data(
@@ -153,10 +125,6 @@ def _read_data(
     return None
 
 
-def _with_cost(report: Report, started: float) -> Report:
-    return replace(report, cost=Cost(time.monotonic() - started, mapped_memory.peak_memory()))
-
-
 # ---- the models in a checkpoint, and their optimizers ----
 
 
@@ -168,8 +136,8 @@ def _convert_models(found: Checkpoint, key: str | None, request: FileRequest) ->
     for entry, new in zip(entries, converted, strict=True):
         content = contents.with_value_at(content, entry, new.value)
     first = converted[0]
-    inside = _remap_optimizers(content, first.parameter_pairs, flat=found.kind == "dcp")
-    beside = _remap_optimizers(dict(found.optimizers), first.parameter_pairs)
+    content, inside, lost_inside = _remap_optimizers(content, first.parameter_pairs, flat=found.kind == "dcp")
+    optimizers, beside, lost_beside = _remap_optimizers(dict(found.optimizers), first.parameter_pairs)
     copies = [
         Change((entry.name,), "copy", "copy of the model", "converted", "converted like the model", new.report.exact)
         for entry, new in zip(entries[1:], converted[1:], strict=True)
@@ -178,13 +146,13 @@ def _convert_models(found: Checkpoint, key: str | None, request: FileRequest) ->
     not_converted = [f"not converted, though it looks like a model: {others}; convert it with --key"] if others else []
     report = replace(
         first.report,
-        changes=(*first.report.changes, *copies, *inside.changes, *beside.changes),
-        warnings=(*first.report.warnings, *inside.warnings, *beside.warnings, *not_converted),
+        changes=(*first.report.changes, *copies, *inside, *beside),
+        warnings=(*first.report.warnings, *lost_inside, *lost_beside, *not_converted),
     )
-    return replace(found, content=inside.content, optimizers=beside.content), report
+    return replace(found, content=content, optimizers=optimizers), report
 
 
-def _convert_each(entries: Sequence[Entry], where: Path, request: FileRequest) -> list[ConvertedEntry]:
+def _convert_each(entries: Sequence[contents.Entry], where: Path, request: FileRequest) -> list[ConvertedEntry]:
     """Every entry converted in turn; a module that stands under two names once, since it is changed in place."""
     done: dict[int, ConvertedEntry] = {}
     for entry in entries:
@@ -193,21 +161,18 @@ def _convert_each(entries: Sequence[Entry], where: Path, request: FileRequest) -
     return [done[id(entry.value)] for entry in entries]
 
 
-class _Remapped(NamedTuple):
-    """Content with its optimizers' states carried over, a change for each parameter, and what could not be done."""
+def _remap_optimizers(
+    content: Any, pairs: Sequence[tuple[Parameters, Parameters]], flat: bool = False
+) -> tuple[Any, list[Change], list[str]]:
+    """`content` with its optimizers' states carried over, a change for each parameter, and what could not be done.
 
-    content: Any
-    changes: list[Change]
-    warnings: list[str]
-
-
-def _remap_optimizers(content: Any, pairs: Sequence[tuple[Parameters, Parameters]], flat: bool = False) -> _Remapped:
-    """The optimizers' states in `content` for the parameters after; `flat`: as a distributed checkpoint keeps them."""
+    `flat`: the states are kept as in a distributed checkpoint.
+    """
     remap = optimizer_states.remap_flat_states if flat else optimizer_states.remap_states
     content, states, lost = remap(content, pairs)
     changes = [change for name, state in states.items() for change in state_changes(name, state)]
     reason = "dropped, since nothing tells which parameter each of its states belongs to; start it anew"
-    return _Remapped(content, changes, [f"{name}: {reason}" for name in lost])
+    return content, changes, [f"{name}: {reason}" for name in lost]
 
 
 # ---- writing ----

@@ -10,23 +10,13 @@ from normswap.checkpoints import reading
 from normswap.checkpoints.checkpoint import Checkpoint
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.files import model_specs
-from normswap.files.model_specs import ModelSource
-
-
-def check_input_options(
-    path: str | os.PathLike[str], model: ModelSource | None, key: str | None, weights: str | None
-) -> None:
-    """Raise `OptionError` for options that do not go with what is given."""
-    if not model_specs.is_spec(str(path)):
-        if weights is not None:
-            raise OptionError(f"--weights {weights} is for a model of a library; {path} has its own")
-    elif model is not None or key is not None:
-        raise OptionError(f"--model and --key are for files; {path} is a model itself")
 
 
 def read_input(
     path: str | os.PathLike[str],
     *,
+    model: model_specs.ModelSource | None,
+    key: str | None,
     weights: str | None,
     model_args: Mapping[str, Any],
     trust: bool,
@@ -35,10 +25,15 @@ def read_input(
 ) -> Checkpoint:
     """The checkpoint at `path`; a model that a library makes comes as a checkpoint that holds it whole.
 
-    The tensors of a distributed checkpoint are kept in files under `scratch`.
+    The tensors of a distributed checkpoint are kept in files under `scratch`. Raises `OptionError` for options that do
+    not go with what is given.
     """
     if model_specs.is_spec(str(path)):
+        if model is not None or key is not None:
+            raise OptionError(f"--model and --key are for files; {path} is a model itself")
         return Checkpoint(Path(str(path)), "pt", model_specs.build(str(path), weights, model_args))
+    if weights is not None:
+        raise OptionError(f"--weights {weights} is for a model of a library; {path} has its own")
     return reading.read_checkpoint(path, trust=trust, allow=allow, scratch=scratch)
 
 

@@ -12,9 +12,8 @@ from normswap.checkpoints import checkpoint, contents
 from normswap.conversion.request import Progress
 from normswap.errors import OptionError
 from normswap.files import model_specs, norms_by_keys
-from normswap.files.inputs import check_input_options, errors_name, read_input
+from normswap.files.inputs import errors_name, read_input
 from normswap.files.model_for_state import find_source, models_on_tensors
-from normswap.files.model_specs import ModelSource
 from normswap.files.one_model import noise_for
 from normswap.inspection.examine import examine
 from normswap.report.inspection import Inspection, Layer
@@ -23,7 +22,7 @@ from normswap.report.inspection import Inspection, Layer
 def inspect_file(
     path: str | os.PathLike[str],
     *,
-    model: ModelSource | None = None,
+    model: model_specs.ModelSource | None = None,
     model_args: Mapping[str, Any] | None = None,
     weights: str | None = None,
     key: str | None = None,
@@ -38,8 +37,8 @@ def inspect_file(
     as its keys tell: the batch norms, and what has the shape of a convolution.
     """
     progress(f"reading {path}")
-    check_input_options(path, model, key, weights)
-    found = read_input(path, weights=weights, model_args=model_args or {}, trust=trust, allow=allow)
+    arguments = model_args or {}
+    found = read_input(path, model=model, key=key, weights=weights, model_args=arguments, trust=trust, allow=allow)
     if model_specs.is_spec(str(path)):
         return _examine_module(found.content, input_shape, progress)
     path = Path(path)
@@ -51,7 +50,7 @@ def inspect_file(
             return _examine_module(value, input_shape, progress)
         if model is None and checkpoint.stored_recipe(value) is None:
             return _examine_tensors(value, progress)
-        source, arguments = find_source(value, model, model_args or {}, path)
+        source, arguments = find_source(value, model, arguments, path)
         return _examine_module(models_on_tensors(value, source, arguments, path)[0][1], input_shape, progress)
 
 

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from normswap.analysis.copies import clone
 from normswap.checkpoints import checkpoint, state_keys
-from normswap.checkpoints.state_keys import Binding
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.files import model_specs
-from normswap.files.model_specs import ModelSource
 from normswap.files.recipe import parse_recipe, replay
 from normswap.training.parameter_numbers import Parameter
 
@@ -24,8 +22,8 @@ _MOST_ARGUMENT = 1_000_000
 
 
 def find_source(
-    state: Any, model: ModelSource | None, arguments: Mapping[str, Any] | None, where: Path
-) -> tuple[ModelSource, Mapping[str, Any]]:
+    state: Any, model: model_specs.ModelSource | None, arguments: Mapping[str, Any] | None, where: Path
+) -> tuple[model_specs.ModelSource, Mapping[str, Any]]:
     """What makes the model of a state dict, with arguments: what was given, or what its recipe names in a library.
 
     Raises `FileError` where there is neither; `where` is the file.
@@ -59,8 +57,8 @@ def _harmless_arguments(stored: Any, where: object) -> dict[str, Any]:
 
 
 def models_on_tensors(
-    state: Mapping[str, Any], source: ModelSource, arguments: Mapping[str, Any], where: object
-) -> list[tuple[Binding, nn.Module]]:
+    state: Mapping[str, Any], source: model_specs.ModelSource, arguments: Mapping[str, Any], where: object
+) -> list[tuple[state_keys.Binding, nn.Module]]:
     """The model on the tensors of `state`, with where they stand there; several where `state` holds copies of it.
 
     A converted state dict gets a converted model. Raises `FileError` where the tensors do not fit.
@@ -84,7 +82,7 @@ def models_on_tensors(
             if isinstance(context, torch.device):
                 continue
             raise
-        filled: list[tuple[Binding, nn.Module]] = []
+        filled: list[tuple[state_keys.Binding, nn.Module]] = []
         for binding in state_keys.bind(state, model.state_dict(), where):
             if filled:
                 with context:
@@ -98,14 +96,11 @@ def models_on_tensors(
 
 def _lacks_memory(model: nn.Module) -> bool:
     """Whether some tensor of `model`, also one in a plain attribute, still has no memory."""
-    for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(value, Tensor) and value.is_meta:
-                return True
-    return False
+    held = (part for module in model.modules() for part in (module._parameters, module._buffers, vars(module)))
+    return any(isinstance(value, Tensor) and value.is_meta for part in held for value in part.values())
 
 
-def _load_tensors(model: nn.Module, state: Mapping[str, Any], binding: Binding, where: object) -> None:
+def _load_tensors(model: nn.Module, state: Mapping[str, Any], binding: state_keys.Binding, where: object) -> None:
     """Put the tensors of `state` themselves into `model`, without copies; parameters that it ties stay tied."""
     tied: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -116,9 +111,7 @@ def _load_tensors(model: nn.Module, state: Mapping[str, Any], binding: Binding, 
     # Modules read in `_metadata` of which version their tensors are: it goes along, under the model's own paths.
     known = getattr(state, "_metadata", None)
     known = known if isinstance(known, Mapping) else {}
-    outer = {
-        name: binding.saved_key(f"{name}.x" if name else "x")[:-1].rstrip(".") for name, _ in model.named_modules()
-    }
+    outer = {name: binding.saved_module(name) for name, _ in model.named_modules()}
     part._metadata = {name: known[path] for name, path in outer.items() if path in known}  # type: ignore[attr-defined]
     try:
         missing, unexpected = model.load_state_dict(part, strict=False, assign=True)
@@ -140,7 +133,7 @@ def parameters_of_model(model: nn.Module) -> tuple[Parameter, ...]:
 
 
 def parameters_of_state(
-    state: Mapping[str, Any], binding: Binding, model: nn.Module, parameters: tuple[Parameter, ...]
+    state: Mapping[str, Any], binding: state_keys.Binding, model: nn.Module, parameters: tuple[Parameter, ...]
 ) -> tuple[Parameter, ...]:
     """What an optimizer of all of `state` sees, in its order: the model's `parameters`, and others by their keys.
 

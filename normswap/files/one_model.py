@@ -8,16 +8,13 @@ from typing import Any
 from torch import nn
 
 from normswap.analysis.noise import guess_inputs
-from normswap.checkpoints import checkpoint, mapped_memory, state_keys
-from normswap.checkpoints.contents import Entry
-from normswap.checkpoints.state_keys import Binding
+from normswap.checkpoints import checkpoint, contents, mapped_memory, state_keys
 from normswap.conversion.pipeline import Conversion, run
 from normswap.conversion.request import Request
 from normswap.errors import FileError, NormswapError, OptionError, first_line
 from normswap.files import model_specs
 from normswap.files.file_request import ConvertedEntry, FileRequest
 from normswap.files.model_for_state import find_source, models_on_tensors, parameters_of_model, parameters_of_state
-from normswap.files.model_specs import ModelSource
 from normswap.files.recipe import as_folded, with_origin
 from normswap.files.tensors_alone import convert_tensors_alone
 from normswap.report.report import Node, Report
@@ -27,18 +24,16 @@ _LARGE = 200_000_000  # parameters: a larger model is not run on noise without b
 _SHOWN = 3  # names in a message
 
 
-def convert_entry(entry: Entry, where: Path, request: FileRequest) -> ConvertedEntry:
+def convert_entry(entry: contents.Entry, where: Path, request: FileRequest) -> ConvertedEntry:
     """The model at `entry` of the file `where`, converted in the way that what is there allows."""
     if isinstance(entry.value, nn.Module):
         return _convert_whole_module(entry.value, where, request)
-    if request.target is PLAIN_TARGET:
-        source, arguments = find_source(entry.value, request.model, request.model_args, where)
-        return _convert_state_dict(entry, source, arguments, where, request)
-    if request.model is None:
+    plain = request.target is PLAIN_TARGET
+    if request.model is None and not plain:
         return convert_tensors_alone(entry.value, where, request)
-    if request.eps is not None:
+    if request.eps is not None and not plain:
         raise OptionError("--eps is for files without their model; the one that --model makes has its own")
-    return _convert_state_dict(entry, request.model, request.model_args, where, request)
+    return _convert_state_dict(entry, where, request)
 
 
 def _convert_whole_module(model: nn.Module, where: Path, request: FileRequest) -> ConvertedEntry:
@@ -58,33 +53,28 @@ def _convert_whole_module(model: nn.Module, where: Path, request: FileRequest) -
     return ConvertedEntry(converted, report, ((before, parameters_of_model(converted)),))
 
 
-def _convert_state_dict(
-    entry: Entry, source: ModelSource, arguments: Mapping[str, Any], where: Path, request: FileRequest
-) -> ConvertedEntry:
+def _convert_state_dict(entry: contents.Entry, where: Path, request: FileRequest) -> ConvertedEntry:
     """A state dict by way of its model, once for each copy of the model in it."""
     state = entry.value
+    source, arguments = find_source(state, request.model, request.model_args, where)
     models = models_on_tensors(state, source, arguments, f"{where}: {entry.name}" if entry.keys else where)
     before = parameters_of_model(models[0][1])
     converted = [(binding, *_convert_in_place(model, request)) for binding, model in models]
     bindings = [binding for binding, _, _ in converted]
     value = state_keys.rebuild(state, bindings, [model.state_dict() for _, model, _ in converted])
     binding, model, report = converted[0]
-    previous = checkpoint.stored_recipe(state)
-    if request.target is PLAIN_TARGET:
-        recipe = as_folded(previous)
-    else:
-        recipe = with_origin(report.recipe, source, arguments, previous)
+    previous, plain = checkpoint.stored_recipe(state), request.target is PLAIN_TARGET
+    recipe = as_folded(previous) if plain else with_origin(report.recipe, source, arguments, previous)
     checkpoint.store_recipe(value, recipe)
-    report = replace(
-        report, recipe=recipe or report.recipe, warnings=(*report.warnings, *_kept_beside(state, bindings))
-    )
+    notices = (*report.warnings, *_kept_beside(state, bindings))
+    report = replace(report, recipe=recipe or report.recipe, warnings=notices)
     # An optimizer was made for the model's parameters, or for those of a script's own module that holds the model.
     after = parameters_of_model(model)
     of_script = [parameters_of_state(which, binding, model, own) for which, own in ((state, before), (value, after))]
     return ConvertedEntry(value, report, ((before, after), (of_script[0], of_script[1])))
 
 
-def _kept_beside(state: Mapping[str, Any], bindings: Sequence[Binding]) -> list[str]:
+def _kept_beside(state: Mapping[str, Any], bindings: Sequence[state_keys.Binding]) -> list[str]:
     """A notice of the keys that belong to no copy of the model."""
     bound = {name for binding in bindings for name in binding.names.values()}
     beside = [name for name in state if name not in bound]
@@ -106,15 +96,9 @@ def _convert_in_place(model: nn.Module, request: FileRequest) -> Conversion:
         inputs, name = noise_for(model, request.input_shape)
     previous = checkpoint.stored_recipe(model)
     asked = Request(
-        request.target,
-        request.options,
-        example_inputs=inputs,
-        inputs_name=name,
-        drift_only=drift_only,
-        inplace=True,
-        progress=request.progress,
-        release=mapped_memory.release,
-    )
+        request.target, request.options, inputs, name, drift_only,
+        inplace=True, progress=request.progress, release=mapped_memory.release
+    )  # fmt: skip
     model, report = run(model, asked)
     recipe = with_origin(report.recipe | ({"folded": True} if request.fold else {}), None, {}, previous)
     if drift_only and report.drift is None and _is_large(model):

@@ -19,7 +19,6 @@ from normswap.conversion.pipeline import run
 from normswap.conversion.request import Recorded, Request
 from normswap.errors import FileError
 from normswap.files import model_specs
-from normswap.files.model_specs import ModelSource
 from normswap.layers.matching import Moments
 from normswap.layers.reparametrized import LAYERS
 from normswap.report.report import Report
@@ -58,12 +57,11 @@ class Recipe:
     """The conversion before this one, where the model was converted already."""
 
 
-def parse_recipe(stored: Any, where: object) -> Recipe:
-    """The recipe that the file `where` holds. Raises `FileError` unless it is one that this version can repeat."""
-    return _parse(stored, where, _MOST_CONVERSIONS)
+def parse_recipe(stored: Any, where: object, most_before: int = _MOST_CONVERSIONS) -> Recipe:
+    """The recipe that the file `where` holds, with those of at most so many conversions before it.
 
-
-def _parse(stored: Any, where: object, most_before: int) -> Recipe:
+    Raises `FileError` unless it is one that this version can repeat.
+    """
     if not isinstance(stored, Mapping) or type(stored.get("format")) is not int:
         raise FileError(f"{where}: its recipe is damaged; give the model and convert it again")
     if stored["format"] > _NEWEST_FORMAT:
@@ -78,17 +76,15 @@ def _parse(stored: Any, where: object, most_before: int) -> Recipe:
         raise FileError(f"{where}: its recipe names the target {target!r}, which is none of {', '.join(TARGETS)}")
     if not isinstance(layers, Mapping) or not all(_is_layer(path, layer) for path, layer in layers.items()):
         raise FileError(f"{where}: its recipe is damaged: the layers are not paths with what they became")
-    previous = None
-    if stored.get("previous") is not None:
-        if most_before == 0:
-            raise FileError(f"{where}: its recipe is damaged: too many conversions of conversions")
-        previous = _parse(stored["previous"], where, most_before - 1)
+    previous = stored.get("previous")
+    if previous is not None and most_before == 0:
+        raise FileError(f"{where}: its recipe is damaged: too many conversions of conversions")
     return Recipe(
         target,
         {path: LayerRecipe(layer["to"], layer.get("groups")) for path, layer in layers.items()},
         on_data=isinstance(options, Mapping) and bool(options.get("calibrate")),
         folded=stored.get("folded") is True,
-        previous=previous,
+        previous=None if previous is None else parse_recipe(previous, where, most_before - 1),
     )
 
 
@@ -213,7 +209,7 @@ def state_dict_with_recipe(model: nn.Module) -> dict[str, Any]:
 
 
 def with_origin(
-    recipe: Mapping[str, Any], model: ModelSource | None, arguments: Mapping[str, Any], previous: Any
+    recipe: Mapping[str, Any], model: model_specs.ModelSource | None, arguments: Mapping[str, Any], previous: Any
 ) -> dict[str, Any]:
     """A recipe with the spec of its model, where that is a library's, and the conversion before it."""
     spec = model if isinstance(model, str) and model_specs.is_spec(model) else None

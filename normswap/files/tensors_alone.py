@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from normswap.checkpoints import checkpoint, state_keys
-from normswap.checkpoints.state_keys import Binding
 from normswap.conversion.pipeline import run
 from normswap.conversion.request import Request
 from normswap.errors import OptionError
 from normswap.files import norms_by_keys
 from normswap.files.file_request import ConvertedEntry, FileRequest
 from normswap.files.recipe import parse_recipe, with_origin
-from normswap.report.report import Left, Report
+from normswap.report.report import Left, Report, Totals
 from normswap.target_table import NORM_FORMS
 
 
@@ -32,7 +31,7 @@ def convert_tensors_alone(state: Mapping[str, Any], where: Path, request: FileRe
         parse_recipe(previous, where)  # it goes on into the new file, where it has to be sound
     norms = norms_by_keys.module_of_norms(state, eps)
     converted, report = run(norms, Request(request.target, request.options, inplace=True, progress=request.progress))
-    own_keys = Binding({key: key for key in norms_by_keys.norm_keys(state)})
+    own_keys = state_keys.Binding({key: key for key in norms_by_keys.norm_keys(state)})
     value = state_keys.rebuild(state, [own_keys], [converted.state_dict()])
     recipe = with_origin(report.recipe, None, {}, previous)
     checkpoint.store_recipe(value, recipe)
@@ -58,16 +57,8 @@ def _of_whole_state(report: Report, before: Mapping[str, Any], after: Mapping[st
     """The report of what `run` saw, which is norms alone, as one of the whole state dict: convolutions are left."""
     reason = f"{report.target} changes no weights of this kind"
     left = [Left(path, "weight", "convolution", reason) for path in norms_by_keys.convolution_paths(before)]
-    (parameters_before, buffers_before), (parameters_after, buffers_after) = map(
-        norms_by_keys.count_elements_by_keys, (before, after)
-    )
-    totals = replace(
-        report.totals,
-        left=report.totals.left + len(left),
-        parameters_before=parameters_before,
-        parameters_after=parameters_after,
-        buffers_before=buffers_before,
-        buffers_after=buffers_after,
-    )
+    old, new = map(norms_by_keys.count_elements_by_keys, (before, after))
+    known = report.totals
+    totals = Totals(known.norms_changed, known.weights_changed, known.left + len(left), old[0], new[0], old[1], new[1])
     notice = f"eps is not in the file: {eps:g} is assumed (--eps); nor are the sizes of maps, and what follows what"
     return replace(report, left=(*report.left, *left), totals=totals, warnings=(*report.warnings, notice))
