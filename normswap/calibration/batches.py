@@ -295,25 +295,18 @@ def _first_items(items: Iterator[Any], limit: int) -> list[Any]:
 
 def _sample_count(item: Any, index: int) -> int:
     """How many samples a batch has: the first dimension of its first tensor, or the length of its list of pictures."""
-    first = item
     if isinstance(item, PackedSequence):
         return int(item.batch_sizes[0])
-    if isinstance(item, Mapping):
-        first = next(iter(item.values()), None)
-    elif isinstance(item, tuple | list):
-        first = item[0] if item else None
+    first = next(iter(_parts_of(item)), None)
     if isinstance(first, Mapping):
         return _sample_count(first, index)
-    if isinstance(first, Tensor | numpy.ndarray):
-        count = int(first.shape[0]) if first.ndim else 0
-    elif isinstance(first, list | tuple):
-        count = len(first)
-    else:
+    if not isinstance(first, Tensor | numpy.ndarray | list | tuple):
         raise UnusableData(
             f"item {index} is a {type(item).__name__} without a tensor in front; "
             "an item is a tensor, a tuple or a dict of them"
         )
-    if count == 0:
+    count = _first_dimension(first)
+    if count < 1:
         raise UnusableData(f"item {index} holds no samples")
     return count
 
@@ -323,16 +316,17 @@ def _first_samples(item: Any, count: int) -> Any:
     size = _sample_count(item, 0)
     if isinstance(item, PackedSequence):
         return item
-    parts = list(item.values()) if isinstance(item, Mapping) else item if isinstance(item, tuple | list) else [item]
-    if not all(isinstance(part, Tensor | list | tuple) and _first_dimension(part) == size for part in parts):
+    if not all(isinstance(part, Tensor | list | tuple) and _first_dimension(part) == size for part in _parts_of(item)):
         return item
     if isinstance(item, Mapping):
         return {name: value[:count] for name, value in item.items()}
     return [value[:count] for value in item] if isinstance(item, tuple | list) else item[:count]
 
 
-def _first_dimension(part: Tensor | list[Any] | tuple[Any, ...]) -> int:
-    """The number of samples in a part of a batch; -1 for a single number."""
-    if not isinstance(part, Tensor):
-        return len(part)
-    return int(part.shape[0]) if part.dim() else -1
+def _parts_of(item: Any) -> Iterable[Any]:
+    return item.values() if isinstance(item, Mapping) else item if isinstance(item, tuple | list) else [item]
+
+
+def _first_dimension(part: Any) -> int:
+    """The number of samples in a tensor, an array or a list; -1 for a single number."""
+    return len(part) if getattr(part, "ndim", 1) else -1

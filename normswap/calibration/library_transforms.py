@@ -35,7 +35,8 @@ class PictureOptions:
 
     def for_channels(self, channels: int) -> PictureOptions:
         """The same, with a single number repeated for each channel."""
-        return PictureOptions(self.size, _repeated(self.mean, channels), _repeated(self.std, channels))
+        mean, std = (v * channels if v is not None and len(v) == 1 else v for v in (self.mean, self.std))
+        return PictureOptions(self.size, mean, std)
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,6 @@ def _numbers(option: str, value: Any) -> tuple[float, ...] | None:
     return numbers
 
 
-def _repeated(numbers: tuple[float, ...] | None, channels: int) -> tuple[float, ...] | None:
-    return numbers * channels if numbers is not None and len(numbers) == 1 else numbers
-
-
 # ---- what a picture goes through ----
 
 
@@ -131,12 +128,10 @@ def _of_torchvision(name: str, weights: str | None, options: PictureOptions) -> 
             f"torchvision:{name} takes more than one picture at a time; "
             "give its inputs as tensors, in a .npy or .pt file"
         )
-    detects = kind == "ObjectDetection"
-    mean, std = options.mean, options.std
-    if mean is not None and std is not None and not detects:
-        preset.mean, preset.std = list(mean), list(std)
     transform = preset if options.size is None else _at_size(preset, options.size)
-    if not detects:
+    mean, std = options.mean, options.std
+    if kind != "ObjectDetection":
+        preset.mean, preset.std = list(mean or preset.mean), list(std or preset.std)
         return Preparation(transform, tuple(preset.mean), tuple(preset.std))
     if mean is not None and std is not None:  # beside what the model does by itself
         return Preparation(lambda picture: normalize(transform(picture), mean, std), mean, std, listed=True)

@@ -99,10 +99,9 @@ def _picked(named: Mapping[Any, Any]) -> Any:
     if not arrays:
         listed = ", ".join(map(str, named)) or "nothing"
         raise UnusableData(f"holds no tensor of numbers at its top level, but {listed[:200]}")
-    if len(arrays) > 1:
-        arrays = _of_one_split(arrays)
-        arrays = {name: value for name, value in arrays.items() if name.lower() not in _LABELS} or arrays
-    if len(arrays) > 1 and len({value.shape[:1] for value in arrays.values()}) > 1:
+    arrays = _of_one_split(arrays)
+    arrays = {name: value for name, value in arrays.items() if name.lower() not in _LABELS} or arrays
+    if len({value.shape[:1] for value in arrays.values()}) > 1:
         inputs = [name for name in arrays if name.lower() in INPUTS]
         if len(inputs) != 1:
             shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in arrays.items())

@@ -194,12 +194,11 @@ class _Layer(_LayerNormalized):
 class _Cell(_LayerNormalized):
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
         """As the plain cell's: (batch, input) or (input,), and the state before or None, to the state after."""
-        w, kind, lone = self.weights(), type(self), isinstance(self, nn.GRUCell)
-        x, state = prepare_cell_input(self, input, hx)
-        state = kind.step(normalized(x, w.ih, self.eps), state, w, self.eps)
+        w, (x, state) = self.weights(), prepare_cell_input(self, input, hx)
+        state = type(self).step(normalized(x, w.ih, self.eps), state, w, self.eps)
         if input.dim() == 1:
             state = tuple(s.squeeze(0) for s in state)
-        return state[0] if lone else state
+        return state[0] if isinstance(self, nn.GRUCell) else state
 
 
 class _LSTM:
@@ -292,9 +291,9 @@ def _in_layout_of(input: Tensor | PackedSequence, layer: Any, x: Tensor, last: S
     """The output by step and the last states, in the layout that `input` has."""
     output: Tensor | PackedSequence
     if isinstance(input, PackedSequence):
-        output = PackedSequence(x, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-        if input.unsorted_indices is not None:
-            order = input.unsorted_indices
+        order = input.unsorted_indices
+        output = PackedSequence(x, input.batch_sizes, input.sorted_indices, order)
+        if order is not None:
             last = tuple(s.index_select(1, order) for s in last)
     else:
         output = x.transpose(0, 1) if layer.batch_first else x

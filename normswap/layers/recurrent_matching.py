@@ -69,7 +69,7 @@ def measured_moments(layer: nn.Module, input: Tensor | PackedSequence, hx: Any =
         return _moments_of_steps(layer, *recurrent.prepare_input(layer, input, hx))
     assert isinstance(input, Tensor)  # for the type checker: a cell takes nothing else
     x, start = recurrent.prepare_cell_input(layer, input, hx)
-    return _moments_of_steps(layer, x.unsqueeze(0), None, tuple(s.unsqueeze(0) for s in start))
+    return _moments_of_steps(layer, x.unsqueeze(0), None, start)
 
 
 STEPS, SEQUENCES = 16, 64
@@ -91,11 +91,11 @@ def typical_moments(layer: nn.Module) -> dict[str, VectorMoments]:
     if isinstance(layer, nn.RNNBase):
         return measured_moments(layer, x.transpose(0, 1) if layer.batch_first else x)
     _, start = recurrent.prepare_cell_input(layer, x[0], None)
-    return _moments_of_steps(layer, x, None, tuple(s.unsqueeze(0) for s in start))
+    return _moments_of_steps(layer, x, None, start)
 
 
 def _moments_of_steps(layer: nn.Module, x: Tensor, sizes: list[int] | None, start: State) -> dict[str, VectorMoments]:
-    """`measured_moments` on what `prepare_input` gives; a cell is run as one layer in one direction."""
+    """`measured_moments` on what `prepare_input` gives; a cell runs on its own state, as one layer in one direction."""
     found: dict[str, VectorMoments] = {}
     gates = 4 if isinstance(layer, nn.LSTM | nn.LSTMCell) else 3
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -116,7 +116,7 @@ def _moments_of_steps(layer: nn.Module, x: Tensor, sizes: list[int] | None, star
     if isinstance(layer, nn.RNNBase):
         recurrent.run_layers(layer, x, sizes, start, run, dropout=0.0)
     else:
-        run(x, sizes, tuple(s[0] for s in start), "")
+        run(x, sizes, start, "")
     return found
 
 
