@@ -20,25 +20,22 @@ def guess_inputs(model: nn.Module, shape: tuple[int, ...] | None = None) -> tupl
     """
     first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)), None)
     family = type(model).__module__
+    detects, flows = (family.startswith(f"torchvision.models.{task}") for task in ("detection", "optical_flow"))
     if shape is None:
         if first is None:
             return None
-        if isinstance(first, nn.Linear):
+        if detects or flows:
+            shape = (1, 3, 320, 320) if detects else (1, 3, 128, 128)
+        elif isinstance(first, nn.Linear):
             shape = (2, first.in_features)
         else:
             dims = len(first.kernel_size)
             shape = (2, first.in_channels, *{1: (1024,), 2: (224, 224), 3: (16, 112, 112)}[dims])
-        if family.startswith("torchvision.models.detection"):
-            shape = (1, 3, 320, 320)
-        elif family.startswith("torchvision.models.optical_flow"):
-            shape = (1, 3, 128, 128)
     name = f"noise {'×'.join(map(str, shape))}, seed {SEED}"
     try:
         value = inputs_like(model, torch.randn(shape, generator=torch.Generator().manual_seed(SEED)))
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
         raise OptionError(f"input_shape: {shape} cannot be made: {first_line(error)}") from None
-    if family.startswith("torchvision.models.detection"):
+    if detects:
         return (list(value),), name
-    if family.startswith("torchvision.models.optical_flow"):
-        return (value, value.flip(-1)), name
-    return (value,), name
+    return ((value, value.flip(-1)) if flows else (value,)), name

@@ -26,9 +26,8 @@ def obstacle_of(module: nn.Module, base: type[nn.Module]) -> str:
             return "has a tensor whose elements share memory (expand)"
     if parametrize.is_parametrized(module):
         normalized = any("WeightNorm" in type(p).__name__ for ps in module.parametrizations.values() for p in ps)  # type: ignore[union-attr, operator]
-        return (
-            "is weight-normalized already, by torch's parametrization" if normalized else "has a parametrization on it"
-        )
+        by_torch = "is weight-normalized already, by torch's parametrization"
+        return by_torch if normalized else "has a parametrization on it"
     if any("WeightNorm" in type(hook).__name__ for hook in module._forward_pre_hooks.values()):
         return "is weight-normalized already, by torch's old weight_norm"
     if base in PLAIN:
@@ -42,10 +41,5 @@ def obstacle_of(module: nn.Module, base: type[nn.Module]) -> str:
 
 def _own_names(cls: type[nn.Module], base: type[nn.Module]) -> set[str]:
     """Public methods that a subclass adds to a known class, and that an exchanged class would lose."""
-    above = cls.__mro__[: cls.__mro__.index(base)]
-    return {
-        name
-        for c in above
-        for name, value in vars(c).items()
-        if callable(value) and name[0] != "_" and not hasattr(base, name)
-    }
+    added = [item for c in cls.__mro__[: cls.__mro__.index(base)] for item in vars(c).items()]
+    return {name for name, value in added if callable(value) and name[0] != "_" and not hasattr(base, name)}

@@ -104,9 +104,8 @@ def hidden_layers(model: nn.Module) -> tuple[list[Left], list[str]]:
     for where, module in hidden_modules(model):
         reason = "is not registered (a plain list or attribute): its parameters are neither saved nor trained"
         inside = find_sites(module)
-        left += [
-            Left(f"{where}.{path}".rstrip("."), site.kind, site.name, reason) for site in inside for path in site.paths
-        ]
+        for site in inside:
+            left += [Left(f"{where}.{path}".rstrip("."), site.kind, site.name, reason) for path in site.paths]
         if inside:
             notices.append(f"{where} {reason}; use nn.ModuleList or nn.ModuleDict")
     return left, notices
