@@ -34,30 +34,25 @@ def torchvision_weights(name: str, weights: str | None) -> Any:
     return published
 
 
-def import_timm(name: str) -> Any:
-    """timm, which has the model `name`: `resnet50`, or with its weights `resnet50.a1_in1k`.
+def timm_model(name: str, weights: str | None) -> tuple[Any, str]:
+    """timm, and the name by which it knows a model with these weights: `resnet50.a1_in1k`.
 
-    Raises `OptionError` where timm is not installed, or has no such model.
+    `name` may have the weights already. Raises `OptionError` where timm is not installed, or has no such model or
+    weights.
     """
     try:
         import timm
     except ImportError:
         raise OptionError(f"timm:{name} needs timm, which is not installed: pip install timm") from None
-    if not timm.is_model(name.partition(".")[0]):
-        raise _unknown_model("timm", name, timm.list_models(), "timm.list_models()")
-    return timm
-
-
-def timm_name(name: str, weights: str | None) -> str:
-    """The name by which timm knows a model with these weights: `resnet50.a1_in1k`. Raises `OptionError` as above."""
-    timm = import_timm(name)
-    if weights is None:
-        return name
     architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise _unknown_model("timm", name, timm.list_models(), "timm.list_models()")
+    if weights is None:
+        return timm, name
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if weights not in tags:
         raise _unknown_weights(f"timm:{architecture}", weights, filter(None, tags))
-    return f"{architecture}.{weights}"
+    return timm, f"{architecture}.{weights}"
 
 
 def _unknown_model(library: str, name: str, known: list[str], all_of_them: str) -> OptionError:

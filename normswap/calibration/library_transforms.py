@@ -147,7 +147,7 @@ def _at_size(preset: Any, size: tuple[int, int]) -> Callable[[Any], Tensor]:
 
 
 def _of_timm(name: str, weights: str | None, options: PictureOptions) -> Preparation | None:
-    timm, full = libraries.import_timm(name), libraries.timm_name(name, weights)
+    timm, full = libraries.timm_model(name, weights)
     try:
         described = timm.models.get_pretrained_cfg(full)
     except RuntimeError as error:

@@ -15,18 +15,12 @@ from normswap.checkpoints import checkpoint, contents, mapped_memory, reading, w
 from normswap.checkpoints.checkpoint import Checkpoint
 from normswap.conversion.request import Progress
 from normswap.errors import OptionError
-from normswap.files import model_specs
+from normswap.files import inputs, model_specs, one_model, paths, recipe
 from normswap.files.file_request import ConvertedEntry, FileRequest
-from normswap.files.inputs import errors_name, read_input
-from normswap.files.one_model import convert_entry
-from normswap.files.paths import default_output, format_by_ending
-from normswap.files.recipe import state_dict_with_recipe
 from normswap.report.report import Change, Cost, Report
 from normswap.targets.options import Options
 from normswap.targets.target import Target, parse_target
-from normswap.training import optimizer_states
-from normswap.training.optimizers import state_changes
-from normswap.training.parameter_numbers import Parameters
+from normswap.training import optimizer_states, optimizers, parameter_numbers
 
 
 def convert_file(
@@ -89,8 +83,8 @@ def convert_file(
     asked, target = Options(**options), to if isinstance(to, Target) else parse_target(to)
     if not model_specs.is_spec(str(path)):
         reading.check_input(Path(path))
-    out = default_output(path, target.name, format) if out is None else Path(out)
-    format = format or format_by_ending(out)
+    out = paths.default_output(path, target.name, format) if out is None else Path(out)
+    format = format or paths.format_by_ending(out)
     if not dry_run:
         writing.check_format(out, format, overwrite)
     spec = next((str(s) for s in (path, model) if isinstance(s, str) and model_specs.is_spec(s)), None)
@@ -99,11 +93,11 @@ def convert_file(
     request = FileRequest(target, asked, model, model_args or {}, eps, input_shape, example_inputs, fold, progress)
 
     progress(f"reading {path}")
-    found = read_input(
+    found = inputs.read_input(
         path, model=model, key=key, weights=weights, model_args=request.model_args,
         trust=trust, allow=allow, scratch=None if dry_run else out.resolve().parent
     )  # fmt: skip
-    with errors_name(path):
+    with inputs.errors_name(path):
         converted, report = _convert_models(found, key, request)
     if not dry_run:
         progress(f"writing {out}")
@@ -137,7 +131,7 @@ def _convert_models(found: Checkpoint, key: str | None, request: FileRequest) ->
         content = contents.with_value_at(content, entry, new.value)
     first = converted[0]
     content, inside, lost_inside = _remap_optimizers(content, first.parameter_pairs, flat=found.kind == "dcp")
-    optimizers, beside, lost_beside = _remap_optimizers(dict(found.optimizers), first.parameter_pairs)
+    states, beside, lost_beside = _remap_optimizers(dict(found.optimizers), first.parameter_pairs)
     copies = [
         Change((entry.name,), "copy", "copy of the model", "converted", "converted like the model", new.report.exact)
         for entry, new in zip(entries[1:], converted[1:], strict=True)
@@ -149,7 +143,7 @@ def _convert_models(found: Checkpoint, key: str | None, request: FileRequest) ->
         changes=(*first.report.changes, *copies, *inside, *beside),
         warnings=(*first.report.warnings, *lost_inside, *lost_beside, *not_converted),
     )
-    return replace(found, content=content, optimizers=optimizers), report
+    return replace(found, content=content, optimizers=states), report
 
 
 def _convert_each(entries: Sequence[contents.Entry], where: Path, request: FileRequest) -> list[ConvertedEntry]:
@@ -157,12 +151,12 @@ def _convert_each(entries: Sequence[contents.Entry], where: Path, request: FileR
     done: dict[int, ConvertedEntry] = {}
     for entry in entries:
         if id(entry.value) not in done:
-            done[id(entry.value)] = convert_entry(entry, where, request)
+            done[id(entry.value)] = one_model.convert_entry(entry, where, request)
     return [done[id(entry.value)] for entry in entries]
 
 
 def _remap_optimizers(
-    content: Any, pairs: Sequence[tuple[Parameters, Parameters]], flat: bool = False
+    content: Any, pairs: Sequence[tuple[parameter_numbers.Parameters, parameter_numbers.Parameters]], flat: bool = False
 ) -> tuple[Any, list[Change], list[str]]:
     """`content` with its optimizers' states carried over, a change for each parameter, and what could not be done.
 
@@ -170,7 +164,7 @@ def _remap_optimizers(
     """
     remap = optimizer_states.remap_flat_states if flat else optimizer_states.remap_states
     content, states, lost = remap(content, pairs)
-    changes = [change for name, state in states.items() for change in state_changes(name, state)]
+    changes = [change for name, state in states.items() for change in optimizers.state_changes(name, state)]
     reason = "dropped, since nothing tells which parameter each of its states belongs to; start it anew"
     return content, changes, [f"{name}: {reason}" for name in lost]
 
@@ -189,7 +183,7 @@ def _model_alone(found: Checkpoint, format: str, key: str | None) -> Any:
     """The model of a checkpoint as a state dict with its recipe, without what is no tensor in a file of torch's."""
     model = contents.find_entries(found.content, key, found.path)[0].value
     if isinstance(model, nn.Module):
-        return state_dict_with_recipe(model)
+        return recipe.state_dict_with_recipe(model)
     if format != "pt":
         return model
     tensors = OrderedDict((name, value) for name, value in model.items() if isinstance(value, Tensor))

@@ -40,11 +40,7 @@ def diff(a: Side, b: Side, *, key: str | None = None, trust: bool = False, allow
     nodes = tuple(_module_tree(old, new))
     changes = [*_module_changes(nodes), *_tensor_changes(before, after)]
     differ = {path for change in changes if change.kind == "tensor" for path in change.paths}
-    left = tuple(
-        Left(name, "tensor", str(value.dtype).removeprefix("torch."), "same")
-        for name, value in before.items()
-        if name not in differ
-    )
+    left = tuple(Left(name, "tensor", _dtype(value), "same") for name, value in before.items() if name not in differ)
     (parameters_before, buffers_before), (parameters_after, buffers_after) = map(_count_elements, (old, new))
     totals = Totals(0, 0, len(left), parameters_before, parameters_after, buffers_before, buffers_after)
     origins = (*_origin(old, "the first"), *_origin(new, "the second"))
@@ -107,12 +103,10 @@ def _change_of_one(name: str, old: Tensor, new: Tensor) -> Iterator[Change]:
     change = partial(Change, (name,), "tensor", _shape(old), _shape(new))
     if old.shape != new.shape:
         yield change("reshaped", False)
-    else:
-        amount = _distance(old, new)
-        if amount:
-            yield change("changed in value", False, amount=amount)
-        elif old.dtype != new.dtype:
-            yield change("another dtype", False)
+    elif amount := _distance(old, new):
+        yield change("changed in value", False, amount=amount)
+    elif old.dtype != new.dtype:
+        yield change("another dtype", False)
     release(old)
     release(new)
 
@@ -121,9 +115,7 @@ def _distance(old: Tensor, new: Tensor) -> float:
     """‖new − old‖ / ‖old‖, inf where the old one is zero; 0 where they are equal, NaN in the same places included."""
     if old.is_meta or new.is_meta or (old.dtype == new.dtype and torch.equal(old, new)):
         return 0.0
-    a, b = (
-        tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64) for tensor in (old, new)
-    )
+    a, b = (t.detach().cpu().to(torch.complex128 if t.is_complex() else torch.float64) for t in (old, new))
     same = (a == b) | (a.isnan() & b.isnan())
     return 0.0 if same.all() else relative_distance(a, b)
 
@@ -153,8 +145,12 @@ def _new_names(removed: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> di
     return found
 
 
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _shape(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.shape))}]"
+    return f"{_dtype(tensor)}[{', '.join(map(str, tensor.shape))}]"
 
 
 def _count_elements(side: Any) -> tuple[int, int]:

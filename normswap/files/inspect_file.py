@@ -11,10 +11,8 @@ from torch import nn
 from normswap.checkpoints import checkpoint, contents
 from normswap.conversion.request import Progress
 from normswap.errors import OptionError
-from normswap.files import model_specs, norms_by_keys
+from normswap.files import model_for_state, model_specs, norms_by_keys, one_model
 from normswap.files.inputs import errors_name, read_input
-from normswap.files.model_for_state import find_source, models_on_tensors
-from normswap.files.one_model import noise_for
 from normswap.inspection.examine import examine
 from normswap.report.inspection import Inspection, Layer
 
@@ -50,13 +48,14 @@ def inspect_file(
             return _examine_module(value, input_shape, progress)
         if model is None and checkpoint.stored_recipe(value) is None:
             return _examine_tensors(value, progress)
-        source, arguments = find_source(value, model, arguments, path)
-        return _examine_module(models_on_tensors(value, source, arguments, path)[0][1], input_shape, progress)
+        source, arguments = model_for_state.find_source(value, model, arguments, path)
+        _, built = model_for_state.models_on_tensors(value, source, arguments, path)[0]
+        return _examine_module(built, input_shape, progress)
 
 
 def _examine_module(model: nn.Module, shape: Sequence[int] | None, progress: Progress) -> Inspection:
-    inputs, name = noise_for(model, shape)
-    return examine(model, inputs, name, probe_only=shape is None, progress=progress)
+    noise, name = one_model.noise_for(model, shape)
+    return examine(model, noise, name, probe_only=shape is None, progress=progress)
 
 
 def _examine_tensors(state: Mapping[str, Any], progress: Progress) -> Inspection:

@@ -10,18 +10,14 @@ from torch import nn
 from normswap.checkpoints import contents, reading, writing
 from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
 from normswap.errors import FileError, OptionError
-from normswap.files.inputs import errors_name
-from normswap.files.model_for_state import find_source, models_on_tensors
-from normswap.files.model_specs import ModelSource
-from normswap.files.paths import format_by_ending
-from normswap.files.recipe import state_dict_with_recipe
+from normswap.files import inputs, model_for_state, model_specs, paths, recipe
 from normswap.report.report import Report
 
 
 def load(
     path: str | os.PathLike[str],
     *,
-    model: ModelSource | None = None,
+    model: model_specs.ModelSource | None = None,
     model_args: Mapping[str, Any] | None = None,
     key: str | None = None,
     trust: bool = False,
@@ -51,10 +47,10 @@ def load(
     value = contents.find_entries(found.content, key, path)[0].value
     if isinstance(value, nn.Module):
         return value
-    source, arguments = find_source(value, model, model_args, path)
+    source, arguments = model_for_state.find_source(value, model, model_args, path)
     try:
-        with errors_name(path):
-            return models_on_tensors(value, source, arguments, path)[0][1]
+        with inputs.errors_name(path):
+            return model_for_state.models_on_tensors(value, source, arguments, path)[0][1]
     except OptionError as error:
         if model is not None:
             raise
@@ -77,13 +73,13 @@ def save(
             the model holds something that cannot be pickled.
     """
     path = Path(path)
-    format = format_by_ending(path)
+    format = paths.format_by_ending(path)
     writing.check_format(path, format, overwrite)
     own = vars(model).get(RECIPE)
     try:
         if report is not None:
             setattr(model, RECIPE, report.recipe)
-        content = state_dict_with_recipe(model) if format == "safetensors" else model
+        content = recipe.state_dict_with_recipe(model) if format == "safetensors" else model
         return writing.write_checkpoint(Checkpoint(path, "pt", content), path, format, overwrite=overwrite)
     finally:  # the caller's model is as it was, whatever happened
         if report is not None and own is None:

@@ -76,12 +76,10 @@ def models_on_tensors(
         try:
             with context:
                 model = build()
-        except (OptionError, FileError):
-            raise
-        except Exception:
-            if isinstance(context, torch.device):
-                continue
-            raise
+        except Exception as error:
+            if isinstance(error, OptionError | FileError) or not isinstance(context, torch.device):
+                raise
+            continue
         filled: list[tuple[state_keys.Binding, nn.Module]] = []
         for binding in state_keys.bind(state, model.state_dict(), where):
             if filled:

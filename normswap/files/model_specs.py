@@ -60,12 +60,10 @@ def build(spec: str, weights: str | None = None, arguments: Mapping[str, Any] | 
     return model.eval()
 
 
-def make_model(source: ModelSource, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """The model of a spec, a factory that is called, or a module as it is."""
+def make_model(source: str | Callable[..., nn.Module], arguments: Mapping[str, Any] | None = None) -> nn.Module:
+    """The model of a spec, or of a factory that is called."""
     if isinstance(source, str):
         return build(source, arguments=arguments)
-    if isinstance(source, nn.Module):
-        return source
     model = source(**(arguments or {}))
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model factory returned a {type(model).__name__}, not a torch.nn.Module")
@@ -102,7 +100,7 @@ def _torchvision_maker(name: str, weights: str | None) -> Callable[..., Any]:
 
 
 def _timm_maker(name: str, weights: str | None) -> Callable[..., Any]:
-    timm, full = libraries.import_timm(name), libraries.timm_name(name, weights)
+    timm, full = libraries.timm_model(name, weights)
     return lambda **given: timm.create_model(full, pretrained=weights is not None, **given)
 
 

@@ -20,12 +20,10 @@ def default_output(path: str | os.PathLike[str], suffix: str, format: str | None
         if folder.name in ("", ".", ".."):
             folder = folder.resolve()
         return folder.with_name(f"{folder.name}.{suffix}{endings.get(format or '', '')}")
-    ending = path.suffix or ".pt"
-    if format == "dcp":
-        ending = ""
-    elif format == "safetensors" or ending == ".safetensors":  # `.bin` and `.pth` are files of torch.save too, and stay
-        ending = endings.get(format or "", ending)
-    return path.with_name(f"{path.stem}.{suffix}{ending}")
+    own = path.suffix or ".pt"
+    as_pt = ".pt" if own == ".safetensors" else own  # `.bin` and `.pth` are files of torch.save too, and stay
+    endings |= {"pt": as_pt, "dcp": ""}
+    return path.with_name(f"{path.stem}.{suffix}{endings.get(format or '', own)}")
 
 
 def format_by_ending(out: Path) -> str | None:

@@ -114,9 +114,7 @@ def replay(model: nn.Module, recipe: Recipe, where: object) -> nn.Module:
     groups = {path: layer.groups for path, layer in layers.items() if layer.groups is not None}
     recurrent = "ln" if any(layer.to.startswith("LayerNorm") for layer in layers.values()) else None
     target = parse_target(recipe.target)
-    options = Options(
-        ws_scope="all", layers=tuple(LAYERS), recurrent=recurrent, include=lambda path, module: path in layers
-    )
+    options = Options(ws_scope="all", layers=tuple(LAYERS), recurrent=recurrent, include=lambda path, _: path in layers)
     sizes = _stand_in_sizes(recipe, target, layers, sites)
     moments = _stand_in_moments(model, sites, sizes) if recipe.on_data else {}
     recorded = Recorded(groups, moments, sizes)
