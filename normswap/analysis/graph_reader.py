@@ -51,7 +51,7 @@ class GraphReader:
 
     def _is_norm(self, node: fx.Node) -> bool:
         if node.op == "call_function":
-            return node.target in operations.NORM_FUNCTIONS
+            return node.target in operations.FUNCTIONAL_NORMS
         site = self._site(node)
         return site is not None and site.kind == "norm"
 
@@ -113,7 +113,7 @@ class GraphReader:
             owner = self.part.site(str(node.target).rpartition(".")[0])
             if owner is not None:
                 flow.touched.add(owner.path)
-        elif node.op == "call_function" and node.target in operations.NORM_FUNCTIONS:
+        elif node.op == "call_function" and node.target in operations.FUNCTIONAL_NORMS:
             stack = node.meta.get("nn_module_stack") or {}
             inner = next(reversed(stack), "")  # the innermost module that was running
             flow.functional[f"{self.part.path}.{inner}".strip(".")] = operations.name_of(node)

@@ -15,7 +15,7 @@ WEIGHTED_FUNCTIONS: set[Any] = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
     torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, torch.bmm, torch.einsum,
 }  # fmt: skip
-NORM_FUNCTIONS = {F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, torch.batch_norm, torch.group_norm}
+FUNCTIONAL_NORMS = {F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, torch.batch_norm, torch.group_norm}
 NON_LINEAR: set[Any] = {
     torch.relu, torch.relu_, torch.tanh, torch.sigmoid, F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.silu,
     F.gelu, F.mish, F.softplus, F.hardswish, F.tanh, F.sigmoid, "relu", "relu_", "tanh", "sigmoid",

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.layers.reparametrized import CONVOLUTIONS
 
-Place = tuple[str, tuple[tuple[types.CodeType, int], ...]]
+BranchPoint = tuple[str, tuple[tuple[types.CodeType, int], ...]]
 """Where a forward branches: the path of the module, and the code and instruction of each frame that led there."""
 
 WRONG_WAY = (AssertionError, ValueError, NotImplementedError)
@@ -35,14 +35,14 @@ class BranchTracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # a buffer that a forward reads directly must show in the graph
 
-    def __init__(self, is_leaf: Callable[[nn.Module], bool], decisions: Mapping[Place, bool]):
+    def __init__(self, is_leaf: Callable[[nn.Module], bool], decisions: Mapping[BranchPoint, bool]):
         super().__init__()
         self.decisions = dict(decisions)
         self.inexact = ""
         self._is_leaf = is_leaf
         # Code and line of each frame that led to the last branch.
         self._last_asked: list[tuple[types.CodeType, int]] = []
-        self._times_asked: Counter[Place] = Counter()
+        self._times_asked: Counter[BranchPoint] = Counter()
         self._names: dict[Tensor, str] = {}  # of the root's parameters and buffers
         self._thread = threading.get_ident()
 

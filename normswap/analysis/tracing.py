@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from normswap.analysis.copies import MODULE_STATE, attributes_restored
 from normswap.analysis.stand_ins import ModeWatch, standing_in
-from normswap.analysis.tracer import WRONG_WAY, BranchTracer, Place
+from normswap.analysis.tracer import WRONG_WAY, BranchPoint, BranchTracer
 
 _MAX_RUNS = 32  # runs of one forward; a forward with more branches than these cover counts as incomplete
 _MAX_FAILURES = 4  # runs that end in an error at one and the same place, before any that ends well
@@ -113,7 +113,7 @@ class _Runs:
         A run is told the first few decisions and makes the others itself, all `True`. Each of these flipped, with those
         before it kept, is a run to come: so every branch is entered, and no combination is run twice.
         """
-        pending: list[dict[Place, bool]] = [{}]
+        pending: list[dict[BranchPoint, bool]] = [{}]
         for run in range(_MAX_RUNS):
             if not pending or self._has_enough(run, len(pending)):
                 break
@@ -134,7 +134,7 @@ class _Runs:
         nodes_to_come = pending * self.nodes / max(runs, 1)
         return runs + pending > _MAX_RUNS or self.nodes + nodes_to_come > _SLACK * self.most_nodes
 
-    def _run(self, modes: list[bool], call: _Call, told: dict[Place, bool]) -> dict[Place, bool]:
+    def _run(self, modes: list[bool], call: _Call, told: dict[BranchPoint, bool]) -> dict[BranchPoint, bool]:
         """One run, and the decisions at the branches on its way, in order: those that it is `told` come first."""
         tracer = BranchTracer(self.is_leaf, told)
         try:

@@ -42,7 +42,7 @@ _PATIENCE = 20  # passes without a better loss before the rate falls at once
 _EXACT = 1e-6  # a relative error that needs no repair
 _SEED = 0
 
-Progress = Callable[[float], None]
+ShareProgress = Callable[[float], None]
 """Called with the share that is done, from 0 to 1."""
 
 
@@ -71,7 +71,7 @@ def distill(
     batches: Sequence[Any],
     paths: Sequence[str],
     settings: FitSettings,
-    progress: Progress = lambda share: None,
+    progress: ShareProgress = lambda share: None,
 ) -> Calibration:
     """Fit the norms of `student` at `paths` to what `teacher` gives there and at its output, on unlabelled `batches`.
 
@@ -98,7 +98,12 @@ def distill(
 
 @torch.enable_grad()
 def _fit_and_compare(
-    pair: FittedPair, samples: Samples, outcome: Calibration, settings: FitSettings, started: float, progress: Progress
+    pair: FittedPair,
+    samples: Samples,
+    outcome: Calibration,
+    settings: FitSettings,
+    started: float,
+    progress: ShareProgress,
 ) -> Calibration:
     """Fit, compare on the held-out samples, and write what is better."""
     if not pair.values:
@@ -226,7 +231,7 @@ class _Schedule:
 
 
 def _descend(
-    pair: FittedPair, batches: Sequence[Any], steps: int, deadline: float, progress: Progress
+    pair: FittedPair, batches: Sequence[Any], steps: int, deadline: float, progress: ShareProgress
 ) -> tuple[int, str]:
     """Adam on the values; the number of steps, and what went wrong."""
     values = list(pair.values.values())

@@ -27,7 +27,7 @@ _SEED = 0
 
 Train = Literal["norms", "biases", "all"]
 """What is fitted: gains and biases of the changed norms, and beside these all biases, or all parameters."""
-Place = Literal["output", "norms"]
+ComparedPart = Literal["output", "norms"]
 """Where two networks are compared: at their output, or at the outputs of the changed norms."""
 ChangeOutput = Callable[[str, Tensor], Tensor]
 """From the path of a norm and its output to the output that it shall have."""
@@ -140,7 +140,7 @@ class FittedPair:
                 loss = loss.to(found[0].device) + weight * torch.stack([p.to(found[0].device) for p in found]).mean()
         return loss
 
-    def distance(self, batches: Sequence[Any], place: Place | None = None) -> tuple[Distance, Place]:
+    def distance(self, batches: Sequence[Any], place: ComparedPart | None = None) -> tuple[Distance, ComparedPart]:
         """How far the student now is from the teacher on `batches`, and where: at `place`, or wherever it can be told.
 
         That is the output if it holds numbers to compare, else the norms.

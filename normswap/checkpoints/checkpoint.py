@@ -19,7 +19,7 @@ RECIPE = "normswap_recipe"
 INDEX_ENDING = ".index.json"
 """The ending of an index: a file that says which of a folder's weight files holds which key."""
 
-Kind = Literal["pt", "safetensors", "dcp", "folder"]
+CheckpointKind = Literal["pt", "safetensors", "dcp", "folder"]
 """`pt`: a file of `torch.save`. `dcp`: a distributed checkpoint. `folder`: weight files and other files beside them."""
 
 
@@ -29,7 +29,7 @@ class Checkpoint:
 
     path: Path
     """The file or the folder."""
-    kind: Kind
+    kind: CheckpointKind
     content: Any
     """A module, a state dict, or a dict that has some of these among its values."""
     header: Mapping[str, Any] = field(default_factory=dict)

@@ -53,7 +53,7 @@ def convert(
     input: opt.Input,
     to: opt.To,
     groups: opt.Groups = "auto",
-    transfer: opt.TransferChoice = opt.Transfer.match,
+    transfer: opt.TransferChoice = opt.TransferRule.match,
     ws: opt.WsChoice = opt.Ws.preserve,
     ws_scope: opt.WsScopeChoice = opt.WsScope.normed,
     layers: opt.Layers = "conv",

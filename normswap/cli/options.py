@@ -19,7 +19,7 @@ class Format(str, Enum):
     dcp = "dcp"
 
 
-class Transfer(str, Enum):
+class TransferRule(str, Enum):
     match = "match"
     copy = "copy"
     reset = "reset"
@@ -59,7 +59,7 @@ Groups = Annotated[str, _option(CONVERSION,
     f"Groups of {' and '.join(form.name for form in NORM_FORMS.values() if form.takes_groups)}: "
     "auto (at most 8, of at least 4 channels), their number (32), or channels in each (16c).",
     metavar="auto|N|Nc")]
-TransferChoice = Annotated[Transfer, _option(CONVERSION,
+TransferChoice = Annotated[TransferRule, _option(CONVERSION,
     "Gain and bias: moved with the running statistics (match), as they stand (copy), or 1 and 0 (reset).")]
 WsChoice = Annotated[Ws, _option(CONVERSION,
     "Standardized weights keep each filter's std and mean, or take the paper's form.")]

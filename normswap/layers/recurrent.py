@@ -34,7 +34,7 @@ class Part(NamedTuple):
     """(out,)"""
 
 
-class Weights(NamedTuple):
+class StepWeights(NamedTuple):
     """The tensors of one direction of one layer."""
 
     ih: list[Part]
@@ -65,7 +65,7 @@ def normalized(x: Tensor, parts: Sequence[Part], eps: float) -> State:
     return tuple(F.layer_norm(F.linear(x, weight), gain.shape, gain, bias, eps) for weight, gain, bias in parts)
 
 
-def lstm_step(x: State, state: State, w: Weights, eps: float) -> State:
+def lstm_step(x: State, state: State, w: StepWeights, eps: float) -> State:
     """One step of a layer-normalized LSTM, from the input's part of the gates, and (h, c), to (h', c').
 
     `(i, f, g, o) = LN(W_h h; α₁, β₁) + LN(W_x x; α₂, β₂)`, `c' = σ(f)·c + σ(i)·tanh(g)`,
@@ -81,7 +81,7 @@ def lstm_step(x: State, state: State, w: Weights, eps: float) -> State:
     return h if w.weight_hr is None else F.linear(h, w.weight_hr), c
 
 
-def gru_step(x: State, state: State, w: Weights, eps: float) -> State:
+def gru_step(x: State, state: State, w: StepWeights, eps: float) -> State:
     """One step of a layer-normalized GRU, from the input's two parts, and (h,), to (h',).
 
     `(r, z) = LN(W_h h; α₁, β₁) + LN(W_x x; α₂, β₂)`, `n = tanh(LN(W x; α₃, β₃) + σ(r)·LN(U h; α₄, β₄))`,
@@ -141,7 +141,7 @@ class _LayerNormalized:
     """Mixed into a recurrent layer's class: its forward by steps of `step`."""
 
     gates: int
-    step: Callable[[State, State, Weights, float], State]
+    step: Callable[[State, State, StepWeights, float], State]
 
     def __init__(self, *args: Any, eps: float = EPS, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -158,10 +158,10 @@ class _LayerNormalized:
             if name in self._parameters:  # torch's constructor calls this before they are there
                 nn.init.constant_(getattr(self, name), float(name.startswith("gain")))
 
-    def weights(self: Any, suffix: str = "") -> Weights:
+    def weights(self: Any, suffix: str = "") -> StepWeights:
         """The tensors of one direction of one layer, whose names end with `suffix`: `_l0`, `_l0_reverse`."""
         alone = (getattr(self, name + suffix, None) for name in ("gain_c", "bias_c", "weight_hr"))
-        return Weights(self._parts("ih" + suffix), self._parts("hh" + suffix), *alone)
+        return StepWeights(self._parts("ih" + suffix), self._parts("hh" + suffix), *alone)
 
     def _parts(self: Any, name: str) -> list[Part]:
         weight = getattr(self, f"weight_{name}")

@@ -11,7 +11,7 @@ from normswap.report.report import Calibration, Change, Cost, Drift, Left, Repor
 from normswap.target_table import describe_slowdown
 
 Item = TypeVar("Item")
-Key = TypeVar("Key")
+GroupKey = TypeVar("GroupKey")
 MAY_BE_EXACT = ("norm", "weight", "copy")
 """The kinds of changes of which a report says whether they are exact."""
 _MOST_FURTHEST = 3  # layers that are named as those that moved furthest
@@ -48,9 +48,9 @@ def verdict(exact: bool) -> str:
     return "exact" if exact else "approximate"
 
 
-def _grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+def _grouped(items: Iterable[Item], key: Callable[[Item], GroupKey]) -> dict[GroupKey, list[Item]]:
     """The items that have the same key, keys in order of appearance."""
-    groups: dict[Key, list[Item]] = defaultdict(list)
+    groups: dict[GroupKey, list[Item]] = defaultdict(list)
     for item in items:
         groups[key(item)].append(item)
     return groups

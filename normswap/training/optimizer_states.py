@@ -29,7 +29,7 @@ class RemappedState:
     """The names of the parameters whose state was dropped."""
 
 
-Place = tuple[Any, ...]
+EntryPath = tuple[Any, ...]
 """Keys and indices that lead from a checkpoint's top to something in it."""
 _DEEPEST, _MOST = 5, 10_000  # how far a checkpoint is searched: a hostile one may have no end
 
@@ -97,7 +97,7 @@ def _parameter_of_entry(rest: str, names: set[str]) -> str | None:
     return inner if inner.isdecimal() else without_prefix(inner, names)
 
 
-def _replaced(content: Any, place: Place, value: Any) -> Any:
+def _replaced(content: Any, place: EntryPath, value: Any) -> Any:
     """`content` with `value` at `place`; None in a dict takes the key away. What is changed is copied, nothing else."""
     changed = copy.copy(content)
     if len(place) > 1:
@@ -109,9 +109,9 @@ def _replaced(content: Any, place: Place, value: Any) -> Any:
     return changed
 
 
-def find_optimizers(content: Any) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+def find_optimizers(content: Any) -> Iterator[tuple[EntryPath, Mapping[str, Any]]]:
     """Every optimizer's state dict in the dicts and lists of a checkpoint, with its place; those on top first."""
-    pending: list[tuple[Place, Any]] = [((), content)]
+    pending: list[tuple[EntryPath, Any]] = [((), content)]
     for _ in range(_MOST):
         if not pending:
             return

@@ -26,7 +26,7 @@ class Parameter:
 
 Parameters = Sequence[Parameter]
 """In the order of `named_parameters()`."""
-Kind = Callable[[Parameter], Any]
+ParameterKey = Callable[[Parameter], Any]
 """Something about a parameter by which a script tells groups apart."""
 
 _LIKE_PARAMETER = {
@@ -41,7 +41,7 @@ class Order:
 
     names: tuple[str, ...]
     """Through all groups in turn."""
-    kind: Kind | None = None
+    kind: ParameterKey | None = None
     """What tells groups apart; None where a script put them together in a way of its own."""
     kinds: tuple[Any, ...] = ()
     """The kind of each group."""
@@ -125,7 +125,7 @@ def _norm_paths(parameters: Parameters) -> set[str]:
     return {p.name.rpartition(".")[0] for p in parameters if p.name.endswith("weight") and len(p.shape) == 1}
 
 
-def _known_kinds(norms: set[str]) -> list[tuple[Kind, bool]]:
+def _known_kinds(norms: set[str]) -> list[tuple[ParameterKey, bool]]:
     """How scripts tell parameters with weight decay from those without, and whether they leave empty groups out."""
 
     def of_norm(p: Parameter) -> bool:
