@@ -38,14 +38,11 @@ def calibrate(
         return None
     request.begin(Phase.CALIBRATE)
 
+    def tell(share: float) -> None:
+        request.progress(f"{Phase.CALIBRATE.value}: {share:.0%}")
+
     def fit() -> Calibration:
-        return distill(
-            original,
-            work,
-            evidence.batches,
-            plan.fitted,
-            FitSettings(request.options.calibrate_seconds),
-            progress=lambda share: request.progress(f"{Phase.CALIBRATE.value}: {share:.0%}"),
-        )
+        settings = FitSettings(request.options.calibrate_seconds)
+        return distill(original, work, evidence.batches, plan.fitted, settings, tell)
 
     return processes.fit_in_first(fit, work, plan.fitted) if request.on_all_processes else fit()

@@ -46,9 +46,8 @@ def to_instance_norm(site: Site, context: Context) -> Swap | str:
     if recorded != site.channels:
         return _group_norm(site, context, recorded, "")
     if elements_of(site, context) == 1:
-        chosen = choose_groups(
-            site, replace(context, options=replace(context.options, groups="auto"), recorded_groups={})
-        )
+        options = replace(context.options, groups="auto")
+        chosen = choose_groups(site, replace(context, options=options, recorded_groups={}))
         if isinstance(chosen, str):
             return chosen
         return _group_norm(site, context, chosen[0], f"{chosen[0]} groups, not {site.channels}: one element a channel")
@@ -164,9 +163,8 @@ def _keep_statistics(site: Site, context: Context, new: Any, how: str) -> Swap |
         if buffer is not None and site.form != "data" and site.path in context.measured:
             writes.append((buffer, value))
     counted = getattr(old, "num_batches_tracked", None)
-    new._buffers["num_batches_tracked"] = (
-        torch.zeros((), dtype=torch.long, device=like.device) if counted is None else counted
-    )
+    none_yet = torch.zeros((), dtype=torch.long, device=like.device)
+    new._buffers["num_batches_tracked"] = none_yet if counted is None else counted
     if site.form != "data":
         how = f"{how}; those that the data showed" if site.path in context.measured else how
     elif site.path in context.rescaling and context.options.transfer == "match":

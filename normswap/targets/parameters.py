@@ -9,14 +9,8 @@ from torch import Tensor, nn
 from normswap.analysis.known_norms import eps_of
 from normswap.analysis.sites import Site
 from normswap.calibration.measuring import affine_of
-from normswap.layers.matching import (
-    Statistics,
-    as_batch_norm,
-    match_groups,
-    rescale_input,
-    widen,
-    without_channel_half,
-)
+from normswap.layers import matching
+from normswap.layers.matching import Statistics, widen
 from normswap.layers.norms import BatchChannelNorm
 from normswap.targets.context import Context, Swap, join_notes
 
@@ -31,7 +25,7 @@ def read_statistics(site: Site, context: Context) -> Statistics | None:
     if stats is None or scale is None or context.options.transfer != "match":
         return stats
     feeder: Any = context.sites[str(context.flow.feeder(site.path)[0])].module
-    return rescale_input(stats, scale, feeder.bias)
+    return matching.rescale_input(stats, scale, feeder.bias)
 
 
 def _own_statistics(site: Site, context: Context) -> Statistics | None:
@@ -48,12 +42,12 @@ def _own_statistics(site: Site, context: Context) -> Statistics | None:
     if site.form == "data" or options.transfer != "match":
         return stats
     if not isinstance(norm, BatchChannelNorm):
-        return as_batch_norm(measured.moments, weight, bias, eps) if measured else None
+        return matching.as_batch_norm(measured.moments, weight, bias, eps) if measured else None
     gain, shift = widen(norm.group_weight), widen(norm.group_bias)
     if measured is None:
-        return without_channel_half(stats, gain, shift)
+        return matching.without_channel_half(stats, gain, shift)
     each = norm.num_features // norm.num_groups
-    both = as_batch_norm(measured.moments, gain.repeat_interleave(each), shift.repeat_interleave(each), eps)
+    both = matching.as_batch_norm(measured.moments, gain.repeat_interleave(each), shift.repeat_interleave(each), eps)
     return both._replace(weight=torch.where(weight < 0, -both.weight, both.weight))
 
 
@@ -125,7 +119,7 @@ def _affine_values(
     if transfer == "copy":
         return values, "gain and bias copied as they stand", ""
     if stats is not None:
-        affine = match_groups(stats, groups)
+        affine = matching.match_groups(stats, groups)
         own = site.form == "data" or site.path not in context.measured
         how = f"{'running statistics' if own else 'statistics of the data'} moved into gain and bias"
         lacking = old.weight is None or old.bias is None
