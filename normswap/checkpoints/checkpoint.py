@@ -4,8 +4,6 @@ What a checkpoint holds is a module, a state dict, or a dict that has some of th
 recipe as an attribute, a state dict in its `_metadata`; a format without `_metadata` has a place of its own for it.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What is in a checkpoint: the model and its copies, as modules or as state dicts."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Tensors are gathered in scratch files that are mapped, not in memory; torch does the reading and the writing.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import io

@@ -3,8 +3,6 @@
 So a checkpoint larger than the memory can be converted. Giving back works on Linux alone; elsewhere nothing happens.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 import os

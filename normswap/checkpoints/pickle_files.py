@@ -1,7 +1,5 @@
 """Files that `torch.save` wrote, read without running their code."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import re

@@ -1,7 +1,5 @@
 """Checkpoints of every kind, read; nothing here knows of conversion."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -4,8 +4,6 @@ The format is one header of JSON and the tensors' bytes: https://huggingface.co/
 checks the header; the bytes are mapped and written here, so that a file need not fit into memory.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A saved key may have a prefix (`module.` of data parallelism, `model.` of a trai
 (`_orig_mod` of `torch.compile`), or be one of several copies of the model's key, under several prefixes.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
