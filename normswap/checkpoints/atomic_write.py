@@ -75,9 +75,8 @@ def write_folder(path: str | os.PathLike[str], write: Callable[[Path], object], 
     with _reported(path), _temporary(target, folder=True) as temporary:
         write(temporary)
         for place, _, names in os.walk(temporary):
-            for name in names:
+            for name in (*names, "."):
                 _sync(Path(place, name))
-            _sync(Path(place))
         while True:
             try:
                 if overwrite and target.exists():
@@ -181,11 +180,8 @@ def _rename_new(source: Path, target: Path) -> None:
 def _exchange(source: Path, target: Path) -> None:
     """Swap two folders in one step, where the system can; the old one is then at `source`."""
     old, new = os.fsencode(source), os.fsencode(target)
-    if (
-        _libc is not None
-        and hasattr(_libc, "renameat2")
-        and _libc.renameat2(_AT_FDCWD, old, _AT_FDCWD, new, _RENAME_EXCHANGE) == 0
-    ):
+    exchange = getattr(_libc, "renameat2", None)
+    if exchange is not None and exchange(_AT_FDCWD, old, _AT_FDCWD, new, _RENAME_EXCHANGE) == 0:
         return
     aside = source.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     os.rename(target, aside)

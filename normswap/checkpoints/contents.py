@@ -115,7 +115,7 @@ def with_value_at(content: Any, entry: Entry, value: Any) -> Any:
     """`content` with `value` in the place of `entry`: dicts on the way are copied, all else stays the same objects."""
     if not entry.keys:
         return value
-    first, rest = entry.keys[0], Entry(entry.keys[1:], None)
+    first, *rest = entry.keys
     changed = copy.copy(content)
-    changed[first] = with_value_at(content[first], rest, value)
+    changed[first] = with_value_at(content[first], Entry(tuple(rest), None), value)
     return changed

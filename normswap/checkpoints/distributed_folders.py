@@ -7,7 +7,6 @@ import dataclasses
 import inspect
 import io
 import math
-import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -16,18 +15,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import metadata as descriptions
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -38,22 +29,17 @@ from normswap.errors import FileError, UnsafeFileError, first_line
 
 # "No processes but this one": newer torch needs to be told.
 _ALONE: dict[str, Any] = {"no_dist": True} if "no_dist" in inspect.signature(save).parameters else {}  # torch >= 2.7
+_RESTORED = (
+    descriptions.Metadata, descriptions.MetadataIndex, descriptions.StorageMeta, descriptions.TensorProperties,
+    descriptions.TensorStorageMetadata, descriptions.BytesStorageMetadata, descriptions.ChunkStorageMetadata,
+    _StorageInfo,
+)  # fmt: skip
 _SAFE_GLOBALS = {
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-            "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *((kind.__module__, kind.__name__) for kind in _RESTORED),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set"),
     ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("pathlib", "WindowsPath"),
 }  # fmt: skip
-_RESTORED = (
-    Metadata, MetadataIndex, TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata, TensorProperties,
-    StorageMeta, _StorageInfo,
-)  # fmt: skip
 _LARGEST_CLAIM = 2  # times the bytes on disk that the tensors may claim: a shard can be compressed
 
 
@@ -80,7 +66,7 @@ class _MetadataUnpickler(pickle._Unpickler):
 
 
 class _Reader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *args: Any, **kwargs: Any) -> descriptions.Metadata:
         return read_metadata(Path(self.path))
 
 
@@ -105,7 +91,7 @@ class _SavePlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         return dataclasses.replace(super().create_local_plan(), planner_data=self.nested)
 
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], descriptions.Metadata]:
         plans, metadata = super().create_global_plan(all_plans)
         return plans, dataclasses.replace(metadata, planner_data=self.nested)
 
@@ -119,30 +105,27 @@ class _SavePlanner(DefaultSavePlanner):
         return super().resolve_data(write_item)
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path) -> descriptions.Metadata:
     """The description of a distributed checkpoint, read without running code. Raises `FileError`."""
     file = path / ".metadata"
     try:
         with file.open("rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
+        if not isinstance(metadata, descriptions.Metadata):
+            raise FileError(f"{file}: does not describe a distributed checkpoint")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = descriptions.StorageMeta()
+        _check_claims(path, metadata)
     except UnsafeFileError as error:
         raise UnsafeFileError(f"{path}: {error}") from None
-    except Exception as error:  # whatever a broken pickle raises
-        raise FileError(f"{file}: is damaged ({first_line(error)})") from None
-    if not isinstance(metadata, Metadata):
-        raise FileError(f"{file}: does not describe a distributed checkpoint")
-    try:
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        _check_claims(path, metadata)
     except FileError:
         raise
-    except Exception as error:  # whatever attributes of other kinds raise
+    except Exception as error:  # whatever a broken pickle, or attributes of other kinds, raise
         raise FileError(f"{file}: is damaged ({first_line(error)})") from None
     return metadata
 
 
-def _check_claims(path: Path, metadata: Metadata) -> None:
+def _check_claims(path: Path, metadata: descriptions.Metadata) -> None:
     """Refuse names that lead out of the folder, and tensors larger than what is there, before any memory is taken."""
     for info in metadata.storage_data.values():
         name = getattr(info, "relative_path", None)
@@ -155,7 +138,7 @@ def _check_claims(path: Path, metadata: Metadata) -> None:
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(name, str):
             raise FileError(f"{path}: an entry is called {name!r}, which is no text")
-        if isinstance(entry, TensorStorageMetadata):
+        if isinstance(entry, descriptions.TensorStorageMetadata):
             if min(entry.size, default=0) < 0 or not isinstance(entry.size, torch.Size):
                 raise FileError(f"{path}: {name} has no size")
             claimed += math.prod(entry.size) * entry.properties.dtype.itemsize
@@ -163,11 +146,11 @@ def _check_claims(path: Path, metadata: Metadata) -> None:
                 raise FileError(f"{path}: {name} claims {claimed:,} bytes, more than the folder holds")
             if not _is_whole(entry):
                 raise FileError(f"{path}: {name} has parts that do not make a whole; the checkpoint is damaged")
-        elif not isinstance(entry, BytesStorageMetadata):
+        elif not isinstance(entry, descriptions.BytesStorageMetadata):
             raise FileError(f"{path}: {name} is neither a tensor nor bytes")
 
 
-def _is_whole(entry: TensorStorageMetadata) -> bool:
+def _is_whole(entry: descriptions.TensorStorageMetadata) -> bool:
     """Whether the parts of a tensor lie in it and fill it: torch would leave the rest as the memory was before."""
     parts = [part for part in entry.chunks if 0 not in part.sizes]
     inside = all(
@@ -179,9 +162,7 @@ def _is_whole(entry: TensorStorageMetadata) -> bool:
     return inside and apart and sum(math.prod(part.sizes) for part in parts) == math.prod(entry.size)
 
 
-def read_distributed(
-    path: str | os.PathLike[str], scratch: Path | None
-) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
+def read_distributed(path: Path, scratch: Path | None) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
     """All entries by their flat names, and torch's map from these to the nested keys that they were saved under.
 
     Tensors are in nameless files in the folder `scratch` (None: in memory); other entries are `SavedBytes`.
@@ -190,26 +171,27 @@ def read_distributed(
         FileError: damaged or incomplete.
         UnsafeFileError: its description asks for a class that no distributed checkpoint needs.
     """
-    path = Path(path)
     metadata = read_metadata(path)
-    state: dict[str, Any] = {}
+    state: dict[str, Any] = dict.fromkeys(metadata.state_dict_metadata, SavedBytes(b""))
     for name, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
+        if isinstance(entry, descriptions.TensorStorageMetadata):
             state[name] = scratch_tensor(entry.size, entry.properties.dtype, scratch)
-        else:
-            state[name] = SavedBytes(b"")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process does it all is meant
             load(state, storage_reader=_Reader(path), planner=_LoadPlanner(False, False), **_ALONE)
-    except (Exception, CheckpointException) as error:  # whatever a broken shard raises; torch's is no Exception
-        inner = error.__cause__ or error
-        if isinstance(error, CheckpointException):
-            inner = next(iter(error.failures.values()))[0]
-        raise FileError(f"{path}: is damaged or incomplete ({first_line(inner)})") from None
+    except CheckpointException as error:  # no Exception: torch's own base
+        raise FileError(f"{path}: is damaged or incomplete ({first_line(_first_failure(error))})") from None
+    except Exception as error:  # whatever a broken shard raises
+        raise FileError(f"{path}: is damaged or incomplete ({first_line(error.__cause__ or error)})") from None
     found = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
     mappings = {name: tuple(place) for name, place in found.items() if isinstance(place, tuple | list)}
     return state, mappings
+
+
+def _first_failure(error: CheckpointException) -> BaseException:
+    """What went wrong in the one process that there is."""
+    return next(iter(error.failures.values()))[0]
 
 
 def write_distributed(state: dict[str, Any], folder: Path, mappings: Mapping[str, tuple[Any, ...]]) -> None:
@@ -221,6 +203,5 @@ def write_distributed(state: dict[str, Any], folder: Path, mappings: Mapping[str
         writer = FileSystemWriter(folder, sync_files=False)
         try:
             save(plain, storage_writer=writer, planner=_SavePlanner(nested), **_ALONE)
-        except CheckpointException as error:  # no Exception: torch's own base
-            inner = next(iter(error.failures.values()))[0]
-            raise inner from None
+        except CheckpointException as error:
+            raise _first_failure(error) from None

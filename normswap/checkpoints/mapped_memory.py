@@ -49,10 +49,9 @@ def release_block(address: int, size: int) -> None:
     """`release` for `size` bytes from `address`: the whole pages among them."""
     page = os.sysconf("SC_PAGE_SIZE") if _POSIX else 1
     first, end = -(-address // page), (address + size) // page
-    if (end - first) * page < _RELEASED_FROM or _libc is None or not hasattr(_libc, "madvise"):
-        return
-    if _held_by_files(first, end):
-        _libc.madvise(ctypes.c_void_p(first * page), ctypes.c_size_t((end - first) * page), _MADV_DONTNEED)
+    length, madvise = (end - first) * page, getattr(_libc, "madvise", None)
+    if length >= _RELEASED_FROM and madvise is not None and _held_by_files(first, end):
+        madvise(ctypes.c_void_p(first * page), ctypes.c_size_t(length), _MADV_DONTNEED)
 
 
 def _held_by_files(first: int, end: int) -> bool:

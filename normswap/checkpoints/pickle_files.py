@@ -8,7 +8,7 @@ import threading
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,45 +19,26 @@ from torch import nn
 from normswap.errors import FileError, UnsafeFileError, first_line
 
 _SAFE_PACKAGES = (
-    "torch.nn.",
-    "torch.ao.",
-    "torchvision.models.",
-    "torchvision.ops.",
-    "timm.models.",
-    "timm.layers.",
-    "normswap.",
-)
+    "torch.nn.", "torch.ao.", "torchvision.models.", "torchvision.ops.", "timm.models.", "timm.layers.", "normswap.",
+)  # fmt: skip
+_ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid")
+_DETECTION = ("BoxCoder", "BoxLinearCoder", "Matcher", "SSDMatcher", "BalancedPositiveNegativeSampler")
 _SAFE_HELPERS = {
-    "torch.nn.functional.relu",
-    "torch.nn.functional.relu6",
-    "torch.nn.functional.silu",
-    "torch.nn.functional.gelu",
-    "torch.nn.functional.hardswish",
-    "torch.nn.functional.hardsigmoid",
-    "torch.nn.functional.sigmoid",
-    "torch.sigmoid",
-    "functools.partial",
-    "torchvision.models.detection._utils.BoxCoder",
-    "torchvision.models.detection._utils.BoxLinearCoder",
-    "torchvision.models.detection._utils.Matcher",
-    "torchvision.models.detection._utils.SSDMatcher",
-    "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
-    "torchvision.models.optical_flow.raft._pass_through_h",
-    "torchvision.ops.boxes.box_iou",
+    *(f"torch.nn.functional.{name}" for name in _ACTIVATIONS),
+    *(f"torchvision.models.detection._utils.{name}" for name in _DETECTION),
+    "torch.sigmoid", "functools.partial",
+    "torchvision.models.optical_flow.raft._pass_through_h", "torchvision.ops.boxes.box_iou",
     # what training scripts put beside the weights: plain data, no behaviour of its own
-    "argparse.Namespace",
+    "argparse.Namespace", "numpy.ndarray", "numpy.dtype", "_codecs.encode",
     *(f"{place}.{name}" for place in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     *(f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Int64", "Int32", "UInt32", "UInt8", "Bool")),
-    "numpy.ndarray",
-    "numpy.dtype",
-    "_codecs.encode",
-}
+}  # fmt: skip
 _REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed global|whose module \S+ is blocked)")
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def read_pickle(path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[str] = ()) -> Any:
+def read_pickle(path: Path, *, trust: bool = False, allow: Iterable[str] = ()) -> Any:
     """The object in a file that `torch.save` wrote, its tensors on the CPU and mapped from the file.
 
     Only classes of torch, torchvision, timm and normswap are loaded, and those in `allow`, by full
@@ -67,7 +48,6 @@ def read_pickle(path: str | os.PathLike[str], *, trust: bool = False, allow: Ite
         FileError: no such file, another kind of file, or a broken one.
         UnsafeFileError: a class that is not allowed; the message says how to allow it.
     """
-    path = Path(path)
     zipped = check_kind(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickle protocols and typed storages: nothing that a user can mend
@@ -76,8 +56,11 @@ def read_pickle(path: str | os.PathLike[str], *, trust: bool = False, allow: Ite
 
 def _read_safely(path: Path, zipped: bool, allow: Iterable[str]) -> Any:
     allowed = {name: _import(name, path) for name in allow}
+    unsafe: list[str] = []  # what the pickle names and torch does not allow by itself; the pickle is read, not run
     if zipped:
-        allowed |= {name: _safe_class(name, path) for name in _globals(path) if name not in allowed}
+        with suppress(Exception):  # whatever is wrong with the file, reading it says better
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    allowed |= {name: _safe_class(name, path) for name in unsafe if name not in allowed}
     if "numpy.dtype" in allowed:  # the class of what it makes, which no pickle names
         allowed |= {name: _import(name, path) for name in _SAFE_HELPERS if name.startswith("numpy.dtypes.")}
     while True:  # one class more a round: what the first look did not find, and torch's older format
@@ -119,14 +102,6 @@ def _no_constructors() -> Iterator[None]:
         nn.Module.__init__ = real  # type: ignore[method-assign]
 
 
-def _globals(path: Path) -> list[str]:
-    """What the pickle names and torch does not allow by itself; the pickle is read, not run."""
-    try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # whatever is wrong with the file, reading it says better
-        return []
-
-
 def _load(path: Path, *, weights_only: bool, mmap: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mmap or None)
@@ -154,7 +129,10 @@ def check_kind(path: Path) -> bool:
     if not head:
         raise FileError(f"{path}: is empty")
     if head.startswith(b"PK\x03\x04"):
-        return _check_archive(path)
+        problem = _archive_problem(path)
+        if problem:
+            raise FileError(f"{path}: {problem}")
+        return True
     if path.suffix == ".onnx":
         raise FileError(
             f"{path}: is an ONNX file, whose layers are compiled; convert the torch model that it was exported from"
@@ -173,30 +151,37 @@ def _is_text(head: bytes) -> bool:
     return b"\x00" not in head
 
 
-def _check_archive(path: Path) -> bool:
+def _archive_problem(path: Path) -> str:
+    """Why a zip archive is none that can be read; empty where all is well.
+
+    torch.save packs nothing and writes each name once: an archive that does otherwise is made to mislead.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries, table = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, UnicodeDecodeError, OverflowError):
-        raise FileError(
-            f"{path}: is truncated or damaged: its table of contents cannot be read; copy or save it again"
-        ) from None
+        return "is truncated or damaged: its table of contents cannot be read; copy or save it again"
     names = {entry.filename.partition("/")[2] for entry in entries}
-    if "constants.pkl" in names:
-        raise FileError(
-            f"{path}: is a TorchScript archive, whose code is compiled; convert the model that it was made from"
-        )
     marks = ("serialized_exported_program.json", "models/model.json")
-    if any(entry.filename.endswith(marks) for entry in entries) or (
-        "archive_format" in names and "data.pkl" not in names
-    ):
-        raise FileError(f"{path}: is an exported program; convert the model that it was exported from")
-    if "data.pkl" not in names:
-        raise FileError(f"{path}: is a zip archive, but not one that torch.save wrote")
-    _check_entries(path, entries)
-    if table != _table_of_contents(path):
-        raise FileError(f"{path}: is a zip archive with two tables of contents, or with something before or after it")
-    return True
+    exported = any(entry.filename.endswith(marks) for entry in entries)
+    problem = ""
+    if "constants.pkl" in names:
+        problem = "is a TorchScript archive, whose code is compiled; convert the model that it was made from"
+    elif exported or ("archive_format" in names and "data.pkl" not in names):
+        problem = "is an exported program; convert the model that it was exported from"
+    elif "data.pkl" not in names:
+        problem = "is a zip archive, but not one that torch.save wrote"
+    elif len({entry.filename for entry in entries}) < len(entries):
+        problem = "is a zip archive that holds two entries of one name"
+    elif any(".." in entry.filename.split("/") or entry.filename.startswith("/") for entry in entries):
+        problem = "is a zip archive that names a file outside itself"
+    elif any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        problem = "is a zip archive that is compressed, which torch.save never does; unpack it and save it again"
+    elif sum(entry.file_size for entry in entries) > path.stat().st_size:
+        problem = "is a zip archive that claims more than it holds"
+    elif table != _table_of_contents(path):
+        problem = "is a zip archive with two tables of contents, or with something before or after it"
+    return problem
 
 
 def _table_of_contents(path: Path) -> int:
@@ -215,32 +200,14 @@ def _table_of_contents(path: Path) -> int:
     return int(offset)
 
 
-def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
-    """torch.save packs nothing and writes each name once: an archive that does otherwise is made to mislead."""
-    problem = ""
-    if len({entry.filename for entry in entries}) < len(entries):
-        problem = "holds two entries of one name"
-    elif any(".." in entry.filename.split("/") or entry.filename.startswith("/") for entry in entries):
-        problem = "names a file outside itself"
-    elif any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        problem = "is compressed, which torch.save never does; unpack it and save it again"
-    elif sum(entry.file_size for entry in entries) > path.stat().st_size:
-        problem = "claims more than it holds"
-    if problem:
-        raise FileError(f"{path}: is a zip archive that {problem}")
-
-
 def _safe_class(name: str, path: Path) -> Any:
     """The object called `name` if it is one that may be loaded without being asked for."""
     if name in _SAFE_HELPERS:
         return _import(name, path)
     if name.startswith(_SAFE_PACKAGES) and not any(part.startswith("__") for part in name.split(".")):
         found = _import(name, path)
-        if (
-            isinstance(found, type)
-            and issubclass(found, nn.Module)
-            and not issubclass(found, torch.fx.GraphModule | torch.jit.ScriptModule)
-        ):
+        compiled = torch.fx.GraphModule | torch.jit.ScriptModule
+        if isinstance(found, type) and issubclass(found, nn.Module) and not issubclass(found, compiled):
             return found
     raise UnsafeFileError(
         f"{path}: holds {name}, which is not a class of torch, torchvision, timm or normswap. "

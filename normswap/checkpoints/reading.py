@@ -109,9 +109,8 @@ def _read_folder(path: Path, trust: bool, allow: tuple[str, ...], scratch: Path 
     inner = _read_file(path / name, trust, allow)
     if not isinstance(inner.content, Mapping):
         raise FileError(f"{path / name}: holds a {type(inner.content).__name__}, not a state dict")
-    return replace(
-        inner, path=path, kind="folder", shards={name: tuple(inner.content)}, optimizers=_optimizers(path, trust, allow)
-    )
+    shards, optimizers = {name: tuple(inner.content)}, _optimizers(path, trust, allow)
+    return replace(inner, path=path, kind="folder", shards=shards, optimizers=optimizers)
 
 
 def _read_shards(index: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
@@ -145,9 +144,8 @@ def _read_shards(index: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint
 
 
 def _optimizers(folder: Path, trust: bool, allow: tuple[str, ...]) -> dict[str, Any]:
-    return {
-        file.name: pickle_files.read_pickle(file, trust=trust, allow=allow) for file in sorted(folder.glob(_OPTIMIZERS))
-    }
+    files = sorted(folder.glob(_OPTIMIZERS))
+    return {file.name: pickle_files.read_pickle(file, trust=trust, allow=allow) for file in files}
 
 
 def _with_recipe(tensors: Mapping[str, Any], path: Path, recipe: str | None) -> OrderedDict[str, Any]:

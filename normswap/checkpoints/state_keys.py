@@ -5,7 +5,7 @@ A saved key may have a prefix (`module.` of data parallelism, `model.` of a trai
 """
 
 import re
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ from torch import Tensor
 from normswap.checkpoints.contents import NO_WEIGHTS
 from normswap.errors import FileError
 
+_State = Mapping[str, Any]
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # anywhere in a key
 _SHOWN = 3
 
@@ -43,9 +44,8 @@ class Binding:
     @cached_property
     def _saved_modules(self) -> dict[str, str]:
         """What each module is called there, with the dot behind it, as the keys of its tensors tell."""
-        return {
-            known.rpartition(".")[0]: name.removesuffix(known.rpartition(".")[2]) for known, name in self.names.items()
-        }
+        pairs = ((known.rpartition("."), name) for known, name in self.names.items())
+        return {module: name.removesuffix(leaf) for (module, _, leaf), name in pairs}
 
 
 def without_wrappers(key: str) -> str:
@@ -53,7 +53,7 @@ def without_wrappers(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
-def bind(state: Mapping[str, Any], model: Mapping[str, Any], where: object) -> list[Binding]:
+def bind(state: _State, model: _State, where: object) -> list[Binding]:
     """Find a model in a saved state dict: one binding, or several where it holds copies of the model.
 
     Args:
@@ -81,16 +81,8 @@ def bind(state: Mapping[str, Any], model: Mapping[str, Any], where: object) -> l
             bindings.append(Binding(names, prefix))
             taken |= set(names.values())
     first = bindings[0].prefix
-    odd = [
-        name for name in plain if name.startswith(first) and plain[name] not in taken and not name.endswith(NO_WEIGHTS)
-    ]
-    shapes = any(
-        state[outer].shape != model[name].shape
-        for b in bindings
-        for name, outer in b.names.items()
-        if _both_tensors(state[outer], model[name])
-    )
-    if odd or shapes:
+    odd = [key for key in plain if key.startswith(first) and plain[key] not in taken and not key.endswith(NO_WEIGHTS)]
+    if odd or any(_reshaped(binding.names, state, model) for binding in bindings):
         raise FileError(f"{where}: {_mismatch(plain, state, model, first, taken)}")
     return bindings
 
@@ -103,40 +95,32 @@ def _as_weight_g_or_v(match: re.Match[str]) -> str:
     return f"{match[1]}_{'gv'[int(match[2])]}"
 
 
-def _both_tensors(a: Any, b: Any) -> bool:
-    return isinstance(a, Tensor) and isinstance(b, Tensor)
+def _reshaped(names: Mapping[str, str], state: _State, model: _State) -> list[str]:
+    """The keys of the model whose tensors are saved with another shape; `names`: the saved key of each key."""
+    pairs = ((name, state[outer], model[name]) for name, outer in names.items())
+    return [name for name, a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape]
 
 
 def _possible_prefixes(plain: Mapping[str, str], wanted: Sequence[str]) -> Iterable[str]:
     """What may stand before the model's keys: whatever stands before a few of them that seldom occur by chance."""
-    found = Counter[str]()
     telling = sorted(wanted, key=lambda name: (-name.count("."), -len(name)))
-    for name in {*telling[:3], *wanted[:3], *wanted[-3:]}:
-        for key in plain:
-            if key == name:
-                found[""] += 1
-            elif key.endswith(f".{name}"):
-                found[key[: -len(name)]] += 1
-    return found
+    some = {*telling[:3], *wanted[:3], *wanted[-3:]}
+    found = [key[: -len(name)] for name in some for key in plain if key == name or key.endswith(f".{name}")]
+    return dict.fromkeys(found)
 
 
-def _mismatch(
-    plain: Mapping[str, str], state: Mapping[str, Any], model: Mapping[str, Any], prefix: str, taken: Iterable[str] = ()
-) -> str:
+def _mismatch(plain: Mapping[str, str], state: _State, model: _State, prefix: str, taken: Iterable[str] = ()) -> str:
     """What does not fit, and the likely cause. `taken`: saved keys that belong to some copy of the model."""
     taken = set(taken)
-    here = {
-        name.removeprefix(prefix): plain[name] for name in plain if name.startswith(prefix) and plain[name] not in taken
-    }
+    others = [name for name in plain if name.startswith(prefix) and plain[name] not in taken]
+    here = {name.removeprefix(prefix): plain[name] for name in others}
     here |= {name: plain[prefix + name] for name in model if prefix + name in plain}
     missing = [name for name in model if name not in here and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in here if name not in model and not name.endswith(NO_WEIGHTS)]
+    shared = {name: here[name] for name in model if name in here}
     reshaped = [
         f"{name} is {tuple(state[here[name]].shape)}, the model's {tuple(model[name].shape)}"
-        for name in model
-        if name in here
-        and _both_tensors(state[here[name]], model[name])
-        and state[here[name]].shape != model[name].shape
+        for name in _reshaped(shared, state, model)
     ]
     parts = [
         f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''}"
@@ -147,7 +131,7 @@ def _mismatch(
     return f"does not fit the model{under}; {'; '.join(parts)}. {_cause(missing, unexpected, reshaped, model)}"
 
 
-def _cause(missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence[str], model: Mapping[str, Any]) -> str:
+def _cause(missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence[str], model: _State) -> str:
     if len(missing) > len(model) // 2:
         return "Likely another architecture, or the model stands under another --key"
     if reshaped and not missing and not unexpected and len(reshaped) <= 4:
@@ -160,9 +144,7 @@ def _cause(missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence
     return "Likely another version or another size of the architecture: see --model-arg"
 
 
-def rebuild(
-    state: Mapping[str, Any], bindings: Sequence[Binding], states: Sequence[Mapping[str, Any]]
-) -> OrderedDict[str, Any]:
+def rebuild(state: _State, bindings: Sequence[Binding], states: Sequence[_State]) -> OrderedDict[str, Any]:
     """A saved state dict after the conversion of its model: keys of the model are replaced, all others stay.
 
     Args:
@@ -187,9 +169,7 @@ def rebuild(
     return result
 
 
-def _metadata(
-    state: Mapping[str, Any], bindings: Sequence[Binding], states: Sequence[Mapping[str, Any]]
-) -> OrderedDict[str, Any]:
+def _metadata(state: _State, bindings: Sequence[Binding], states: Sequence[_State]) -> OrderedDict[str, Any]:
     """The versions of modules that torch keeps beside the tensors, under the saved names of the modules."""
     known = getattr(state, "_metadata", None)
     metadata = OrderedDict(known if isinstance(known, Mapping) else {})

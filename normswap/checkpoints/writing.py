@@ -6,6 +6,7 @@ import pickle
 import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,22 +56,17 @@ def write_checkpoint(
     if kind == "pt":
         return atomic_write.write_file(out, lambda file: _save(content, file, out, mapped), overwrite=overwrite)
     if kind == "safetensors":
-        tensors = _tensors(content, out)
         header = (_texts(found.header) or _PYTORCH) | _recipe_as_text(content)
-        return atomic_write.write_file(
-            out,
-            lambda file: safetensors_files.write_safetensors(tensors, file, header, mapped=mapped),
-            overwrite=overwrite,
-        )
+        write = partial(safetensors_files.write_safetensors, _tensors(content, out), metadata=header, mapped=mapped)
+        return atomic_write.write_file(out, write, overwrite=overwrite)
     if kind == "dcp":
         # Not at the top: what it needs of torch takes longer to import than most files to write.
         from normswap.checkpoints import distributed_folders
 
         recipe = {name: SavedBytes(_saved(text)) for name, text in _recipe_as_text(content).items()}
         state = {**_flat_entries(content, out), **recipe}
-        return atomic_write.write_folder(
-            out, lambda folder: distributed_folders.write_distributed(state, folder, found.nested), overwrite=overwrite
-        )
+        write_entries = partial(distributed_folders.write_distributed, state, mappings=found.nested)
+        return atomic_write.write_folder(out, write_entries, overwrite=overwrite)
     return atomic_write.write_folder(out, lambda folder: _write_into_folder(found, folder, mapped), overwrite=overwrite)
 
 
