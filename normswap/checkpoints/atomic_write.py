@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -128,8 +129,7 @@ def _temporary(target: Path, folder: bool = False) -> Iterator[Path]:
 
 def _clean(target: Path) -> None:
     """Remove what killed runs left beside `target`: whatever no living run holds locked."""
-    name = "".join(f"[{c}]" if c in "*?[" else c for c in target.name)
-    for temporary in target.parent.glob(f".{name}.????????.tmp"):
+    for temporary in target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"):
         with suppress(OSError):  # locked, gone, or somebody else's
             held = _lock(temporary, wait=False)
             _remove(temporary)

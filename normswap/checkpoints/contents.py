@@ -56,9 +56,8 @@ def find_entries(content: Any, key: str | None, where: object) -> list[Entry]:
     if isinstance(content, nn.Module) or is_state(content):
         return [Entry((), content)]
     if not isinstance(content, Mapping):
-        raise FileError(
-            f"{where}: holds a {type(content).__name__}, not a model, a state dict or a training checkpoint"
-        )
+        kind = type(content).__name__
+        raise FileError(f"{where}: holds a {kind}, not a model, a state dict or a training checkpoint")
     found = [Entry((name,), content[name]) for name in MODEL_KEYS if _is_model(content.get(name))]
     if found:
         return found

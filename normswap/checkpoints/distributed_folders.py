@@ -86,22 +86,18 @@ class _SavePlanner(DefaultSavePlanner):
     def __init__(self, mappings: Mapping[str, tuple[Any, ...]]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.nested = dict(mappings)
-        self._written: Tensor | None = None
-
-    def create_local_plan(self) -> SavePlan:
-        return dataclasses.replace(super().create_local_plan(), planner_data=self.nested)
+        self._written = torch.empty(0)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], descriptions.Metadata]:
         plans, metadata = super().create_global_plan(all_plans)
         return plans, dataclasses.replace(metadata, planner_data=self.nested)
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        if self._written is not None:
-            release(self._written)
+        release(self._written)
         found = self.state_dict[write_item.index.fqn]
         if isinstance(found, SavedBytes):
             return io.BytesIO(found.data)
-        self._written = found if isinstance(found, Tensor) else None
+        self._written = found
         return super().resolve_data(write_item)
 
 

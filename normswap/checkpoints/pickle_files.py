@@ -21,10 +21,9 @@ from normswap.errors import FileError, UnsafeFileError, first_line
 _SAFE_PACKAGES = (
     "torch.nn.", "torch.ao.", "torchvision.models.", "torchvision.ops.", "timm.models.", "timm.layers.", "normswap.",
 )  # fmt: skip
-_ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid")
 _DETECTION = ("BoxCoder", "BoxLinearCoder", "Matcher", "SSDMatcher", "BalancedPositiveNegativeSampler")
 _SAFE_HELPERS = {
-    *(f"torch.nn.functional.{name}" for name in _ACTIVATIONS),
+    *(f"torch.nn.functional.{f}" for f in ("relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid")),
     *(f"torchvision.models.detection._utils.{name}" for name in _DETECTION),
     "torch.sigmoid", "functools.partial",
     "torchvision.models.optical_flow.raft._pass_through_h", "torchvision.ops.boxes.box_iou",
@@ -126,21 +125,18 @@ def check_kind(path: Path) -> bool:
     """Whether the file is a zip archive of `torch.save`; raises for every other kind but torch's older one."""
     with path.open("rb") as file:
         head = file.read(512)
+    zipped, problem = head.startswith(b"PK\x03\x04"), ""
     if not head:
-        raise FileError(f"{path}: is empty")
-    if head.startswith(b"PK\x03\x04"):
+        problem = "is empty"
+    elif zipped:
         problem = _archive_problem(path)
-        if problem:
-            raise FileError(f"{path}: {problem}")
-        return True
-    if path.suffix == ".onnx":
-        raise FileError(
-            f"{path}: is an ONNX file, whose layers are compiled; convert the torch model that it was exported from"
-        )
-    if not head.startswith(_PICKLES):
-        text = "a text file" if _is_text(head) else "of another kind"
-        raise FileError(f"{path}: is {text}, not one that torch.save wrote")
-    return False
+    elif path.suffix == ".onnx":
+        problem = "is an ONNX file, whose layers are compiled; convert the torch model that it was exported from"
+    elif not head.startswith(_PICKLES):
+        problem = f"is {'a text file' if _is_text(head) else 'of another kind'}, not one that torch.save wrote"
+    if problem:
+        raise FileError(f"{path}: {problem}")
+    return zipped
 
 
 def _is_text(head: bytes) -> bool:

@@ -63,9 +63,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def write_safetensors(
-    tensors: Mapping[str, Tensor], file: BinaryIO, metadata: Mapping[str, str], *, mapped: bool = False
-) -> None:
+def write_safetensors(tensors: Mapping[str, Tensor], file: BinaryIO, metadata: Mapping[str, str], mapped: bool) -> None:
     """Write tensors by name, largest dtype first as the library does; with `mapped`, each is released after it.
 
     Tensors that share memory are written apart, since the format knows no sharing.
@@ -75,12 +73,11 @@ def write_safetensors(
     end = 0
     for name in order:
         tensor = tensors[name]
-        if tensor.dtype not in _NAMES or tensor.layout is not torch.strided:
-            raise FileError(
-                f"{name} is {tensor.dtype}, {tensor.layout}, which safetensors cannot hold; write a .pt file"
-            )
+        dtype, layout = tensor.dtype, tensor.layout
+        if dtype not in _NAMES or layout is not torch.strided:
+            raise FileError(f"{name} is {dtype}, {layout}, which safetensors cannot hold; write a .pt file")
         start, end = end, end + tensor.numel() * tensor.itemsize
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)

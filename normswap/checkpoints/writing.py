@@ -37,9 +37,7 @@ def check_format(out: Path, form: str | None, overwrite: bool) -> None:
         raise FileError(f"{out}: a model is not written as {out.suffix}; give a name that ends in .pt or .safetensors")
 
 
-def write_checkpoint(
-    found: Checkpoint, out: Path, form: str | None = None, *, overwrite: bool = False, mapped: bool = False
-) -> Path:
+def write_checkpoint(found: Checkpoint, out: Path, form: str | None, *, overwrite: bool, mapped: bool = False) -> Path:
     """Write a checkpoint whole or not at all, see `atomic_write`, and return where.
 
     Args:
