@@ -13,26 +13,10 @@ CONVERSION, READING, DATA, WRITING, SHOWING = "Conversion", "Reading", "Data", "
 """The panels of `--help`."""
 
 
-class Format(str, Enum):
-    pt = "pt"
-    safetensors = "safetensors"
-    dcp = "dcp"
-
-
-class TransferRule(str, Enum):
-    match = "match"
-    copy = "copy"
-    reset = "reset"
-
-
-class Ws(str, Enum):
-    preserve = "preserve"
-    strict = "strict"
-
-
-class WsScope(str, Enum):
-    normed = "normed"
-    all = "all"
+Format = Enum("Format", {"pt": "pt", "safetensors": "safetensors", "dcp": "dcp"}, type=str)
+TransferRule = Enum("TransferRule", {"match": "match", "copy": "copy", "reset": "reset"}, type=str)
+Ws = Enum("Ws", {"preserve": "preserve", "strict": "strict"}, type=str)
+WsScope = Enum("WsScope", {"normed": "normed", "all": "all"}, type=str)
 
 
 def _option(panel: str, help: str, *names: str, **more: Any) -> Any:
