@@ -24,30 +24,15 @@ from normswap.training import optimizer_states, optimizers, parameter_numbers
 
 
 def convert_file(
-    path: str | os.PathLike[str],
-    to: str | Target,
-    out: str | os.PathLike[str] | None = None,
-    *,
-    model: model_specs.ModelSource | None = None,
-    model_args: Mapping[str, Any] | None = None,
-    weights: str | None = None,
-    key: str | None = None,
-    eps: float | None = None,
-    input_shape: Sequence[int] | None = None,
-    example_inputs: Any = None,
-    calibrate: Any = None,
-    input_size: int | Sequence[int] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    fold: bool = False,
-    format: str | None = None,
-    allow: Iterable[str] = (),
-    trust: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    progress: Progress = lambda phase: None,
-    **options: Any,
-) -> Report:
+    path: str | os.PathLike[str], to: str | Target, out: str | os.PathLike[str] | None = None, *,
+    model: model_specs.ModelSource | None = None, model_args: Mapping[str, Any] | None = None,
+    weights: str | None = None, key: str | None = None, eps: float | None = None,
+    input_shape: Sequence[int] | None = None, example_inputs: Any = None, calibrate: Any = None,
+    input_size: int | Sequence[int] | None = None, mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None, fold: bool = False, format: str | None = None, allow: Iterable[str] = (),
+    trust: bool = False, overwrite: bool = False, dry_run: bool = False,
+    progress: Progress = lambda phase: None, **options: Any,
+) -> Report:  # fmt: skip
     """Convert the model in a file or a folder, or a model of a library, and write it in the same kind.
 
     Args:
@@ -56,8 +41,7 @@ def convert_file(
         to: the target, as for `normswap.convert`; `PLAIN_TARGET` folds what is converted, as `normswap.fold` does.
         out: where to write; by default `model.gn-ws.pt` beside the input (`resnet50.gn-ws.pt` here).
         model: what the tensors belong to, where the file holds no module: a spec (`torchvision:NAME`, `timm:NAME`,
-            `package.module:factory`, `file.py:factory`), a factory, or a module. Most norms (`gn`) do without:
-            `Form.on_tensors_alone` says which.
+            `package.module:factory`, `file.py:factory`), a factory, or a module. Most norms do without.
         model_args: keyword arguments of a model that is built.
         weights: the published weights of a library's model, by name.
         key: which entry of a training checkpoint is the model, where it has none of the usual names.
@@ -71,8 +55,7 @@ def convert_file(
         fold: bake standardized weights in and leave plain torch layers.
         format: write `pt`, `safetensors` or `dcp` instead; of a training checkpoint, the model alone.
         allow, trust: which classes a file may hold; see `normswap.load`.
-        overwrite: replace an existing output.
-        dry_run: write nothing.
+        overwrite, dry_run: replace an existing output; write nothing.
         progress: called with the name of each phase.
         options: those of `normswap.convert`.
 
@@ -81,17 +64,13 @@ def convert_file(
     """
     started = time.monotonic()
     asked, target = Options(**options), to if isinstance(to, Target) else parse_target(to)
-    if not model_specs.is_spec(str(path)):
-        reading.check_input(Path(path))
     out = paths.default_output(path, target.name, format) if out is None else Path(out)
     format = format or paths.format_by_ending(out)
-    if not dry_run:
-        writing.check_format(out, format, overwrite)
+    _check_paths(path, out, format, None if dry_run else overwrite)
     spec = next((str(s) for s in (path, model) if isinstance(s, str) and model_specs.is_spec(s)), None)
     pictures = {"input_size": input_size, "mean": mean, "std": std}
     asked = replace(asked, calibrate=_read_data(calibrate, spec, weights, pictures, progress))
     request = FileRequest(target, asked, model, model_args or {}, eps, input_shape, example_inputs, fold, progress)
-
     progress(f"reading {path}")
     found = inputs.read_input(
         path, model=model, key=key, weights=weights, model_args=request.model_args,
@@ -103,6 +82,14 @@ def convert_file(
         progress(f"writing {out}")
         _write(converted, out, format, key, overwrite)
     return replace(report, cost=Cost(time.monotonic() - started, mapped_memory.peak_memory()))
+
+
+def _check_paths(path: str | os.PathLike[str], out: Path, format: str | None, overwrite: bool | None) -> None:
+    """Raise, before any work, for an input of another kind or an output that cannot be written (None: none is)."""
+    if not model_specs.is_spec(str(path)):
+        reading.check_input(Path(path))
+    if overwrite is not None:
+        writing.check_format(out, format, overwrite)
 
 
 def _read_data(
