@@ -50,39 +50,16 @@ def _app(
 
 @app.command()
 def convert(
-    input: opt.Input,
-    to: opt.To,
-    groups: opt.Groups = "auto",
-    transfer: opt.TransferChoice = opt.TransferRule.match,
-    ws: opt.WsChoice = opt.Ws.preserve,
-    ws_scope: opt.WsScopeChoice = opt.WsScope.normed,
-    layers: opt.Layers = "conv",
-    recurrent: opt.Recurrent = None,
-    include: opt.Include = None,
-    exclude: opt.Exclude = None,
-    fold: opt.Fold = False,
-    model: opt.Model = None,
-    model_arg: opt.ModelArg = None,
-    weights: opt.Weights = None,
-    key: opt.Key = None,
-    eps: opt.Eps = None,
-    allow: opt.Allow = None,
-    trust: opt.Trust = False,
-    input_shape: opt.InputShape = None,
-    calibrate: opt.Calibrate = None,
-    calibrate_seconds: opt.CalibrateSeconds = 60.0,
-    input_size: opt.InputSize = None,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    out: opt.Out = None,
-    format: opt.FormatChoice = None,
-    overwrite: opt.Overwrite = False,
-    dry_run: opt.DryRun = False,
-    report: opt.ReportFile = None,
-    as_json: opt.Json = False,
-    full: opt.Full = False,
-    quiet: opt.Quiet = False,
-) -> None:
+    input: opt.Input, to: opt.To, groups: opt.Groups = "auto", transfer: opt.TransferChoice = opt.TransferRule.match,
+    ws: opt.WsChoice = opt.Ws.preserve, ws_scope: opt.WsScopeChoice = opt.WsScope.normed, layers: opt.Layers = "conv",
+    recurrent: opt.Recurrent = None, include: opt.Include = None, exclude: opt.Exclude = None, fold: opt.Fold = False,
+    model: opt.Model = None, model_arg: opt.ModelArg = None, weights: opt.Weights = None, key: opt.Key = None,
+    eps: opt.Eps = None, allow: opt.Allow = None, trust: opt.Trust = False, input_shape: opt.InputShape = None,
+    calibrate: opt.Calibrate = None, calibrate_seconds: opt.CalibrateSeconds = 60.0, input_size: opt.InputSize = None,
+    mean: opt.Mean = None, std: opt.Std = None, out: opt.Out = None, format: opt.FormatChoice = None,
+    overwrite: opt.Overwrite = False, dry_run: opt.DryRun = False, report: opt.ReportFile = None,
+    as_json: opt.Json = False, full: opt.Full = False, quiet: opt.Quiet = False,
+) -> None:  # fmt: skip
     """Convert a model: swap its norms, standardize its convolutions, keep what it has learnt.
 
     [bold]normswap convert model.pt --to gn-ws[/]
@@ -113,18 +90,10 @@ def convert(
 
 @app.command()
 def inspect(
-    input: opt.Input,
-    model: opt.Model = None,
-    model_arg: opt.ModelArg = None,
-    weights: opt.Weights = None,
-    key: opt.Key = None,
-    allow: opt.Allow = None,
-    trust: opt.Trust = False,
-    input_shape: opt.InputShape = None,
-    as_json: opt.Json = False,
-    full: opt.Full = False,
-    quiet: opt.Quiet = False,
-) -> None:
+    input: opt.Input, model: opt.Model = None, model_arg: opt.ModelArg = None, weights: opt.Weights = None,
+    key: opt.Key = None, allow: opt.Allow = None, trust: opt.Trust = False, input_shape: opt.InputShape = None,
+    as_json: opt.Json = False, full: opt.Full = False, quiet: opt.Quiet = False,
+) -> None:  # fmt: skip
     """Show what is in a model, what it would become, what is wrong with it, and what to pick.
 
     [bold]normswap inspect torchvision:mobilenet_v2[/]
@@ -141,19 +110,10 @@ def inspect(
 
 @app.command()
 def fold(
-    input: opt.Input,
-    model: opt.Model = None,
-    model_arg: opt.ModelArg = None,
-    key: opt.Key = None,
-    allow: opt.Allow = None,
-    trust: opt.Trust = False,
-    out: opt.Out = None,
-    overwrite: opt.Overwrite = False,
-    report: opt.ReportFile = None,
-    as_json: opt.Json = False,
-    full: opt.Full = False,
-    quiet: opt.Quiet = False,
-) -> None:
+    input: opt.Input, model: opt.Model = None, model_arg: opt.ModelArg = None, key: opt.Key = None,
+    allow: opt.Allow = None, trust: opt.Trust = False, out: opt.Out = None, overwrite: opt.Overwrite = False,
+    report: opt.ReportFile = None, as_json: opt.Json = False, full: opt.Full = False, quiet: opt.Quiet = False,
+) -> None:  # fmt: skip
     """Bake a converted model into plain torch layers, for deployment: it then does without normswap.
 
     [bold]normswap fold resnet50.gn-ws.pt[/]
@@ -180,15 +140,9 @@ def fold(
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, file or folder.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
-    key: opt.Key = None,
-    allow: opt.Allow = None,
-    trust: opt.Trust = False,
-    overwrite: opt.Overwrite = False,
-    report: opt.ReportFile = None,
-    as_json: opt.Json = False,
-    full: opt.Full = False,
-    quiet: opt.Quiet = False,
-) -> None:
+    key: opt.Key = None, allow: opt.Allow = None, trust: opt.Trust = False, overwrite: opt.Overwrite = False,
+    report: opt.ReportFile = None, as_json: opt.Json = False, full: opt.Full = False, quiet: opt.Quiet = False,
+) -> None:  # fmt: skip
     """Say what differs between two checkpoints: keys, modules, shapes, values.
 
     [bold]normswap diff model.pt model.gn-ws.pt[/]
