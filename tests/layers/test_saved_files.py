@@ -17,7 +17,8 @@ def test_every_layer_of_an_old_file_gives_what_it_gave() -> None:
     found = outputs(models)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, msg=name)
+        # Other versions of torch round otherwise, and a norm over few elements makes that larger.
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_torch_alone_loads_an_old_file() -> None:
