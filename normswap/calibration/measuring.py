@@ -107,11 +107,11 @@ def measure_norms(
 
 
 def _channels_second(site: Site, args: tuple[Any, ...]) -> Tensor | None:
-    """The input of a norm as (N, C, *spatial); None where it is no such thing.
+    """The input of a norm as (N, C, *spatial); None where it is no such thing, or empty.
 
     In a layout other than the norm's own, what the numbers say would be of other channels.
     """
-    if not args or not isinstance(args[0], Tensor) or args[0].dim() < 2:
+    if not args or not isinstance(args[0], Tensor) or args[0].dim() < 2 or not args[0].numel():
         return None
     values = args[0].movedim(-1, 1) if site.form == "last" and args[0].dim() > 2 else args[0]
     return values if values.shape[1] == site.channels else None

@@ -38,9 +38,10 @@ class EstimatedBatchNorm(_NormBase):
 
     In train mode `running_mean` first moves towards the batch's mean, at the rate `momentum`, then `running_var`
     towards the batch's mean square distance from it; then, as in eval mode, `y = weight · (x − running_mean) /
-    √(running_var + eps) + bias`, per channel of (N, C, *spatial). It learns at batch 1. Source: Qiao et al. 2019,
-    "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization", algorithm 1. The authors'
-    published code takes the distance from the mean before it moves; here the paper is followed.
+    √(running_var + eps) + bias`, per channel of (N, C, *spatial). It learns at batch 1; an empty batch moves nothing.
+    Source: Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
+    algorithm 1. The authors' published code takes the distance from the mean before it moves; here the paper is
+    followed.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class EstimatedBatchNorm(_NormBase):
     def forward(self, input: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
         if self.training:
-            if not _is_repeated():
+            if input.numel() and not _is_repeated():  # an empty batch tells nothing, not even that it was one
                 self._update_estimates(input)
             mean, var = mean.clone(), var.clone()  # backward reads them, maybe after a further forward has moved them
         return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)

@@ -111,6 +111,20 @@ def test_estimates_follow_the_paper_and_take_no_part_in_the_gradient(groups: int
     assert torch.equal(norm.running_mean, seen), "eval mode learns nothing"
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("shape", [(0, 4), (0, 4, 3), (0, 4, 3, 3), (0, 4, 2, 2, 2)])
+@pytest.mark.parametrize("groups", [0, 2])
+def test_an_empty_batch_moves_nothing(groups: int, shape: tuple[int, ...], momentum: float | None) -> None:
+    norm = BatchChannelNorm(groups, 4, momentum=momentum) if groups else EstimatedBatchNorm(4, momentum=momentum)
+    buffers = {name: value.clone() for name, value in randomize(norm).train().named_buffers()}
+    x = torch.randn(shape, requires_grad=True)
+    y = norm(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape
+    assert all(torch.equal(value, buffers[name]) for name, value in norm.named_buffers())
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in norm.parameters())
+
+
 def test_a_step_between_forward_and_backward_does_no_harm() -> None:
     norm = EstimatedBatchNorm(3).train()
     x = torch.randn(2, 3, 4, 4, requires_grad=True)

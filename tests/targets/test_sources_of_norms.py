@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checks import distance
-from helpers.nets import randomize
+from helpers.nets import Forward, randomize
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
@@ -260,6 +260,17 @@ def test_data_that_do_not_fit() -> None:
     for nothing in ([], "images", torch.empty(0, 3, 8, 8)):
         with pytest.raises(normswap.OptionError, match="calibrate"):
             normswap.convert(model, "bn", calibrate=nothing)
+
+
+def test_a_batch_that_is_empty_where_a_norm_reads_tells_nothing() -> None:
+    def proposals(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x[x[:, 0, 0, 0] > 0]))
+
+    model = Forward(proposals, conv=nn.Conv2d(3, 8, 3), norm=nn.GroupNorm(2, 8))
+    some, none = DATA[0].abs(), -DATA[0].abs()
+    options = {"calibrate_seconds": 0}
+    ours, wanted = (normswap.convert(model, "bn", calibrate=data, **options).model for data in ([some, none], [some]))
+    torch.testing.assert_close(ours.state_dict(), wanted.state_dict())
 
 
 def test_data_take_the_dtype_of_the_model() -> None:
