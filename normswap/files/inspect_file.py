@@ -61,8 +61,10 @@ def _examine_module(model: nn.Module, shape: Sequence[int] | None, progress: Pro
 def _examine_tensors(state: Mapping[str, Any], progress: Progress) -> Inspection:
     """What the keys of a state dict tell: norms by their statistics, convolutions by the dimensions of their weight."""
     norms = examine(norms_by_keys.module_of_norms(state, norms_by_keys.DEFAULT_EPS), progress=progress)
-    convolutions = [
-        Layer((path,), "weight", "convolution", "", None, None, None, None, "", "")
-        for path in norms_by_keys.convolution_paths(state)
+    unknown = (None, None, None, None, "")
+    statistics = norms_by_keys.statistics_that_are_no_norm(state)
+    layers = [
+        *(Layer((path,), "norm", "statistics", "", *unknown, why) for path, why in statistics.items()),
+        *(Layer((path,), "weight", "convolution", "", *unknown, "") for path in norms_by_keys.convolution_paths(state)),
     ]
-    return replace(norms, model="tensors without their model", layers=(*norms.layers, *convolutions))
+    return replace(norms, model="tensors without their model", layers=(*norms.layers, *layers))

@@ -13,6 +13,9 @@ DEFAULT_EPS = 1e-5
 _AFFINE = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var")
 _BUFFERS = (*_STATISTICS, "num_batches_tracked")
+_OTHER_STATISTICS = (("mean", "var", "std"), ("_mean", "_var", "_std"))
+"""What normalizers of observations, rewards and data call their mean, and their variance or standard deviation."""
+_COUNTS = ("count", "_count", "running_std")  # what they keep beside these
 
 
 class BatchNorm(nn.SyncBatchNorm):
@@ -20,21 +23,45 @@ class BatchNorm(nn.SyncBatchNorm):
 
 
 def norm_prefixes(state: Mapping[str, Any]) -> list[str]:
-    """What stands before `running_mean` and `running_var` in the keys of `state`, the dot included, in order."""
-    prefixes = [name.removesuffix("running_mean") for name in state if name.endswith("running_mean")]
-    return [p for p in prefixes if (not p or p.endswith(".")) and _is_norm(state, p)]
+    """What stands before the keys of each batch norm in `state`, the dot included, in order."""
+    return [prefix for prefix in _prefixes_of(state, "running_mean") if not _why_no_norm(state, prefix)]
 
 
-def _is_norm(state: Mapping[str, Any], prefix: str) -> bool:
-    """Whether mean and variance are there, and they and what there is of gain and bias are vectors of one length."""
-    found = [state.get(prefix + name) for name in (*_STATISTICS, *_AFFINE)]
+def statistics_that_are_no_norm(state: Mapping[str, Any]) -> dict[str, str]:
+    """Why a mean and a variance in `state` are not taken for those of a batch norm, by the path of what holds them.
+
+    Policies keep statistics of what they observe, datasets those of their features, under the same or similar names.
+    """
+    found = {prefix: _why_no_norm(state, prefix) for prefix in _prefixes_of(state, "running_mean")}
+    for names in _OTHER_STATISTICS:
+        for prefix in _prefixes_of(state, names[0]):
+            if any(isinstance(state.get(prefix + spread), Tensor) for spread in names[1:]):
+                found[prefix] = _why_no_norm(state, prefix)
+    return {prefix.removesuffix("."): reason for prefix, reason in found.items() if reason}
+
+
+def _prefixes_of(state: Mapping[str, Any], leaf: str) -> list[str]:
+    prefixes = [name.removesuffix(leaf) for name in state if name.endswith(leaf)]
+    return [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
+
+
+def _why_no_norm(state: Mapping[str, Any], prefix: str) -> str:
+    """Why what stands under `prefix` is no batch norm, if only by its tensors; "" where it is one.
+
+    A batch norm has mean, variance, gain and bias, vectors of one length; files of older versions do not count batches.
+    """
+    found = {name: state[prefix + name] for name in (*_STATISTICS, *_AFFINE) if prefix + name in state}
+    vectors = [v for v in found.values() if isinstance(v, Tensor) and v.dim() == 1 and _is_plain(v)]
+    lacking = [name for name in (*_STATISTICS, *_AFFINE) if name not in found]
+    if lacking:
+        return (
+            f"lacks {', '.join(lacking)} of a batch norm: statistics of observations, rewards or data look like that; "
+            "if it is one, give its model (--model)"
+        )
+    if len(vectors) < len(found) or len({len(v) for v in vectors}) > 1 or not len(vectors[0]):
+        return "mean, variance, gain and bias are not vectors of one length, of floating point"
     counted = state.get(f"{prefix}num_batches_tracked")
-    if counted is not None and not isinstance(counted, Tensor):
-        return False
-    vectors = [v for v in found if isinstance(v, Tensor) and v.dim() == 1 and _is_plain(v)]
-    present = [v for v in found if v is not None]
-    complete = all(isinstance(v, Tensor) for v in found[:2])
-    return complete and len(vectors) == len(present) and len({len(v) for v in vectors}) == 1 and len(vectors[0]) > 0
+    return "" if counted is None or isinstance(counted, Tensor) else "its num_batches_tracked is no tensor"
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -84,23 +111,26 @@ def convolution_paths(state: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _is_buffer(name: str) -> bool:
-    return name.rpartition(".")[2] in _BUFFERS
+def _buffer_keys(state: Mapping[str, Any]) -> set[str]:
+    """The keys of statistics, of batch norms or else."""
+    others = [f"{path}." if path else "" for path in statistics_that_are_no_norm(state)]
+    names = {name for names in (*_OTHER_STATISTICS, _COUNTS) for name in names}
+    return {key for key in state if key.rpartition(".")[2] in _BUFFERS} | {p + name for p in others for name in names}
 
 
 def count_elements_by_keys(state: Mapping[str, Any]) -> tuple[int, int]:
-    """Elements of all parameters and of all buffers, which are those of batch norms."""
+    """Elements of all parameters and of all buffers, which are statistics."""
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    buffers = sum(value.numel() for name, value in tensors.items() if _is_buffer(name))
+    buffers = sum(tensors[name].numel() for name in _buffer_keys(state) & tensors.keys())
     return sum(value.numel() for value in tensors.values()) - buffers, buffers
 
 
 def parameters_by_keys(state: Mapping[str, Any]) -> tuple[Parameter, ...]:
     """The parameters of a state dict, as far as keys tell: all but statistics and whole numbers; tied ones once."""
     seen: set[Any] = set()
-    found = []
+    found, buffers = [], _buffer_keys(state)
     for name, value in state.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not _is_buffer(name):
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in buffers:
             memory = (value.data_ptr(), tuple(value.shape), value.stride())
             if memory not in seen or not value.numel():
                 found.append(Parameter(name, tuple(value.shape)))

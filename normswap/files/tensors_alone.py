@@ -1,15 +1,16 @@
 """A state dict without its model: its norms are converted on their tensors alone."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from normswap.checkpoints import checkpoint, state_keys
+from normswap.conversion.accounting import why_nothing_to_convert
 from normswap.conversion.pipeline import run
 from normswap.conversion.request import Request
-from normswap.errors import OptionError
+from normswap.errors import ModelError, OptionError
 from normswap.files import norms_by_keys
 from normswap.files.file_request import ConvertedEntry, FileRequest
 from normswap.files.recipe import parse_recipe, with_origin
@@ -29,13 +30,16 @@ def convert_tensors_alone(state: Mapping[str, Any], where: Path, request: FileRe
     previous = checkpoint.stored_recipe(state)
     if previous is not None:
         parse_recipe(previous, where)  # it goes on into the new file, where it has to be sound
+    left = _left_by_keys(state, request.target.name)
+    if not norms_by_keys.norm_prefixes(state):
+        raise ModelError(f"{where}: {why_nothing_to_convert(request.target, left)}")
     norms = norms_by_keys.module_of_norms(state, eps)
     converted, report = run(norms, Request(request.target, request.options, inplace=True, progress=request.progress))
     own_keys = state_keys.Binding({key: key for key in norms_by_keys.norm_keys(state)})
     value = state_keys.rebuild(state, [own_keys], [converted.state_dict()])
     recipe = with_origin(report.recipe, None, {}, previous)
     checkpoint.store_recipe(value, recipe)
-    report = replace(_of_whole_state(report, state, value, eps), recipe=recipe)
+    report = replace(_of_whole_state(report, state, value, left, eps), recipe=recipe)
     # An optimizer was made for all parameters, or for those of the model and not for what a script has beside it.
     before, after = map(norms_by_keys.parameters_by_keys, (state, value))
     under = norms_by_keys.under_the_norms_prefix
@@ -53,10 +57,20 @@ def _check_target(request: FileRequest, where: Path) -> None:
         )
 
 
-def _of_whole_state(report: Report, before: Mapping[str, Any], after: Mapping[str, Any], eps: float) -> Report:
-    """The report of what `run` saw, which is norms alone, as one of the whole state dict: convolutions are left."""
-    reason = f"{report.target} changes no weights of this kind"
-    left = [Left(path, "weight", "convolution", reason) for path in norms_by_keys.convolution_paths(before)]
+def _left_by_keys(state: Mapping[str, Any], target: str) -> list[Left]:
+    """What a conversion of norms leaves in `state`: convolutions, and statistics that are no norm's."""
+    reason = f"{target} changes no weights of this kind"
+    statistics = norms_by_keys.statistics_that_are_no_norm(state)
+    return [
+        *(Left(path, "norm", "statistics", why) for path, why in statistics.items()),
+        *(Left(path, "weight", "convolution", reason) for path in norms_by_keys.convolution_paths(state)),
+    ]
+
+
+def _of_whole_state(
+    report: Report, before: Mapping[str, Any], after: Mapping[str, Any], left: Sequence[Left], eps: float
+) -> Report:
+    """The report of what `run` saw, which is norms alone, as one of the whole state dict, of which `left` stays."""
     old, new = map(norms_by_keys.count_elements_by_keys, (before, after))
     known = report.totals
     totals = Totals(known.norms_changed, known.weights_changed, known.left + len(left), old[0], new[0], old[1], new[1])
