@@ -72,8 +72,9 @@ class Site:
         """Over what a norm takes its statistics in eval mode; "" for what is no source of a conversion."""
         if self.base is BatchChannelNorm:
             return "data, group"
-        if self.base and isinstance(getattr(self.module, "running_mean", None), torch.Tensor):
-            return "data"  # an instance norm may keep running statistics too, and goes by them in eval mode
+        tracked = self.is_batch_norm or getattr(self.module, "track_running_stats", False)
+        if self.base and tracked and isinstance(getattr(self.module, "running_mean", None), torch.Tensor):
+            return "data"  # an instance norm too goes by running statistics in eval mode, as long as it tracks them
         if self.is_batch_norm:
             return "batch"
         if self.base is nn.LayerNorm:

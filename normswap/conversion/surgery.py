@@ -15,6 +15,7 @@ from normswap.layers.reparametrized import NORMALIZED, STANDARDIZED, filter_grou
 from normswap.targets.context import Absorption, Swap
 
 _CONTENTS = {"_parameters", "_buffers", "_modules"}
+_REMEMBERED = {"momentum"}  # of a batch norm, by a norm that has no use for it: the way back finds it
 
 
 def replace_layers(swaps: Sequence[Swap], request: Request) -> None:
@@ -62,7 +63,9 @@ def _exchange(site: Site, new: nn.Module) -> None:
     else:  # carry over what is not the class's own
         base: Any = site.base  # known, else there were no swap
         own = own_attributes(base)
-        kept = {k: v for k, v in vars(old).items() if k in MODULE_STATE - _CONTENTS or k not in own[""]}
+        remembered = _REMEMBERED if hasattr(new, "eps") else set()
+        foreign = (set(vars(old)) - own[""] | remembered) - set(vars(new))
+        kept = {k: v for k, v in vars(old).items() if k in MODULE_STATE - _CONTENTS or k in foreign}
         for kind in _CONTENTS:
             extra = {k: v for k, v in getattr(old, kind).items() if k not in own[kind] | {"weight", "bias"}}
             getattr(new, kind).update(extra)

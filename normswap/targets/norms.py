@@ -15,9 +15,9 @@ from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.layers.matching import Statistics, as_affine, match_output
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
-from normswap.targets.context import Absorption, Context, Swap
+from normswap.targets.context import Absorption, Context, Swap, join_notes
 from normswap.targets.groups import LEAST_ELEMENTS, choose_groups, elements_of, spatial_dims_of
-from normswap.targets.parameters import example_tensor, read_statistics, successor, swap_with_affine
+from normswap.targets.parameters import example_tensor, is_trained, read_statistics, successor, swap_with_affine
 
 NO_STATISTICS = "has no running statistics: they need data (calibrate)"
 
@@ -57,6 +57,7 @@ def to_instance_norm(site: Site, context: Context) -> Swap | str:
         return _group_norm(site, context, site.channels, "")
     cls = INSTANCE_NORM_BY_DIMS[site.spatial_dims]
     new: Any = cls(site.channels, eps=eps_of(site.module), affine=True, device="meta")
+    new.momentum = _momentum(site)
     new.affine = site.module.weight is not None or context.options.transfer == "match"
     return swap_with_affine(site, new, read_statistics(site, context), site.channels, context, "")
 
@@ -87,7 +88,7 @@ def to_batch_norm(site: Site, context: Context) -> Swap | str:
     new = cls(site.channels, eps=eps_of(site.module), momentum=_momentum(site), device="meta")
     kept = _keep_statistics(site, context, new, "statistics follow the batches again")
     for name, parameter in new._parameters.items():
-        if parameter is not None and not isinstance(getattr(site.module, name), nn.Parameter):
+        if parameter is not None and name in site.module._buffers:
             parameter.requires_grad_(True)  # a buffer of the frozen norm: who wants batch norm back wants to train it
     return kept
 
@@ -97,6 +98,7 @@ def to_frozen(site: Site, context: Context) -> Swap | str:
     if site.base is FrozenBatchNorm or "Frozen" in site.name:
         return "has fixed statistics already"
     new = FrozenBatchNorm(site.channels, eps_of(site.module), affine=False, spatial_dims=site.spatial_dims)
+    new.momentum = _momentum(site)
     return _keep_statistics(site, context, new, "statistics fixed")
 
 
@@ -104,11 +106,8 @@ def to_estimated(site: Site, context: Context) -> Swap | str:
     """The same batch norm by moving estimates (Qiao et al. 2019): exact, and it learns at batch 1."""
     if site.base is EstimatedBatchNorm:
         return "goes by moving estimates already"
-    new = EstimatedBatchNorm(site.channels, eps_of(site.module), _momentum(site), False, site.spatial_dims)
-    kept = _keep_statistics(site, context, new, "statistics become moving estimates")
-    if isinstance(kept, Swap) and getattr(site.module, "momentum", None) == 0:
-        return replace(kept, note=f"momentum was 0; estimates follow at {new.momentum}")
-    return kept
+    new = EstimatedBatchNorm(site.channels, eps_of(site.module), _rate(site), False, site.spatial_dims)
+    return _keep_statistics(site, context, new, "statistics become moving estimates")
 
 
 def to_batch_channel(site: Site, context: Context) -> Swap | str:
@@ -119,7 +118,7 @@ def to_batch_channel(site: Site, context: Context) -> Swap | str:
     if isinstance(chosen, str):
         return chosen
     groups, note = chosen
-    new = BatchChannelNorm(groups, site.channels, eps_of(site.module), _momentum(site), False, site.spatial_dims)
+    new = BatchChannelNorm(groups, site.channels, eps_of(site.module), _rate(site), False, site.spatial_dims)
     kept = _keep_statistics(site, context, new, "statistics become moving estimates")
     stats = read_statistics(site, context)
     if isinstance(kept, str) or stats is None:
@@ -132,13 +131,21 @@ def to_batch_channel(site: Site, context: Context) -> Swap | str:
         how = f"{kept.how}; groups start as these are over the data"
     else:
         new.to(like.device, like.dtype)
+    for name in ("weight", "bias"):
+        new.get_parameter(f"group_{name}").requires_grad_(is_trained(site, name))
+    note = join_notes(kept.note, note)
     return replace(kept, after=f"{kept.after}({groups})", how=how, exact=False, note=note, groups=groups)
 
 
 def _momentum(site: Site) -> float | None:
-    """How fast estimates follow the data: as the batch norm's own running statistics did."""
-    momentum = getattr(site.module, "momentum", 0.1)
-    return momentum if momentum is None or momentum else 0.1
+    """How fast a norm's running statistics follow the data; torch's default for one that has none."""
+    momentum: float | None = getattr(site.module, "momentum", 0.1)
+    return momentum
+
+
+def _rate(site: Site) -> float | None:
+    """How fast estimates follow the data: as the running statistics did, where these did."""
+    return 0.1 if _momentum(site) == 0 else _momentum(site)
 
 
 def _keep_statistics(site: Site, context: Context, new: Any, how: str) -> Swap | str:
@@ -156,6 +163,7 @@ def _keep_statistics(site: Site, context: Context, new: Any, how: str) -> Swap |
             writes += write
         new.register_parameter(name, held)
     new.affine = new.weight is not None
+    new.track_running_stats = "data" not in site.form or getattr(old, "track_running_stats", True)
     like = example_tensor(site, context)
     for name, value in (("running_mean", stats.mean), ("running_var", stats.var)):
         buffer = getattr(old, name, None)
@@ -172,7 +180,15 @@ def _keep_statistics(site: Site, context: Context, new: Any, how: str) -> Swap |
         writes += _statistics_writes(site, stats)
     if context.options.transfer == "reset":
         how = f"{how}; gain 1, bias 0"
-    return Swap(site, new, type(new).__name__, how, exact, writes=tuple(writes))
+    note = _why_they_follow(site, new) if isinstance(new, EstimatedBatchNorm) else ""
+    return Swap(site, new, type(new).__name__, how, exact, note, writes=tuple(writes))
+
+
+def _why_they_follow(site: Site, new: EstimatedBatchNorm) -> str:
+    """A note where estimates follow the data, which the running statistics did not; they remember that for `bn`."""
+    if _momentum(site) == 0:
+        return f"momentum was 0; estimates follow at {new.momentum}"
+    return "" if new.track_running_stats else "statistics were not tracked; estimates follow the data"
 
 
 def _statistics_writes(site: Site, stats: Statistics) -> list[tuple[Tensor, Tensor]]:
@@ -195,8 +211,8 @@ def to_folded(site: Site, context: Context) -> Swap | str:
     bias = None
     if layer.bias is None:
         like: Tensor = layer.weight
-        trained = isinstance(site.module.bias, nn.Parameter) and site.module.bias.requires_grad
-        bias = nn.Parameter(torch.zeros(site.channels, dtype=like.dtype, device=like.device), requires_grad=trained)
+        zeros = torch.zeros(site.channels, dtype=like.dtype, device=like.device)
+        bias = nn.Parameter(zeros, requires_grad=is_trained(site, "bias"))
     exact = site.form == "data" and context.options.transfer != "reset" and site.path not in context.rescaling
     how = "folded into the layer before it"
     return Swap(site, nn.Identity(), "Identity", how, exact, absorption=Absorption(into, as_affine(stats), bias))

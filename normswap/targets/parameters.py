@@ -63,8 +63,13 @@ def successor(
     if isinstance(old, nn.Parameter) and id(old) not in context.shared:
         return old, [(old, value)]
     like = old if isinstance(old, Tensor) else example_tensor(site, context)
-    trained = isinstance(old, nn.Parameter) and old.requires_grad
-    return nn.Parameter(value.to(like), requires_grad=trained), []
+    return nn.Parameter(value.to(like), requires_grad=is_trained(site, name)), []
+
+
+def is_trained(site: Site, name: str) -> bool:
+    """Whether a layer has a parameter called `name` that is trained."""
+    parameter = site.module._parameters.get(name)
+    return parameter is not None and parameter.requires_grad
 
 
 def example_tensor(site: Site, context: Context) -> Tensor:

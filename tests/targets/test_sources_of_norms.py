@@ -273,6 +273,14 @@ def test_a_batch_that_is_empty_where_a_norm_reads_tells_nothing() -> None:
     torch.testing.assert_close(ours.state_dict(), wanted.state_dict())
 
 
+def test_an_instance_norm_that_no_longer_tracks_statistics_goes_by_the_sample() -> None:
+    model = settled(nn.InstanceNorm2d(8, affine=True, track_running_stats=True))
+    model[1].track_running_stats = False
+    converted, report = normswap.convert(model, "gn", groups=8)
+    assert report.exact
+    torch.testing.assert_close(converted(X), model(X))
+
+
 def test_data_take_the_dtype_of_the_model() -> None:
     model = net(nn.GroupNorm(2, 8)).bfloat16()
     converted = normswap.convert(model, "bn", calibrate=DATA).model
