@@ -44,10 +44,10 @@ def make(name: str) -> nn.Sequential:
 
 
 def through(model: nn.Module, form: str) -> nn.Module:
-    """Converted; as it is where it has the form already."""
-    data = DATA.to(model[0].weight.dtype)
+    """Converted, on data where it takes them; as it is where it has the form already."""
+    options = {"calibrate": DATA.to(model[0].weight.dtype), "calibrate_seconds": 0} if form in BY_STATISTICS else {}
     try:
-        return normswap.convert(model, form, calibrate=data, calibrate_seconds=0).model
+        return normswap.convert(model, form, **options).model
     except normswap.ModelError as error:
         assert " already" in str(error)
         return model
