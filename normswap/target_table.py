@@ -48,7 +48,7 @@ class Form:
 
 
 _MATCHED = "approximate, moment-matched"
-_DATA = "approximate, needs data; exact from frozen, est"
+_DATA = "approximate, needs data; exact from frozen, est, SyncBatchNorm"
 _LAYOUT = "less in the contiguous layout than in channels-last"
 _FOLD = "for use, normswap fold takes it away"
 

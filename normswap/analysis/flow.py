@@ -29,6 +29,8 @@ class Flow:
     """Norms whose input is known to have more elements a channel, in some call."""
     flat: set[str] = field(default_factory=set)
     """Norms whose input is known to be (N, C), in some call: a LayerNorm's last dimension is that of channels then."""
+    dims: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """For a norm, the spatial dimensions of its input in each call where the layers around it tell; 0 for (N, C)."""
     first: set[str] = field(default_factory=set)
     """Weight layers that read the model's input, with no weight layer before them: their input is no norm's output."""
     between: dict[str, set[tuple[str | None, tuple[str, ...]]]] = field(default_factory=lambda: defaultdict(set))
@@ -58,6 +60,8 @@ class Flow:
             self.writers[path] += writers
         for path, ways in other.between.items():
             self.between[path] |= ways
+        for path, dims in other.dims.items():
+            self.dims[path] |= dims
         self.calls |= other.calls  # the greater count of each
         self.functional.update(other.functional)
         self.problems.update(other.problems)

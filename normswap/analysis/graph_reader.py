@@ -67,6 +67,7 @@ class GraphReader:
         flow = Flow()
         norm_ahead, weights_before = self._norm_ahead(), self._weights_before()
         single, flat = self._single(), self._flat(complete)
+        dims = self._spatial_dims(flat)
         called = [(node, site) for node in self.nodes if (site := self._site(node)) is not None]
         flow.calls = Counter(site.path for _, site in called)
         for node in self.nodes:
@@ -87,6 +88,8 @@ class GraphReader:
                     (flow.single if one else flow.spatial).add(path)
                 if flat[node]:
                     flow.flat.add(path)
+                if node in dims:
+                    flow.dims[path].add(dims[node])
             else:
                 flow.readers[path] += self._readers(node)
                 if norm_ahead[node]:
@@ -188,6 +191,36 @@ class GraphReader:
             else:
                 flat[node] = self._keeps_shape(node) and all(flat[source] for source in node.all_input_nodes)
         return flat
+
+    def _spatial_dims(self, flat: dict[fx.Node, bool]) -> dict[fx.Node, int]:
+        """The spatial dimensions of each value, 0 for (N, C), where these are known.
+
+        A convolution, a pooling or a BatchNorm2d has them by its class; layers that keep the dimensions of a value,
+        whatever it is, hand them on, and tell of what they read what is known of what they give.
+        """
+        dims = {node: number for node in self.nodes if (number := self._dims_by_class(node)) is not None}
+        for node in self.nodes:
+            known = {dims.get(source, -1) for source in node.all_input_nodes}
+            keeps = self._keeps_shape(node) or node.target in operations.CONCATENATIONS
+            if keeps and len(known) == 1 and known != {-1}:
+                dims.setdefault(node, known.pop())
+            elif flat[node]:
+                dims.setdefault(node, 0)
+        for node in reversed(self.nodes):
+            for user in node.users:
+                number = self._dims_by_class(user) if operations.input_of(user) is node else None
+                if number is None and self._keeps_shape(user) and user.all_input_nodes == [node]:
+                    number = dims.get(user)
+                if number is not None:
+                    dims.setdefault(node, number)
+        return dims
+
+    def _dims_by_class(self, node: fx.Node) -> int | None:
+        """The spatial dimensions of what a node reads and gives, if its class has a number of them."""
+        site = self._site(node)
+        if site is not None and site.kind == "norm":
+            return site.spatial_dims if site.spatial_dims in (2, 3) else None  # BatchNorm1d takes (N, C) too
+        return operations.spatial_dims_of_layer(node, self._module(node))
 
     def _keeps_shape(self, node: fx.Node) -> bool:
         """Whether the value has the dimensions of what it is made from, the size of the last one apart."""

@@ -1,6 +1,7 @@
 """What the functions and methods that a traced graph calls do to a value, as far as dataflow asks."""
 
 import operator
+import re
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ RESHAPES: set[Any] = {
     torch.reshape, torch.permute, torch.transpose, torch.unsqueeze, F.interpolate,
 }  # fmt: skip
 FLATTENINGS: set[Any] = {torch.flatten, "flatten"}
+_DIMS_IN_NAME = re.compile(r"(?:conv|transpose|pool)([123])d$", re.IGNORECASE)
+_WITH_SPATIAL_DIMS = ("torch.nn.modules.conv", "torch.nn.modules.pooling")
+CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate}
 _SPATIAL_MEANS = ([2, 3], (2, 3), [-2, -1], (-2, -1), [-1, -2], (-1, -2))
 _SHAPE_READS = {"shape", "dtype", "device", "ndim", "size", "dim", "is_cuda"}
 
@@ -69,6 +73,14 @@ def shaping(node: fx.Node, module: nn.Module | None) -> str:
         chance = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
         return "" if chance == 0 else name_of(node)
     return name_of(node) if node.target in NON_LINEAR else ""
+
+
+def spatial_dims_of_layer(node: fx.Node, module: nn.Module | None) -> int | None:
+    """The spatial dimensions that a convolution or a pooling of torch's works on; None for any other node."""
+    names = [cls.__name__ for cls in type(module).__mro__ if cls.__module__ in _WITH_SPATIAL_DIMS]
+    names += [name_of(node)] if node.op == "call_function" else []
+    found = [match for name in names if (match := _DIMS_IN_NAME.search(name))]
+    return int(found[0][1]) if found else None
 
 
 def pools_to_one(node: fx.Node, module: nn.Module | None) -> bool | None:

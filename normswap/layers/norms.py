@@ -120,7 +120,8 @@ class _Activated:
 ACTIVATED: dict[type[nn.Module], type[nn.Module]] = {}
 """The class with an activation for each norm that can take the place of one with an activation."""
 for _plain in (
-    nn.GroupNorm, nn.InstanceNorm2d, nn.BatchNorm2d, FrozenBatchNorm, EstimatedBatchNorm, BatchChannelNorm,
+    nn.GroupNorm, nn.InstanceNorm2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+    FrozenBatchNorm, EstimatedBatchNorm, BatchChannelNorm,
 ):  # fmt: skip
     _name = f"{_plain.__name__}Act"
     _doc = f"`{_plain.__name__}`, then the children `drop` and `act`."

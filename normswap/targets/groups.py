@@ -63,9 +63,14 @@ def elements_of(site: Site, context: Context) -> int | None:
 
 
 def spatial_dims_of(site: Site, context: Context) -> int | None:
-    """The spatial dimensions of a norm's input: by class, or measured (1 for (N, C) too); None where not known."""
+    """The spatial dimensions of a norm's input, 1 for (N, C) too: by class, measured, or by the layers around it; None
+    where these do not tell.
+    """
     if site.spatial_dims:
         return site.spatial_dims
     if site.form == "last":
         return 1
-    return max(1, context.seen[site.path].dims - 2) if site.path in context.seen else None
+    if site.path in context.seen:
+        return max(1, context.seen[site.path].dims - 2)
+    around = {max(1, dims) for dims in context.flow.dims.get(site.path, ())}
+    return around.pop() if len(around) == 1 else None

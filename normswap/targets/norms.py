@@ -15,6 +15,7 @@ from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.layers.matching import Statistics, as_affine, match_output
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.reparametrized import retyped
 from normswap.targets.context import Absorption, Context, Swap, join_notes
 from normswap.targets.groups import LEAST_ELEMENTS, choose_groups, elements_of, spatial_dims_of
 from normswap.targets.parameters import example_tensor, is_trained, read_statistics, successor, swap_with_affine
@@ -76,7 +77,9 @@ def _group_norm(site: Site, context: Context, groups: int, note: str) -> Swap | 
 
 
 def to_batch_norm(site: Site, context: Context) -> Swap | str:
-    """torch's batch norm (Ioffe & Szegedy 2015): exact from fixed statistics, else with those that data showed."""
+    """torch's batch norm (Ioffe & Szegedy 2015): exact from fixed statistics or many processes, else by data."""
+    if site.base is nn.SyncBatchNorm:
+        return _without_processes(site, context)
     if site.base and issubclass(site.base, nn.modules.batchnorm._BatchNorm):
         return "is a batch norm already"
     if site.form != "data" and site.path not in context.measured:
@@ -91,6 +94,16 @@ def to_batch_norm(site: Site, context: Context) -> Swap | str:
         if parameter is not None and name in site.module._buffers:
             parameter.requires_grad_(True)  # a buffer of the frozen norm: who wants batch norm back wants to train it
     return kept
+
+
+def _without_processes(site: Site, context: Context) -> Swap | str:
+    """A SyncBatchNorm as the batch norm of one process: the same tensors and the same function."""
+    cls = BATCH_NORM_BY_DIMS.get(spatial_dims_of(site, context) or 0)
+    if cls is None:
+        return "may read any number of dimensions, and nothing tells which of BatchNorm1d, 2d, 3d: give example_inputs"
+    new = retyped(site.module, cls)
+    vars(new).pop("process_group", None)
+    return Swap(site, new, cls.__name__, "statistics of each process by itself", True)
 
 
 def to_frozen(site: Site, context: Context) -> Swap | str:

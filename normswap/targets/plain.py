@@ -13,6 +13,7 @@ from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNor
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import NORMALIZED, PLAIN, retyped, weight_names
 from normswap.targets.context import Context, Swap
+from normswap.targets.groups import spatial_dims_of
 from normswap.targets.norms import to_folded
 
 
@@ -24,7 +25,7 @@ def to_plain_norm(site: Site, context: Context) -> Swap | str:
     channels = _channel_half(old) if isinstance(old, BatchChannelNorm) else None
     if isinstance(folded, Swap):
         return folded if channels is None else replace(folded, module=channels, after=f"GroupNorm({old.num_groups})")
-    cls = BATCH_NORM_BY_DIMS.get(site.spatial_dims or 0, nn.SyncBatchNorm)
+    cls = BATCH_NORM_BY_DIMS.get(spatial_dims_of(site, context) or 0, nn.SyncBatchNorm)
     new: Any = cls(site.channels, eps=eps_of(old), momentum=0.0, device="meta").eval()
     new._parameters.update({name: old._parameters[name] for name in ("weight", "bias")})
     new._buffers.update(old._buffers)
