@@ -66,6 +66,8 @@ NORM_FORMS = _by_name(
     Form("in", "InstanceNorm", _MATCHED, "Ulyanov et al. 2016", "style transfer, contrast that should not matter",
          Slowdown(1.1, 1.7, _LAYOUT), on_tensors_alone=True,
          compares_groups=True),  # where a channel has one element, it becomes a group norm
+    Form("pn", "PositionNorm", _MATCHED, "Li et al. 2019", "causal nets, streams, padded sequences",
+         on_tensors_alone=True),
     Form("est", "EstimatedBatchNorm", "exact", "Qiao et al. 2019", "batch 1 without another norm",
          Slowdown(1.1, 1.3, _FOLD), on_tensors_alone=True),
     Form("bcn", "BatchChannelNorm", _MATCHED, "Qiao et al. 2019", "batch 1 and 2, best with ws",

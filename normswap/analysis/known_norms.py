@@ -1,7 +1,9 @@
 """The classes of norms and weight layers that normswap knows, torch's and those of libraries, and facts about them."""
 
+import copy
 import functools
 import sys
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -9,7 +11,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.norms import (
+    ACTIVATED,
+    BatchChannelNorm,
+    EstimatedBatchNorm,
+    FrozenBatchNorm,
+    PositionNorm,
+    normalize_positions,
+)
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS, PLAIN
 
@@ -25,7 +34,7 @@ BATCH_NORMS: dict[type[nn.Module], int | None] = {
 }
 """Norms by running statistics, and how many spatial dimensions each takes (None: any)."""
 SAMPLE_NORMS: dict[type[nn.Module], int | None] = {
-    **dict.fromkeys((BatchChannelNorm, nn.GroupNorm)),
+    **dict.fromkeys((BatchChannelNorm, nn.GroupNorm, PositionNorm)),
     nn.LayerNorm: 0,
     **{cls: dims for dims, cls in INSTANCE_NORM_BY_DIMS.items()},
 }
@@ -37,6 +46,7 @@ WEIGHT_LAYERS: tuple[type[nn.Module], ...] = (
 )  # fmt: skip
 """torch's layers with weights that a conversion may re-parametrize, and what they become here."""
 _FROZEN = ("weight", "bias", "running_mean", "running_var")  # the buffers of a FrozenBatchNorm2d
+_MOST_TRIED = 1 << 16  # channels of a norm that is tried: a damaged file may claim any number
 
 
 def batch_norms() -> dict[type[nn.Module], int | None]:
@@ -60,13 +70,13 @@ def activated() -> set[type[nn.Module]]:
     """Norms with children `drop` and `act` that run behind them: timm's, and what they become here."""
     return {*ACTIVATED.values()} | _of_libraries(
         "BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d",
-        "GroupNormAct", "GroupNorm1Act", "LayerNormAct", "LayerNormAct2d",
+        "GroupNormAct", "GroupNorm1Act", "LayerNormAct", "LayerNormAct2d", "LayerNormAct2dFp32",
     )  # fmt: skip
 
 
 def positional() -> set[type[nn.Module]]:
     """Layer norms over the channels at each position of (N, C, H, W)."""
-    return _of_libraries("LayerNorm2d", "LayerNormAct2d")
+    return _of_libraries("LayerNorm2d", "LayerNorm2dFp32", "LayerNormAct2d", "LayerNormAct2dFp32")
 
 
 def known_forwards() -> set[type[nn.Module]]:
@@ -107,5 +117,44 @@ def _acts_frozen(cls: Any) -> bool:
             weight, bias, mean, var = (value.view(1, -1, 1, 1) for value in given.values())
             wanted = (x - mean) / (var + eps_of(norm)).sqrt() * weight + bias
             return all(torch.allclose(norm.train(mode)(x), wanted, atol=1e-5) for mode in (False, True))
+    except Exception:  # whatever it raises means that it is something else
+        return False
+
+
+def position_dims(module: nn.Module) -> tuple[int, ...]:
+    """With how many spatial dimensions a module computes what `PositionNorm` does; none: it is no such norm.
+
+    Many libraries have a class of their own for it (`LayerNorm2d`, a layer norm with its channels first), so what the
+    code computes decides: a copy with other gains and biases is tried on values of two sizes, which show its eps too.
+    """
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    bare = not module._buffers and not module._modules and set(module._parameters) == {"weight", "bias"}
+    if not bare or weight is None or bias is None or weight.dim() != 1 or weight.shape != bias.shape:
+        return ()
+    if not 1 < len(weight) <= _MOST_TRIED:
+        return ()
+    return tuple(dims for dims in (1, 2, 3) if _normalizes_positions(module, len(weight), dims))
+
+
+def _normalizes_positions(module: nn.Module, channels: int, dims: int) -> bool:
+    """Whether a module with a gain and a bias of `channels` elements is a position norm on so many dimensions."""
+    sizes = ((2, 3, 4) if channels > 4 else (5, 6, 7))[:dims]  # none of them is the number of channels
+    trial = copy.copy(module)
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            gain, bias = torch.linspace(0.5, 1.5, channels).double(), torch.linspace(-1, 1, channels).double()
+            own = {"weight": nn.Parameter(gain), "bias": nn.Parameter(bias)}
+            hooks: dict[str, Any] = {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+            trial.__dict__ = {**vars(module), "_parameters": own, **hooks}
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(2, channels, *sizes, generator=generator).double()
+            for values in (x, x * eps_of(module) ** 0.5):
+                wanted = normalize_positions(values, (channels,), gain, bias, eps_of(module))
+                for mode in (False, True):
+                    trial.__dict__["training"] = mode
+                    given = trial(values.clone())
+                    if given.shape != wanted.shape or not torch.allclose(given.double(), wanted, atol=1e-4):
+                        return False
+            return True
     except Exception:  # whatever it raises means that it is something else
         return False

@@ -12,7 +12,7 @@ from torch import nn
 from normswap.analysis import known_norms
 from normswap.analysis.copies import MODULE_STATE
 from normswap.analysis.obstacles import obstacle_of
-from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS, PLAIN
 
@@ -56,15 +56,20 @@ class Site:
                 return size
         if isinstance(self.module, nn.LayerNorm):
             return self.module.normalized_shape[-1]
+        if self.base is PositionNorm:
+            return len(self.module.weight)  # type: ignore[arg-type]
         return int(self.module.running_mean.numel())  # type: ignore[union-attr, operator]  # torchvision's frozen norm
 
     @property
     def spatial_dims(self) -> int | None:
         """How many dimensions the input of a norm has behind (N, C); None: any number, or not known."""
-        if isinstance(self.module, FrozenBatchNorm | EstimatedBatchNorm):
+        if isinstance(self.module, FrozenBatchNorm | EstimatedBatchNorm | PositionNorm):
             return self.module.spatial_dims
         if type(self.module) in known_norms.positional():
             return 2
+        if self.base is PositionNorm:
+            dims = known_norms.position_dims(self.module)
+            return dims[0] if len(dims) == 1 else None
         return {**known_norms.SAMPLE_NORMS, **known_norms.batch_norms()}.get(self.base) if self.base else None
 
     @property
@@ -78,8 +83,9 @@ class Site:
         if self.is_batch_norm:
             return "batch"
         if self.base is nn.LayerNorm:
-            whole = len(self.module.normalized_shape) > 1  # type: ignore[arg-type]
-            return "" if whole else "position" if type(self.module) in known_norms.positional() else "last"
+            return "" if len(self.module.normalized_shape) > 1 else "last"  # type: ignore[arg-type]
+        if self.base is PositionNorm:
+            return "position"
         return "group" if self.base in known_norms.SAMPLE_NORMS else ""
 
     @property
@@ -117,6 +123,10 @@ def classify(module: nn.Module) -> tuple[SiteKind, type[nn.Module] | None, str] 
         from torchvision.ops.misc import FrozenBatchNorm2d
 
         return "norm", FrozenBatchNorm2d, obstacle_of(module, type(module))
+    if base is nn.LayerNorm and type(module) in known_norms.positional():
+        return "norm", PositionNorm, obstacle_of(module, nn.LayerNorm)
+    if base in (None, nn.LayerNorm) and _is_position_norm(module):
+        return "norm", PositionNorm, obstacle_of(module, type(module))
     if base is None:
         if type(module).__module__.startswith("torch.nn.utils."):  # the formulas of parametrizations
             return None
@@ -129,6 +139,12 @@ def classify(module: nn.Module) -> tuple[SiteKind, type[nn.Module] | None, str] 
             return "weight", None, f"{name} is not a class that normswap knows"
         return None
     return "norm" if base in norms else "weight", base, obstacle_of(module, base)
+
+
+def _is_position_norm(module: nn.Module) -> bool:
+    """Whether a module with a forward of its own is a position norm, by its name and by what it computes."""
+    named = re.search("norm|^LN", type(module).__name__, re.IGNORECASE)
+    return bool(named) and type(module).forward is not nn.LayerNorm.forward and bool(known_norms.position_dims(module))
 
 
 def find_sites(model: nn.Module) -> list[Site]:

@@ -4,12 +4,13 @@ Saved files name these classes as `normswap.layers.NAME`, whichever file here de
 moves.
 """
 
-from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import NORMALIZED, STANDARDIZED
 
 _TABLES = (ACTIVATED, STANDARDIZED, NORMALIZED, LAYER_NORMALIZED)
-_CLASSES = (FrozenBatchNorm, EstimatedBatchNorm, BatchChannelNorm, *(made for of in _TABLES for made in of.values()))
+_NORMS = (FrozenBatchNorm, EstimatedBatchNorm, BatchChannelNorm, PositionNorm)
+_CLASSES = (*_NORMS, *(made for of in _TABLES for made in of.values()))
 for _class in _CLASSES:
     _class.__module__ = __name__
     globals()[_class.__name__] = _class

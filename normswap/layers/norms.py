@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -104,6 +104,43 @@ class BatchChannelNorm(EstimatedBatchNorm):
         return F.group_norm(super().forward(input), self.num_groups, gain, bias, self.eps)
 
 
+# ---- the channels of each position ----
+
+
+@fx.wrap
+def normalize_positions(
+    input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """The channels of each position of `input`, (N, C, *spatial), normalized by themselves; see `PositionNorm`.
+
+    `shape` is (C,), which `weight` and `bias` have, or they are None. The output lies in memory as the input does.
+    """
+    last = input.dim() - 1  # not -1, which torch's older ONNX export writes down as it is
+    lying = input.movedim(1, last)
+    output = F.layer_norm(lying, shape, weight, bias, eps).movedim(last, 1)
+    return output if lying.is_contiguous() else output.contiguous()
+
+
+class PositionNorm(nn.LayerNorm):
+    """Position normalization: the channels of each position normalized by themselves, gain and bias a channel.
+
+    `y = weight · (x − mean) / √(var + eps) + bias` on inputs of shape (N, C, *spatial), mean and biased variance over
+    the C channels at each position of each sample: no position sees another, so it is causal along time and blind to
+    padding. `spatial_dims` remembers how many dimensions the norm before it took (None: any number). It is the
+    `LayerNorm2d` of ConvNeXt and timm for any number of dimensions. Source: Li et al. 2019, "Positional
+    Normalization", without its moment shortcut.
+    """
+
+    def __init__(
+        self, num_channels: int, eps: float = 1e-5, affine: bool = True, spatial_dims: int | None = None, **kwargs: Any
+    ):
+        super().__init__(num_channels, eps, affine, **kwargs)
+        self.spatial_dims = spatial_dims
+
+    def forward(self, input: Tensor) -> Tensor:
+        return normalize_positions(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
 # ---- norms with an activation behind them ----
 
 
@@ -121,7 +158,7 @@ ACTIVATED: dict[type[nn.Module], type[nn.Module]] = {}
 """The class with an activation for each norm that can take the place of one with an activation."""
 for _plain in (
     nn.GroupNorm, nn.InstanceNorm2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
-    FrozenBatchNorm, EstimatedBatchNorm, BatchChannelNorm,
+    FrozenBatchNorm, EstimatedBatchNorm, BatchChannelNorm, PositionNorm,
 ):  # fmt: skip
     _name = f"{_plain.__name__}Act"
     _doc = f"`{_plain.__name__}`, then the children `drop` and `act`."

@@ -14,7 +14,7 @@ from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS, INSTANCE_NORM_BY_D
 from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.layers.matching import Statistics, as_affine, match_output
-from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 from normswap.layers.reparametrized import retyped
 from normswap.targets.context import Absorption, Context, Swap, join_notes
 from normswap.targets.groups import LEAST_ELEMENTS, choose_groups, elements_of, spatial_dims_of
@@ -61,6 +61,18 @@ def to_instance_norm(site: Site, context: Context) -> Swap | str:
     new.momentum = _momentum(site)
     new.affine = site.module.weight is not None or context.options.transfer == "match"
     return swap_with_affine(site, new, read_statistics(site, context), site.channels, context, "")
+
+
+def to_position_norm(site: Site, context: Context) -> Swap | str:
+    """Position norm (Li et al. 2019): the channels of each position by themselves, all of them one group."""
+    if site.form in ("position", "last"):
+        return "is a position norm already"
+    if site.channels < LEAST_ELEMENTS:
+        return "has one channel, which a norm over the channels would erase"
+    new = PositionNorm(site.channels, eps_of(site.module), spatial_dims=site.spatial_dims, device="meta")
+    new.elementwise_affine = site.module.weight is not None or context.options.transfer == "match"
+    swap = swap_with_affine(site, new, read_statistics(site, context), 1, context, "")
+    return replace(swap, groups=None)
 
 
 def _group_norm(site: Site, context: Context, groups: int, note: str) -> Swap | str:

@@ -21,6 +21,7 @@ NORM_FUNCTIONS: Mapping[str, PlanFunction] = {
     "gn": norms.to_group_norm,
     "ln": norms.to_layer_norm,
     "in": norms.to_instance_norm,
+    "pn": norms.to_position_norm,
     "est": norms.to_estimated,
     "bcn": norms.to_batch_channel,
     "bn": norms.to_batch_norm,

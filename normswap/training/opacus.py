@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from normswap.errors import NormswapError
-from normswap.layers.norms import FrozenBatchNorm
+from normswap.layers.norms import FrozenBatchNorm, PositionNorm
 from normswap.layers.reparametrized import CONVOLUTIONS, STANDARDIZED, TRANSPOSED, retyped
 from normswap.report.path_patterns import summarize_paths
 
@@ -22,10 +22,10 @@ CONSTANT = (*(STANDARDIZED[plain] for plain in (*CONVOLUTIONS, *TRANSPOSED, nn.L
 def register_opacus() -> None:
     """Have Opacus train the layers of this package. Idempotent.
 
-    Opacus knows no gradients for each sample of standardized layers, and refuses layers with buffers, since batch
-    norm's would leak; but the gains and shifts of standardized weights and the statistics of `frozen` are constants.
-    `est` and `bcn` follow their samples, so Opacus goes on refusing them. `convert` calls this where Opacus is
-    imported by then; otherwise it is to be called before `make_private`.
+    Opacus knows no gradients for each sample of standardized layers and of `pn`, and refuses layers with buffers,
+    since batch norm's would leak; but the gains and shifts of standardized weights and the statistics of `frozen` are
+    constants. `est` and `bcn` follow their samples, so Opacus goes on refusing them. `convert` calls this where
+    Opacus is imported by then; otherwise it is to be called before `make_private`.
 
     Raises NormswapError where Opacus is not installed. Source: https://opacus.ai, `register_grad_sampler`.
     """
@@ -33,7 +33,7 @@ def register_opacus() -> None:
         from opacus.grad_sample import grad_sample_module, utils
     except ImportError as error:
         raise NormswapError("opacus is not installed: pip install opacus") from error
-    utils.register_grad_sampler(list(CONSTANT))(sample_gradients)
+    utils.register_grad_sampler([*CONSTANT, PositionNorm])(sample_gradients)
     # Each class of Opacus that wraps a model checks it; which these are differs between versions.
     for owner in vars(grad_sample_module).values():
         check = vars(owner).get("validate") if isinstance(owner, type) else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d
 
-from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 
 WIDTH = 8
 
@@ -112,6 +112,7 @@ KINDS: dict[str, Kind] = {
     "InstanceNorm, tracked, no affine": Kind(
         "tracked", lambda: nn.InstanceNorm2d(WIDTH, track_running_stats=True), conv, MAP
     ),
+    "PositionNorm": Kind("position", lambda: PositionNorm(WIDTH), lambda: nn.Conv1d(3, WIDTH, 3), (3, 9)),
     "LayerNorm2d": Kind("position", lambda: LayerNorm2d(WIDTH), conv, MAP),
     "LayerNormAct2d": Kind("position", timms("LayerNormAct2d"), conv, MAP),
     "Linear, LayerNorm": Kind("last", lambda: nn.LayerNorm(WIDTH), lambda: nn.Linear(5, WIDTH), (5,)),

@@ -23,7 +23,7 @@ import normswap
 from normswap.layers.norms import EstimatedBatchNorm
 from normswap.layers.reparametrized import PLAIN, normalize_weight, standardize_weight
 
-TARGETS = ("gn", "gn-ws", "gn-wn", "bcn-ws", "est", "frozen-ws", "fold")
+TARGETS = ("gn", "pn", "gn-ws", "gn-wn", "bcn-ws", "est", "frozen-ws", "fold")
 DTYPES = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Each with the relative error of rounding."""
 

@@ -17,7 +17,7 @@ from torchvision import models
 import normswap
 
 COUNTERS = torch._dynamo.utils.counters
-TARGETS = ("gn", "gn-ws", "gn-wn", "est-ws", "bcn-ws", "frozen-ws", "fold")
+TARGETS = ("gn", "pn", "gn-ws", "gn-wn", "est-ws", "bcn-ws", "frozen-ws", "fold")
 BACKEND = "inductor" if shutil.which("g++") else "aot_eager"
 
 

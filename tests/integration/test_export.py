@@ -64,7 +64,7 @@ NETS = {
         (3, 32, 32),
     ),
 }
-TARGETS = ("gn", "gn-ws", "gn-wn", "ln-ws", "bcn-ws", "est", "frozen", "fold")
+TARGETS = ("gn", "pn", "gn-ws", "gn-wn", "ln-ws", "bcn-ws", "est", "frozen", "fold")
 ALL = [(name, target) for name in NETS for target in (*TARGETS, "folded gn-ws", "folded bcn-ws")]
 SOME = [pair for pair in ALL if pair[0] == "various"] + [("mobilenet_v2", "bcn-ws"), ("resnet18", "gn-ws")]
 """For what takes seconds each."""

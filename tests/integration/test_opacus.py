@@ -58,7 +58,9 @@ def by_opacus(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"ws": "strict"}, {"layers": ("conv", "linear"), "ws_scope": "all"}], ids=str)
-@pytest.mark.parametrize("target", ["gn", "ln", "in", "gn-ws", "gn-wn", "frozen", "frozen-ws", "ws-only", "fold-wn"])
+@pytest.mark.parametrize(
+    "target", ["gn", "ln", "in", "pn", "gn-ws", "gn-wn", "frozen", "frozen-ws", "ws-only", "fold-wn"]
+)
 def test_gradients_of_each_sample_are_those_of_a_loop(target: str, options: dict[str, Any]) -> None:
     if options and "ws" not in target:
         pytest.skip("an option of standardized weights")

@@ -9,7 +9,7 @@ from helpers.nets import randomize
 from torch import nn
 
 import normswap
-from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 from normswap.layers.reparametrized import STANDARDIZED, standardize_weight
 
 CONVS = [(nn.Conv1d, (2, 4, 9)), (nn.Conv2d, (2, 4, 9, 9)), (nn.Conv3d, (2, 4, 5, 5, 5))]
@@ -135,8 +135,12 @@ def test_a_step_between_forward_and_backward_does_no_harm() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: EstimatedBatchNorm(4), lambda: BatchChannelNorm(2, 4), lambda: FrozenBatchNorm(4)]
-)
+    "make",
+    [
+        lambda: EstimatedBatchNorm(4), lambda: BatchChannelNorm(2, 4), lambda: FrozenBatchNorm(4),
+        lambda: PositionNorm(4), lambda: PositionNorm(4, affine=False),
+    ],
+)  # fmt: skip
 def test_gradients_of_norms(make: Callable[[], nn.Module]) -> None:
     norm = randomize(make()).double().eval()
     x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
@@ -153,3 +157,31 @@ def test_batch_channel_norm_starts_as_the_batch_norm() -> None:
     converted = normswap.convert(norm, "bcn", groups=2).model
     assert type(converted) is BatchChannelNorm and converted.num_groups == 2
     torch.testing.assert_close(converted(x), norm(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 6), (5, 4, 3, 3), (5, 4, 2, 2, 2)])
+@pytest.mark.parametrize("last", [False, True])
+def test_position_norm_spelled_out(shape: tuple[int, ...], last: bool) -> None:
+    torch.manual_seed(0)
+    norm = randomize(PositionNorm(4, eps=1e-3)).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    if last and len(shape) > 3:
+        x = x.to(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+    one = (1, -1, *[1] * (len(shape) - 2))
+    centred = x - x.mean(1, keepdim=True)
+    wanted = centred / (x.var(1, correction=0, keepdim=True) + 1e-3).sqrt() * norm.weight.view(one)
+    given = norm(x)
+    torch.testing.assert_close(given, wanted + norm.bias.view(one))
+    assert given.stride() == x.stride(), "it lies in memory as its input does"
+    assert type(norm).__module__ == "normswap.layers" and norm.state_dict().keys() == {"weight", "bias"}
+
+
+def test_position_norm_is_matched_to_the_batch_norm() -> None:
+    """Where a position has the statistics of the data over its channels, it is the batch norm."""
+    torch.manual_seed(0)
+    norm = randomize(nn.BatchNorm1d(512)).double().eval()
+    x = torch.randn(3, 512, 40, dtype=torch.float64)
+    x = x * norm.running_var.sqrt().view(1, -1, 1) + norm.running_mean.view(1, -1, 1)
+    converted, report = normswap.convert(norm, "pn")
+    assert type(converted) is PositionNorm and converted.spatial_dims == 1 and not report.exact
+    assert (converted(x) - norm(x)).std() < 0.1 * norm(x).std()

@@ -12,19 +12,19 @@ import normswap
 
 TIGHT = 1e-12  # relative L2; float64 rounds at 1e-16
 EXACT, NEAR, LEFT = "exact", "approximate", "left"
-NORM_TARGETS = ("gn", "ln", "in", "est", "bcn", "bn", "frozen", "fold")
+NORM_TARGETS = ("gn", "ln", "in", "pn", "est", "bcn", "bn", "frozen", "fold")
 BECOMES: dict[str, tuple[str, ...]] = {
-    #             gn     ln    in    est    bcn   bn     frozen fold
-    "batch":     (NEAR,  NEAR, NEAR, EXACT, NEAR, LEFT,  EXACT, EXACT),
-    "frozen":    (NEAR,  NEAR, NEAR, EXACT, NEAR, EXACT, LEFT,  EXACT),
-    "estimated": (NEAR,  NEAR, NEAR, LEFT,  NEAR, EXACT, EXACT, EXACT),
-    "tracked":   (NEAR,  NEAR, NEAR, EXACT, NEAR, EXACT, EXACT, EXACT),
-    "channel":   (NEAR,  NEAR, NEAR, NEAR,  LEFT, NEAR,  NEAR,  NEAR),
-    "group":     (LEFT,  NEAR, NEAR, NEAR,  NEAR, NEAR,  NEAR,  NEAR),
-    "one group": (NEAR,  LEFT, NEAR, NEAR,  NEAR, NEAR,  NEAR,  NEAR),
-    "instance":  (NEAR,  NEAR, LEFT, NEAR,  NEAR, NEAR,  NEAR,  NEAR),
-    "position":  (NEAR,  NEAR, NEAR, NEAR,  NEAR, NEAR,  NEAR,  NEAR),
-    "last":      (EXACT, LEFT, EXACT, NEAR, NEAR, NEAR,  NEAR,  NEAR),
+    #             gn     ln    in     pn    est    bcn   bn     frozen fold
+    "batch":     (NEAR,  NEAR, NEAR,  NEAR, EXACT, NEAR, LEFT,  EXACT, EXACT),
+    "frozen":    (NEAR,  NEAR, NEAR,  NEAR, EXACT, NEAR, EXACT, LEFT,  EXACT),
+    "estimated": (NEAR,  NEAR, NEAR,  NEAR, LEFT,  NEAR, EXACT, EXACT, EXACT),
+    "tracked":   (NEAR,  NEAR, NEAR,  NEAR, EXACT, NEAR, EXACT, EXACT, EXACT),
+    "channel":   (NEAR,  NEAR, NEAR,  NEAR, NEAR,  LEFT, NEAR,  NEAR,  NEAR),
+    "group":     (LEFT,  NEAR, NEAR,  NEAR, NEAR,  NEAR, NEAR,  NEAR,  NEAR),
+    "one group": (NEAR,  LEFT, NEAR,  NEAR, NEAR,  NEAR, NEAR,  NEAR,  NEAR),
+    "instance":  (NEAR,  NEAR, LEFT,  NEAR, NEAR,  NEAR, NEAR,  NEAR,  NEAR),
+    "position":  (NEAR,  NEAR, NEAR,  LEFT, NEAR,  NEAR, NEAR,  NEAR,  NEAR),
+    "last":      (EXACT, LEFT, EXACT, LEFT, NEAR,  NEAR, NEAR,  NEAR,  NEAR),
 }  # fmt: skip
 """What becomes of each kind of norm. One element a channel leaves `gn` and `in` one group for it, as layer norm has."""
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import normswap
 
-FORMS = ("gn", "ln", "in", "est", "bcn", "bn", "frozen")
+FORMS = ("gn", "ln", "in", "pn", "est", "bcn", "bn", "frozen")
 BY_STATISTICS = {"est", "bcn", "bn", "frozen"}
 DATA = torch.randn(8, 3, 7, 7, generator=torch.Generator().manual_seed(0))
 

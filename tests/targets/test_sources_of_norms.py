@@ -10,13 +10,14 @@ import torch
 from helpers.checks import distance
 from helpers.nets import Forward, randomize
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 from typer.testing import CliRunner
 
 import normswap
 from normswap.cli.commands import app
-from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm
+from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 
 X = torch.randn(48, 3, 10, 10, generator=torch.Generator().manual_seed(0)) + 0.4
 DATA = list(X.split(16))
@@ -366,3 +367,101 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         app, ["convert", "net.pt", "--to", "bn", "--calibrate", "data.pt", "--overwrite", "--mean", "a,b"]
     )
     assert wrong.exit_code == 1 and "--mean" in wrong.stderr
+
+
+# ---- position norm ----
+
+
+class _ChannelsFirst(nn.Module):
+    def __init__(self, channels: int, eps: float = 1e-4):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+
+class TransposingNorm(_ChannelsFirst):
+    """As speech synthesis has it, for any number of dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.transpose(1, -1), self.weight.shape, self.weight, self.bias, self.eps).transpose(1, -1)
+
+
+class SpelledOutNorm2d(_ChannelsFirst):
+    """As segmentation models have it, for maps alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        normed = centred / torch.sqrt(centred.square().mean(1, keepdim=True) + self.eps)
+        return self.weight[:, None, None] * normed + self.bias[:, None, None]
+
+
+class OtherEpsNorm(_ChannelsFirst):
+    """It says one eps and takes another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.transpose(1, -1), self.weight.shape, self.weight, self.bias, 1e-6).transpose(1, -1)
+
+
+class RootMeanNorm(_ChannelsFirst):
+    """It leaves the mean in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x / torch.sqrt(x.square().mean(1, keepdim=True) + self.eps)
+        return self.weight[:, None, None] * normed + self.bias[:, None, None]
+
+
+@pytest.mark.parametrize("make", [TransposingNorm, SpelledOutNorm2d, PositionNorm])
+def test_a_position_norm_is_known_by_what_it_computes(make: Callable[[int], nn.Module]) -> None:
+    model = net(make(8))
+    assert "is a position norm already" in {left.reason for left in normswap.convert(model, "pn-ws").report.left}
+    converted, _ = normswap.convert(model, "bn", calibrate=DATA, calibrate_seconds=0)
+    assert type(converted[1]) is nn.BatchNorm2d and converted[1].eps == model[1].eps
+    with torch.no_grad():
+        old, new = (net[:2](X) for net in (model, converted))
+    torch.testing.assert_close((new.mean((0, 2, 3)), new.var((0, 2, 3))), (old.mean((0, 2, 3)), old.var((0, 2, 3))))
+
+
+@pytest.mark.parametrize("make", [OtherEpsNorm, RootMeanNorm])
+def test_a_norm_that_computes_something_else_is_left(make: Callable[[int], nn.Module]) -> None:
+    with pytest.raises(normswap.ModelError, match="not a class that normswap knows"):
+        normswap.convert(net(make(8)), "gn")
+
+
+class Causal(nn.Module):
+    """Two convolutions that see the past alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8)
+        self.conv2, self.norm2 = nn.Conv1d(8, 8, 3), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(F.pad(x, (2, 0)))).relu()
+        return self.norm2(self.conv2(F.pad(x, (2, 0))))
+
+
+@pytest.mark.parametrize(("target", "causal"), [("pn", True), ("pn-ws", True), ("gn", False), ("ln", False)])
+def test_position_norm_sees_no_future(target: str, causal: bool) -> None:
+    torch.manual_seed(0)
+    model = normswap.convert(randomize(Causal()), target).model
+    x = torch.randn(2, 3, 20)
+    other = x.clone()
+    other[..., 12:] = 9
+    for mode in (True, False):
+        with torch.no_grad():
+            past, again = (model.train(mode)(values)[..., :12] for values in (x, other))
+        assert torch.equal(past, again) == causal
+
+
+def test_position_norm_in_files(tmp_path: Path) -> None:
+    """On tensors alone as by the model, and back to batch norm on data with the class of before."""
+    model = settled(nn.BatchNorm2d(8))
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    normswap.convert_file(tmp_path / "m.pt", "pn", tmp_path / "out.pt")
+    converted = normswap.load(tmp_path / "out.pt", model=lambda: net(nn.BatchNorm2d(8)))
+    with torch.no_grad():
+        torch.testing.assert_close(converted(X), normswap.convert(model, "pn").model(X))
+    back = normswap.convert(converted, "bn", calibrate=DATA, calibrate_seconds=0).model
+    assert type(back[1]) is nn.BatchNorm2d
+    (left,) = normswap.fold(converted).report.left[1:2]
+    assert left.module == "PositionNorm" and "no layer of torch" in left.reason
