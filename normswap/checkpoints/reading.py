@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from normswap.checkpoints import pickle_files, safetensors_files
 from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint, store_recipe
-from normswap.checkpoints.contents import SavedBytes
+from normswap.checkpoints.contents import SavedBytes, models_in, tensors_of
 from normswap.errors import FileError, first_line, path_error
 
 _LONGEST_RECIPE = 1 << 26  # characters
@@ -80,10 +80,12 @@ def _read_file(path: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
         tensors, header = safetensors_files.read_safetensors(path)
         return Checkpoint(path, "safetensors", _with_recipe(tensors, path, header.pop(RECIPE, None)), header)
     found = pickle_files.read_pickle(path, trust=trust, allow=allow)
-    for model in _modules_in(found):
-        if _count_paths(model, path, {}) > _MOST_PATHS:
+    on_top = [found, *found.values()] if isinstance(found, Mapping) else [found]
+    held = {id(part): part for part in (*on_top, *(entry.value for entry in models_in(found)))}
+    for model in held.values():
+        if isinstance(model, nn.Module) and _count_paths(model, path, {}) > _MOST_PATHS:
             raise FileError(f"{path}: holds a {type(model).__name__} with more paths to its parts than can be followed")
-    _check_sizes(path, found)
+    _check_sizes(path, held.values())
     return Checkpoint(path, "pt", found)
 
 
@@ -168,11 +170,6 @@ def _saved_text(data: bytes) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _modules_in(found: Any) -> list[nn.Module]:
-    values = [found, *found.values()] if isinstance(found, Mapping) else [found]
-    return [value for value in values if isinstance(value, nn.Module)]
-
-
 def _count_paths(module: nn.Module, path: Path, known: dict[int, int | None], depth: int = 0) -> int:
     """How many paths lead to `module` and its parts, each counted once for every way that leads to it.
 
@@ -196,15 +193,12 @@ def _count_paths(module: nn.Module, path: Path, known: dict[int, int | None], de
     return found
 
 
-def _check_sizes(path: Path, found: Any) -> None:
+def _check_sizes(path: Path, held: Iterable[Any]) -> None:
     """Refuse tensors that claim more than the file holds: a view can repeat one element without end, to fill memory."""
     size, total = path.stat().st_size, 0
-    parts = [found, *found.values()] if isinstance(found, Mapping) else []
-    for model in _modules_in(found):
-        parts += [{**dict(model.named_parameters()), **dict(model.named_buffers())}]
-    for part in parts:
-        for name, value in part.items() if isinstance(part, Mapping) else ():
-            if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
+    for part in held:
+        for name, value in tensors_of(part).items():
+            if value.layout is torch.strided and not value.is_meta:
                 claimed = value.numel() * value.itemsize
                 total += claimed
                 if claimed > size or total > _MOST_SHARED * size:

@@ -81,10 +81,43 @@ def bind(state: _State, model: _State, where: object) -> list[Binding]:
             bindings.append(Binding(names, prefix))
             taken |= set(names.values())
     first = bindings[0].prefix
-    odd = [key for key in plain if key.startswith(first) and plain[key] not in taken and not key.endswith(NO_WEIGHTS)]
-    if odd or any(_reshaped(binding.names, state, model) for binding in bindings):
+    unknown = [key.removeprefix(first) for key in plain if key.startswith(first) and plain[key] not in taken]
+    if _of_another_model(unknown, model) or any(_reshaped(binding.names, state, model) for binding in bindings):
         raise FileError(f"{where}: {_mismatch(plain, state, model, first, taken)}")
     return bindings
+
+
+def keys_beside(state: _State, bindings: Sequence[Binding], prefix: str = "") -> list[str]:
+    """The keys of a saved state dict that begin with `prefix` and belong to no copy of the model."""
+    bound = {name for binding in bindings for name in binding.names.values()}
+    return [name for name in state if name not in bound and without_wrappers(name).startswith(prefix)]
+
+
+def first_names(names: Sequence[str]) -> str:
+    """A few of `names` for a message, and how many more there are."""
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _of_another_model(unknown: Sequence[str], model: _State) -> list[str]:
+    """Those of the `unknown` keys, which `model` does not have, that belong to a layer of another architecture.
+
+    What a training script keeps beside the layers, such as a loss's own weight or a head for training alone, has a name
+    of its own at the model's root or one level below. One more of several, or a part of a block, is something else.
+    """
+    parents = {key.rpartition(".")[0] for key in model}
+    modules = {parent[: dot.start()] for parent in parents for dot in re.finditer(r"\.|$", parent)} | {""}
+    numbered = {re.sub(r"\d+$", "", module) for module in modules if module[-1:].isdecimal()}
+    found = []
+    for key in unknown:
+        ancestors = [key[: dot.start()] for dot in re.finditer(r"\.", key)]
+        inside = max((path for path in ancestors if path in modules), key=len, default="")
+        child = inside + re.findall(r"\.?[^.]*", key[len(inside) :])[0]  # the outermost that the model does not have
+        one_more = child[-1:].isdecimal() and re.sub(r"\d+$", "", child) in numbered
+        in_layer = child == key and (bool(inside) or not {"weight", "bias"}.isdisjoint(model))
+        in_block = "." in inside or inside[-1:].isdecimal()
+        if (one_more or in_layer or in_block) and not key.endswith(NO_WEIGHTS):
+            found.append(key)
+    return found
 
 
 _PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original([01])$")

@@ -124,11 +124,12 @@ def _convert_models(found: Checkpoint, key: str | None, request: FileRequest) ->
         for entry, new in zip(entries[1:], converted[1:], strict=True)
     ]
     others = ", ".join(contents.other_models(found.content, entries))
-    not_converted = [f"not converted, though it looks like a model: {others}; convert it with --key"] if others else []
+    about_models = [f"not converted, though it looks like a model: {others}; convert it with --key"] if others else []
+    about_models += [entries[0].note] if entries[0].note else []
     report = replace(
         first.report,
         changes=(*first.report.changes, *copies, *inside, *beside),
-        warnings=(*first.report.warnings, *lost_inside, *lost_beside, *not_converted),
+        warnings=(*first.report.warnings, *lost_inside, *lost_beside, *about_models),
     )
     return replace(found, content=content, optimizers=states), report
 

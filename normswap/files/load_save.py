@@ -1,13 +1,14 @@
 """Converted models from files, and into files."""
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from normswap.checkpoints import contents, reading, writing
+from normswap.checkpoints import contents, reading, state_keys, writing
 from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
 from normswap.errors import FileError, OptionError
 from normswap.files import inputs, model_for_state, model_specs, paths, recipe
@@ -44,17 +45,25 @@ def load(
     """
     path = Path(path)
     found = reading.read_checkpoint(path, trust=trust, allow=allow)
-    value = contents.find_entries(found.content, key, path)[0].value
+    entry = contents.find_entries(found.content, key, path)[0]
+    value = entry.value
+    if entry.note:
+        warnings.warn(f"{path}: {entry.note}", stacklevel=2)
     if isinstance(value, nn.Module):
         return value
     source, arguments = model_for_state.find_source(value, model, model_args, path)
     try:
         with inputs.errors_name(path):
-            return model_for_state.models_on_tensors(value, source, arguments, path)[0][1]
+            filled = model_for_state.models_on_tensors(value, source, arguments, path)
     except OptionError as error:
         if model is not None:
             raise
         raise FileError(f"{path}: its recipe names a model that cannot be made: {error}") from None
+    bindings = [binding for binding, _ in filled]
+    beside = state_keys.keys_beside(value, bindings, bindings[0].prefix)
+    if beside:
+        warnings.warn(f"{path}: left out what the model does not have: {state_keys.first_names(beside)}", stacklevel=2)
+    return filled[0][1]
 
 
 def save(

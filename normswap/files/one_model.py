@@ -12,16 +12,15 @@ from normswap.checkpoints import checkpoint, contents, mapped_memory, state_keys
 from normswap.conversion.pipeline import Conversion, run
 from normswap.conversion.request import Request
 from normswap.errors import FileError, NormswapError, OptionError, first_line
-from normswap.files import model_specs
+from normswap.files import model_specs, norms_by_keys
 from normswap.files.file_request import ConvertedEntry, FileRequest
 from normswap.files.model_for_state import find_source, models_on_tensors, parameters_of_model, parameters_of_state
 from normswap.files.recipe import as_folded, with_origin
 from normswap.files.tensors_alone import convert_tensors_alone
-from normswap.report.report import Node, Report
+from normswap.report.report import Left, Node, Report
 from normswap.targets.target import PLAIN_TARGET
 
 _LARGE = 200_000_000  # parameters: a larger model is not run on noise without being asked to
-_SHOWN = 3  # names in a message
 
 
 def convert_entry(entry: contents.Entry, where: Path, request: FileRequest) -> ConvertedEntry:
@@ -66,20 +65,24 @@ def _convert_state_dict(entry: contents.Entry, where: Path, request: FileRequest
     previous, plain = checkpoint.stored_recipe(state), request.target is PLAIN_TARGET
     recipe = as_folded(previous) if plain else with_origin(report.recipe, source, arguments, previous)
     checkpoint.store_recipe(value, recipe)
-    notices = (*report.warnings, *_kept_beside(state, bindings))
-    report = replace(report, recipe=recipe or report.recipe, warnings=notices)
+    report = _with_what_stays_beside(report, state, state_keys.keys_beside(state, bindings))
+    report = replace(report, recipe=recipe or report.recipe)
     # An optimizer was made for the model's parameters, or for those of a script's own module that holds the model.
     after = parameters_of_model(model)
     of_script = [parameters_of_state(which, binding, model, own) for which, own in ((state, before), (value, after))]
     return ConvertedEntry(value, report, ((before, after), (of_script[0], of_script[1])))
 
 
-def _kept_beside(state: Mapping[str, Any], bindings: Sequence[state_keys.Binding]) -> list[str]:
-    """A notice of the keys that belong to no copy of the model."""
-    bound = {name for binding in bindings for name in binding.names.values()}
-    beside = [name for name in state if name not in bound]
-    more = f" and {len(beside) - _SHOWN} more" if len(beside) > _SHOWN else ""
-    return [f"beside the model, kept as it was: {', '.join(beside[:_SHOWN])}{more}"] if beside else []
+def _with_what_stays_beside(report: Report, state: Mapping[str, Any], keys: Sequence[str]) -> Report:
+    """`report` with what it does not know of: the `keys` of `state` that belong to no copy of the model."""
+    if not keys:
+        return report
+    notice = f"beside the model, kept as it was: {state_keys.first_names(keys)}"
+    norms = norms_by_keys.norm_prefixes({key: state[key] for key in keys})
+    reason = "the model does not have it"
+    left = [Left(prefix.removesuffix("."), "norm", "batch norm", reason) for prefix in norms]
+    totals = replace(report.totals, left=report.totals.left + len(left))
+    return replace(report, left=(*report.left, *left), totals=totals, warnings=(*report.warnings, notice))
 
 
 # ---- a module ----

@@ -591,8 +591,8 @@ def test_a_copy_that_does_not_fit_is_named(tmp_path: Path) -> None:
 
 def test_a_number_as_key(tmp_path: Path) -> None:
     """What the message says to type works."""
-    torch.save({0: net().state_dict(), "epoch": 1}, tmp_path / "run.pth")
-    with pytest.raises(FileError, match="--key 0"):
+    torch.save({0: net().state_dict(), 1: net().state_dict(), "epoch": 1}, tmp_path / "run.pth")
+    with pytest.raises(FileError, match="--key 0 or --key 1"):
         normswap.convert_file(tmp_path / "run.pth", "gn", model=net)
     normswap.convert_file(tmp_path / "run.pth", "gn", model=net, key="0")
 
@@ -908,9 +908,10 @@ def test_a_key_of_its_own(tmp_path: Path) -> None:
     torch.save(
         {"nets": {"student": net().state_dict(), "teacher": net().state_dict()}, "step": 1}, tmp_path / "run.pth"
     )
-    with pytest.raises(FileError, match="no model that could be found"):
+    with pytest.raises(FileError, match=r"which entry is the model\? give --key nets.student or --key nets.teacher"):
         normswap.convert_file(tmp_path / "run.pth", "gn", model=net)
-    normswap.convert_file(tmp_path / "run.pth", "gn", model=net, key="nets.student")
+    report = normswap.convert_file(tmp_path / "run.pth", "gn", model=net, key="nets.student")
+    assert any("not converted, though it looks like a model: nets.teacher" in warning for warning in report.warnings)
     got = torch.load(tmp_path / "run.gn.pth", weights_only=True)
     assert got["step"] == 1 and "bn1.running_mean" in got["nets"]["teacher"]
     normswap.convert(net(), "gn").model.load_state_dict(got["nets"]["student"], strict=True)
