@@ -1,53 +1,210 @@
-"""What the code of a module's class says that its forward may use of the modules in it, where no trace tells."""
+"""What the code of a module says that its forward may use of the modules in it, where no trace tells."""
 
 import dis
-import functools
 import itertools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import nn
+
+_WALKS = {"modules", "named_modules", "get_submodule"}  # which lead to any module at all
+_LISTS = {"children", "named_children", "_modules", "__dict__"}  # which lead to the children of a module
+_BESIDE = ("CACHE", "RESUME", "EXTENDED_ARG", "NOP", "COPY_FREE_VARS", "NOT_TAKEN")
 
 
-@functools.cache
-def reaches_into(cls: Any) -> frozenset[tuple[str, str]]:
-    """The pairs (a, b) where code that a class's forward may run says `.a.b`: parts of children that it may use itself.
+class Uses(NamedTuple):
+    """What the code that a forward may run does with attributes, by their names.
 
-    Asked where a forward cannot be traced. The children may be traced then, each by itself, but what such a forward
-    does with the parts of a child is in none of these traces: it may run `self.block.conv` beside the block's own
-    forward. The code cannot tell which object a name stands for, so any `.a.b` counts.
+    The code cannot tell which object a name stands for, so a name counts for each module that it may mean.
     """
-    pairs = set()
-    for code in _reached(cls):
-        loads = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "RESUME", "EXTENDED_ARG")]
-        chain = [i.argval if i.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for i in loads]
-        pairs |= {(a, b) for a, b in itertools.pairwise(chain) if a is not None and b is not None}
-    return frozenset(pairs)
+
+    pairs: frozenset[tuple[str, str]]
+    """(a, b) where it says `.a.b`."""
+    opened: frozenset[str]
+    """Attributes of what is not `self` and no attribute: of a local variable, or an element of a list."""
+    handled: frozenset[str]
+    """Attributes whose value is neither called nor asked for an attribute at once: it may be iterated or handed on."""
+    chooses: bool
+    """Whether it may take any child of `self`, as by a name that is computed."""
+    lists: bool
+    """Whether it may take any child of another module so."""
+    walks: bool
+    """Whether it may take any module at all."""
 
 
-def _reached(cls: Any) -> list[types.CodeType]:
-    """The code that the forward of a class may run: its own, and that of methods whose names occur in what it may run.
+def parts_used(module: nn.Module) -> Iterator[str]:
+    """The paths of the modules below `module` that its code may use by themselves, past their parent's forward.
 
-    All of the class's code where it may choose a method by a string, with `getattr`.
+    Asked where its forward cannot be traced. Parts may be traced then, each by itself, but what such a forward does with
+    what lies in a part is in none of these traces: it may run `self.block.conv` beside the block's own forward, take
+    the elements of an `nn.Sequential` one by one, or call `self.block.features(x)`, a method that runs any of them.
     """
+    uses = uses_of(module)
+    pending = [(name, name, child, uses.chooses or name in uses.handled) for name, child in _children(module)]
+    while pending:
+        path, name, part, is_value = pending.pop()
+        listed = uses.walks or any((name, way) in uses.pairs for way in _LISTS)
+        listed = listed or (is_value and (uses.lists or _is_container(part)))
+        if _runs_a_method(part, name, uses, is_value):
+            yield from (f"{path}.{inner}" for inner, _ in part.named_modules(remove_duplicate=False) if inner)
+            continue
+        for inner, child in _children(part):
+            if listed or (name, inner) in uses.pairs or (is_value and inner in uses.opened):
+                yield f"{path}.{inner}"
+                pending.append((f"{path}.{inner}", inner, child, True))
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether the parts of a module can be taken by an index, a key or a loop."""
+    return any(hasattr(type(module), name) for name in ("__getitem__", "__iter__"))
+
+
+def _runs_a_method(part: nn.Module, name: str, uses: Uses, is_value: bool) -> bool:
+    """Whether the code may call a method of a part, other than its forward and what torch gives each module."""
+    named = {b for a, b in uses.pairs if a == name} | (uses.opened if is_value else frozenset())
+    methods = {attribute: getattr(type(part), attribute, None) for attribute in named - {"forward"}}
+    return any(callable(m) and not str(getattr(m, "__module__", "")).startswith("torch.nn.") for m in methods.values())
+
+
+def uses_of(module: nn.Module) -> Uses:
+    """What the code that `module.forward` may run does with attributes."""
+    pairs: set[tuple[str, str]] = set()
+    opened: set[str] = set()
+    handled: set[str] = set()
+    chooses = lists = walks = False
+    for code, selfs in _reached(module):
+        steps = _steps(code)
+        walks = walks or "vars" in code.co_names
+        for before, step, after in _attributes(steps):
+            name, of_self = step.argval, _loads(before, selfs)
+            if before.opname == "LOAD_ATTR":
+                pairs.add((before.argval, name))
+            elif not of_self:
+                opened.add(name)
+            if not _is_called(step) and after.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+                handled.add(name)
+            walks = walks or name in _WALKS
+            chooses, lists = chooses or (name in _LISTS and of_self), lists or (name in _LISTS and not of_self)
+        for of_self, asked in _asked_by_string(steps, selfs):
+            opened, handled = opened | {asked} - {""}, handled | {asked} - {""}
+            chooses, lists = chooses or (not asked and of_self), lists or (not asked and not of_self)
+    return Uses(frozenset(pairs), frozenset(opened), frozenset(handled), chooses, lists, walks)
+
+
+def _attributes(steps: list[dis.Instruction]) -> Iterator[tuple[dis.Instruction, dis.Instruction, dis.Instruction]]:
+    """Each instruction that loads an attribute, with those before and after it; none of what a global name stands for."""
+    for before, step, after in zip(steps, steps[1:], steps[2:], strict=False):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and before.opname != "LOAD_GLOBAL":
+            yield before, step, after
+
+
+def _steps(code: types.CodeType) -> list[dis.Instruction]:
+    """The instructions of a code, without those that do nothing to values."""
+    return [i for i in dis.get_instructions(code) if i.opname not in _BESIDE]
+
+
+def _is_called(step: dis.Instruction) -> bool:
+    """Whether an attribute is loaded to be called: Python up to 3.11 has an instruction of its own for it."""
+    return step.opname == "LOAD_METHOD" or step.argval not in (step.argrepr, None) and "NULL" in step.argrepr
+
+
+def _loads(step: dis.Instruction, names: Iterable[str]) -> bool:
+    """Whether an instruction loads one of the variables `names`; some load two, of which the last counts."""
+    last = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
+    return step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and last in names
+
+
+def _asked_by_string(steps: list[dis.Instruction], selfs: Iterable[str] = ()) -> Iterator[tuple[bool, str]]:
+    """For each use of `getattr`: whether it is asked of `self` itself, and for which name; "" for a computed one."""
+    for index, step in enumerate(steps):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval == "getattr":
+            made = _makers_of_arguments(steps[index + 1 :])
+            owner, name = (made + [[], []])[:2]
+            if owner and owner[0].opname == "LOAD_GLOBAL" and all(i.opname == "LOAD_ATTR" for i in owner[1:]):
+                continue  # of a module of Python or the like
+            of_self = len(owner) == 1 and _loads(owner[0], selfs)
+            constant = len(name) == 1 and name[0].opname.startswith("LOAD_CONST") and type(name[0].argval) is str
+            yield of_self, name[0].argval if constant else ""
+
+
+def _makers_of_arguments(steps: list[dis.Instruction]) -> list[list[dis.Instruction]]:
+    """The instructions that make each argument of a call, of which `steps` are those behind the one for the callable."""
+    depth, made = 0, list[list[dis.Instruction]]()
+    for step in itertools.dropwhile(lambda s: s.opname == "PUSH_NULL", steps):
+        if isinstance(step.argval, tuple) and step.opname.startswith("LOAD_FAST"):  # it loads two
+            made += [[step._replace(argval=name)] for name in step.argval] if depth == 0 else []
+            depth += 2
+            continue
+        depth += dis.stack_effect(step.opcode, step.arg, jump=False)
+        if depth < 1:
+            return made
+        made += [[] for _ in range(depth - len(made))]
+        made[depth - 1].append(step)
+        del made[depth:]
+    return made
+
+
+def _reached(module: nn.Module) -> list[tuple[types.CodeType, frozenset[str]]]:
+    """The code that the forward of a module may run, each with the names that `self` has in it.
+
+    The forward's own, and that of methods, of functions that the module holds, and of functions of the same package,
+    whose names occur in what it may run. All of the class's code where it may choose a method by a string.
+    """
+    cls = type(module)
     owners = itertools.takewhile(lambda owner: not owner.__module__.startswith("torch."), cls.__mro__)
-    methods = [
-        (name, [code for function in _functions(value) for code in _codes(function.__code__)])
-        for owner in owners
-        for name, value in vars(owner).items()
-        if name != "__init__"  # which no forward runs
-    ]
-    called, reached = {"forward"}, list[types.CodeType]()
-    while found := [c for name, codes in methods if name in called for c in codes if c not in reached]:
-        reached += found
-        called |= {name for code in found for name in code.co_names}
-    return [code for _, codes in methods for code in codes] if "getattr" in called else reached
+    held = [(name, value) for owner in owners for name, value in vars(owner).items()]
+    held += [(name, value) for name, value in vars(module).items() if callable(value) or name == "forward"]
+    methods = [(name, f, _self_names(value, f)) for name, value in held for f in _functions(value)]
+    called, reached = {"forward"}, list[tuple[types.CodeType, frozenset[str]]]()
+    seen: set[types.FunctionType] = set()
+    computed = False
+    pending = [entry for entry in methods if entry[0] in called]
+    while pending:
+        for _, function, selfs in pending:
+            seen.add(function)
+            found = list(_codes(function.__code__))
+            reached += [(code, selfs) for code in found]
+            steps = [_steps(code) for code in found]
+            asked = {name for code in steps for _, name in _asked_by_string(code)}
+            called |= asked | {step.argval for code in steps for _, step, _ in _attributes(code)}
+            computed = computed or "" in asked
+            helpers = [f for code in steps for f in _functions_named(code, function, cls.__module__.partition(".")[0])]
+            methods += [(f.__name__, f, frozenset()) for f in helpers]
+            called |= {f.__name__ for f in helpers}
+        # `__init__` is run by no forward.
+        wanted = [m for m in methods if m[1] not in seen and m[0] != "__init__" and (computed or m[0] in called)]
+        pending = list({function: (name, function, selfs) for name, function, selfs in wanted}.values())
+    return reached
+
+
+def _self_names(value: Any, function: types.FunctionType) -> frozenset[str]:
+    """How a function of a class calls the module: its first argument, or `self` in those that a decorator holds."""
+    first = function.__code__.co_varnames[:1] if function.__code__.co_argcount else ()
+    return frozenset(first if value is function or getattr(value, "fget", None) is function else ()) | {"self"}
+
+
+def _functions_named(
+    steps: list[dis.Instruction], function: types.FunctionType, package: str
+) -> Iterator[types.FunctionType]:
+    """The functions of a package that the code of `function` names, which may be handed the module or its parts."""
+    for step, after in itertools.pairwise(steps):
+        value = function.__globals__.get(step.argval) if step.opname == "LOAD_GLOBAL" else None
+        if isinstance(value, types.ModuleType) and after.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            value = getattr(value, after.argval, None)
+        if isinstance(value, types.FunctionType) and value.__module__.partition(".")[0] == package:
+            yield value
 
 
 def _functions(value: Any) -> list[types.FunctionType]:
-    """The functions that an attribute of a class runs: a method's, a property's, and those that decorators hold."""
+    """The functions that an attribute runs: a method's, a property's, and those that decorators hold."""
     found: list[types.FunctionType] = []
-    pending = [getattr(value, "fget", getattr(value, "__func__", value))]
+    pending = [getattr(value, "fget", getattr(value, "__func__", getattr(value, "func", value)))]
     while pending:
         function = pending.pop()
         if isinstance(function, types.FunctionType) and function not in found:  # a function may hold itself

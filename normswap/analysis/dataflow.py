@@ -1,12 +1,12 @@
 """Read-only: what feeds what in a model, as far as its parts can be traced."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from torch import nn
 
-from normswap.analysis.bytecode import reaches_into
+from normswap.analysis.bytecode import parts_used
 from normswap.analysis.copies import skeleton
 from normswap.analysis.flow import Flow
 from normswap.analysis.graph_reader import GraphReader, TracedPart
@@ -28,65 +28,65 @@ def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
         if path and (module._forward_hooks or module._forward_pre_hooks)
     )
     leaves = hooked | {id(copies[path]) for path in by_path}  # what hooks do to a value is not in any forward
-    below = _sites_below(by_path)
+    below = _paths_below(by_path)
     flow = Flow()
-    doubted: set[str] = set()  # sites that a forward which could not be traced may use by itself
+    covered: dict[str, str] = {}  # by the path of a site all whose uses are in one trace: the part that was traced
+    used = set[str]()  # parts that a forward which could not be traced may use by itself
     pending = [("", bones)]
     while pending:
         path, module = pending.pop()
-        if path in by_path or (path and below[path] <= flow.complete):
+        if path in by_path or (path and below[path] <= covered.keys()):
             continue
         if type(module) is nn.MultiheadAttention:  # known, and has more branches than can be followed
-            flow.touched |= below[path]
+            flow.touched |= {by_path[inner].path for inner in below[path]}
             continue
         # A trace of a part knows less than one of the whole: none is made where that told anything of the part.
-        if not below[path] & flow.complete and type(module).forward is not nn.Module.forward:
+        if not below[path] & covered.keys() and type(module).forward is not nn.Module.forward:
             traced = trace(module, lambda m: id(m) in leaves)
             if traced.problem:
                 flow.problems[path] = traced.problem
-                doubted.update(_reached_into(module, path, below[path]))
+                used |= {_join(path, inner) for inner in parts_used(module)}
             part = TracedPart(dict(module.named_modules(remove_duplicate=False)), path, by_path, hooked)
             for run in traced.graphs:
-                flow.add(GraphReader(run, part).flow(traced.complete))
-        children = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
-        pending += reversed(children)  # so that they are taken in order, each with its own children first
-    flow.complete -= doubted
+                found = GraphReader(run, part).flow(traced.complete)
+                flow.add(found)
+                if traced.complete:
+                    paths = (p for site in found.calls for p in by_path[site].paths if p in below[path])
+                    covered |= {p: path for p in paths if not _is_used(p, path, used)}
+        pending += reversed([(_join(path, name), child) for name, child in module._modules.items() if child is not None])
+    flow.parts = {site.path: frozenset(covered[p] for p in site.paths) for site in sites if covered.keys() >= {*site.paths}}
     _doubt_unreached(flow, sites)
     _guess_unseen(flow, sites)
     return flow
 
 
-def _sites_below(by_path: Mapping[str, Site]) -> defaultdict[str, set[str]]:
-    """The first paths of the sites below each module that holds some."""
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}".lstrip(".")
+
+
+def _paths_below(paths: Iterable[str]) -> defaultdict[str, set[str]]:
+    """The paths of sites below each module that holds some."""
     below: defaultdict[str, set[str]] = defaultdict(set)
-    for path, site in by_path.items():
+    for path in paths:
         parts = path.split(".")
         for end in range(len(parts)):
-            below[".".join(parts[:end])].add(site.path)
+            below[".".join(parts[:end])].add(path)
     return below
 
 
-def _reached_into(module: nn.Module, path: str, sites: Iterable[str]) -> Iterator[str]:
-    """Those of the sites below a module that its code may use past their parent's forward: `self.block.conv(x)`, or
-    `self.block.features(x)`, a method that runs any of them.
-    """
-    pairs = reaches_into(type(module))  # type: ignore[arg-type]
-    opened = {
-        name
-        for name, child in module.named_children()
-        for owner, attribute in pairs
-        if owner == name and attribute != "forward" and callable(getattr(type(child), attribute, None))
-    }
-    for site in sites:
-        parts = site.removeprefix(path).strip(".").split(".")
-        if parts[0] in opened or pairs & set(pairwise(parts)):
-            yield site
+def _is_used(path: str, part: str, used: set[str]) -> bool:
+    """Whether a module at `path`, or one around it within `part`, may be used by code outside of `part`."""
+    while path != part and path:
+        if path in used:
+            return True
+        path = path.rpartition(".")[0]
+    return False
 
 
 def _doubt_unreached(flow: Flow, sites: Sequence[Site]) -> None:
     """Where a forward passes one norm by, it may have chosen its neighbour: nothing is complete beside it."""
     unreached = {site.path.rpartition(".")[0] for site in sites if site.form and not flow.seen(site.path)}
-    flow.complete -= {path for path in flow.complete if path.rpartition(".")[0] in unreached}
+    flow.parts = {path: parts for path, parts in flow.parts.items() if path.rpartition(".")[0] not in unreached}
 
 
 def _guess_unseen(flow: Flow, sites: Sequence[Site]) -> None:

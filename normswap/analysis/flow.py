@@ -43,8 +43,9 @@ class Flow:
     """How often one forward calls a site: a norm that is called more than once mixes the statistics of its places."""
     touched: set[str] = field(default_factory=set)
     """Sites whose tensors some forward reads past the layer: no layer with other tensors may take its place."""
-    complete: set[str] = field(default_factory=set)
-    """Sites all of whose uses are known. For any other site, "no other reader" only means that none was seen."""
+    parts: dict[str, frozenset[str]] = field(default_factory=dict)
+    """Sites all of whose uses are known, and the paths of the modules whose traces tell them: "" for the whole model.
+    For any other site, "no other reader" only means that none was seen."""
     functional: dict[str, str] = field(default_factory=dict)
     """Norms that no module holds: by the path of the module that calls it, the name of the function."""
     problems: dict[str, str] = field(default_factory=dict)
@@ -52,7 +53,7 @@ class Flow:
 
     def add(self, other: Flow) -> None:
         """Take in what one more trace tells."""
-        for name in ("normed", "single", "spatial", "flat", "first", "touched", "complete"):
+        for name in ("normed", "single", "spatial", "flat", "first", "touched"):
             getattr(self, name).update(getattr(other, name))
         for path, readers in other.readers.items():
             self.readers[path] += readers
@@ -64,7 +65,13 @@ class Flow:
             self.dims[path] |= dims
         self.calls |= other.calls  # the greater count of each
         self.functional.update(other.functional)
+        self.parts.update(other.parts)
         self.problems.update(other.problems)
+
+    @property
+    def complete(self) -> set[str]:
+        """Sites all of whose uses are known."""
+        return set(self.parts)
 
     def seen(self, path: str) -> bool:
         """Whether a trace reached a site."""
@@ -72,7 +79,7 @@ class Flow:
 
     def feeder(self, norm: str) -> tuple[str | None, str]:
         """The one layer whose output the norm reads and nothing else does; or None, and why."""
-        if norm not in self.complete:
+        if norm not in self.parts:
             return None, f"what comes before it could not be traced{self._why(norm)}"
         writers = {writer for writer in self.writers[norm] if writer is not None}
         if None in self.writers[norm]:
@@ -80,7 +87,7 @@ class Flow:
         if len(writers) > 1:
             return None, "more than one layer before it"
         (writer,) = writers
-        if writer not in self.complete or set(self.readers[writer]) != {norm}:
+        if writer not in self.parts or set(self.readers[writer]) != {norm}:
             return None, "the layer before it has other readers"
         return writer, ""
 

@@ -74,8 +74,6 @@ class GraphReader:
             self._note_direct_access(node, flow)
         for node, site in called:
             path = site.path
-            if complete:
-                flow.complete.add(path)
             before, shapings = self._between(node)
             flow.between[path].add((before, shapings))
             # Only the whole model's input is the user's; that of a part may be anything.

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,6 +25,23 @@ _MAX_ROUNDS = 100  # answers alike at one place in the code: ends a loop whose c
 _FX = fx.__path__[0]
 _NO_TENSORS = {list, tuple, dict, set, str, int, float, bool, type(None)}
 _GIVES_A_TENSOR: tuple[Any, ...] = (*CONVOLUTIONS, nn.Linear, _BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.ReLU)
+
+
+class _Value(fx.Proxy):
+    """A symbolic value of which a list can be made: `list` asks for the length first, and does without on this error."""
+
+    def __len__(self) -> int:
+        raise TypeError("'len' is not supported in symbolic tracing")
+
+
+def _number_of_chunks(node: fx.Node) -> int | None:
+    """Into how many parts a value is cut that can be cut so; None where that is not written."""
+    if node.target not in ("chunk", "split", torch.chunk, torch.split):
+        return None
+    number = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks", node.kwargs.get("split_size"))
+    if isinstance(number, list | tuple):
+        return len(number)
+    return number if isinstance(number, int) and node.target in ("chunk", torch.chunk) else None
 
 
 class BranchTracer(fx.Tracer):
@@ -89,9 +107,12 @@ class BranchTracer(fx.Tracer):
         decided = self.decisions.setdefault(place, True)
         return decided if self._times_asked[place] <= _MAX_ROUNDS else not decided
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Two rounds of a loop over a value of unknown length: enough to see what one round hands to the next."""
-        return iter([obj[0], obj[1]])  # type: ignore[index]
+        """All rounds of a loop over chunks, two over a value of unknown length: enough to see what one hands to the next."""
+        return iter([obj[i] for i in range(_number_of_chunks(obj.node) or 2)])  # type: ignore[index]
 
     def asked_type(self, value: fx.Proxy, kinds: Any) -> None:
         """Note that a forward asks whether a symbolic value is one of `kinds`: a tensor may give another answer."""
