@@ -11,6 +11,7 @@ from torch import nn
 
 _WALKS = {"modules", "named_modules", "get_submodule"}  # which lead to any module at all
 _LISTS = {"children", "named_children", "_modules", "__dict__"}  # which lead to the children of a module
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _BESIDE = ("CACHE", "RESUME", "EXTENDED_ARG", "NOP", "COPY_FREE_VARS", "NOT_TAKEN")
 
 
@@ -28,8 +29,8 @@ class Uses(NamedTuple):
     """Attributes whose value is neither called nor asked for an attribute at once: it may be iterated or handed on."""
     chooses: bool
     """Whether it may take any child of `self`, as by a name that is computed."""
-    lists: bool
-    """Whether it may take any child of another module so."""
+    lists: int
+    """How often it takes any child of another module so: as deep it may reach."""
     walks: bool
     """Whether it may take any module at all."""
 
@@ -37,23 +38,25 @@ class Uses(NamedTuple):
 def parts_used(module: nn.Module) -> Iterator[str]:
     """The paths of the modules below `module` that its code may use by themselves, past their parent's forward.
 
-    Asked where its forward cannot be traced. Parts may be traced then, each by itself, but what such a forward does with
-    what lies in a part is in none of these traces: it may run `self.block.conv` beside the block's own forward, take
-    the elements of an `nn.Sequential` one by one, or call `self.block.features(x)`, a method that runs any of them.
+    Asked where its forward cannot be traced. Parts may be traced then, each by itself, but what such a forward does
+    with what lies in a part is in none of these traces: it may run `self.block.conv` beside the block's own forward,
+    take the elements of an `nn.Sequential` one by one, or call `self.block.features(x)`, a method that runs any.
     """
     uses = uses_of(module)
-    pending = [(name, name, child, uses.chooses or name in uses.handled) for name, child in _children(module)]
+    handled = [(name, child, uses.chooses or name in uses.handled) for name, child in _children(module)]
+    pending = [(name, name, child, is_value, uses.lists) for name, child, is_value in handled]
     while pending:
-        path, name, part, is_value = pending.pop()
-        listed = uses.walks or any((name, way) in uses.pairs for way in _LISTS)
-        listed = listed or (is_value and (uses.lists or _is_container(part)))
+        path, name, part, is_value, lists = pending.pop()
         if _runs_a_method(part, name, uses, is_value):
             yield from (f"{path}.{inner}" for inner, _ in part.named_modules(remove_duplicate=False) if inner)
             continue
+        listed = uses.walks or any((name, way) in uses.pairs for way in _LISTS) or (is_value and lists > 0)
+        # A block that is made as a subclass of a container is taken for one only where it stands in the module itself.
+        container = _is_container(part) if path == name else type(part) in _CONTAINERS
         for inner, child in _children(part):
-            if listed or (name, inner) in uses.pairs or (is_value and inner in uses.opened):
+            if listed or (is_value and container) or (name, inner) in uses.pairs or (is_value and inner in uses.opened):
                 yield f"{path}.{inner}"
-                pending.append((f"{path}.{inner}", inner, child, True))
+                pending.append((f"{path}.{inner}", inner, child, True, lists if container else lists - 1))
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -77,7 +80,7 @@ def uses_of(module: nn.Module) -> Uses:
     pairs: set[tuple[str, str]] = set()
     opened: set[str] = set()
     handled: set[str] = set()
-    chooses = lists = walks = False
+    chooses, lists, walks = False, 0, False
     for code, selfs in _reached(module):
         steps = _steps(code)
         walks = walks or "vars" in code.co_names
@@ -87,21 +90,31 @@ def uses_of(module: nn.Module) -> Uses:
                 pairs.add((before.argval, name))
             elif not of_self:
                 opened.add(name)
-            if not _is_called(step) and after.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            if not (_is_called(step) or after[0].opname in ("LOAD_ATTR", "LOAD_METHOD") or _is_asked_for(after)):
                 handled.add(name)
-            walks = walks or name in _WALKS
-            chooses, lists = chooses or (name in _LISTS and of_self), lists or (name in _LISTS and not of_self)
+            walks = walks or name in _WALKS or (name in _LISTS and code.co_name in code.co_names + code.co_freevars)
+            chooses, lists = chooses or (name in _LISTS and of_self), lists + (name in opened & _LISTS)
         for of_self, asked in _asked_by_string(steps, selfs):
             opened, handled = opened | {asked} - {""}, handled | {asked} - {""}
-            chooses, lists = chooses or (not asked and of_self), lists or (not asked and not of_self)
+            chooses, lists = chooses or (not asked and of_self), lists + (not asked and not of_self)
     return Uses(frozenset(pairs), frozenset(opened), frozenset(handled), chooses, lists, walks)
 
 
-def _attributes(steps: list[dis.Instruction]) -> Iterator[tuple[dis.Instruction, dis.Instruction, dis.Instruction]]:
-    """Each instruction that loads an attribute, with those before and after it; none of what a global name stands for."""
-    for before, step, after in zip(steps, steps[1:], steps[2:], strict=False):
+def _attributes(
+    steps: list[dis.Instruction],
+) -> Iterator[tuple[dis.Instruction, dis.Instruction, list[dis.Instruction]]]:
+    """Each instruction that loads an attribute, with that before and two after it; none of what a global stands for."""
+    for index, (before, step) in enumerate(itertools.pairwise(steps)):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and before.opname != "LOAD_GLOBAL":
-            yield before, step, after
+            yield before, step, steps[index + 2 : index + 4]
+
+
+def _is_asked_for(after: list[dis.Instruction]) -> bool:
+    """Whether a value is only compared with None, or as a condition: `if self.head is not None`."""
+    first, second = after[0], after[-1]
+    condition = "JUMP" in first.opname and "OR_POP" not in first.opname
+    compared = first.opname.startswith("LOAD_CONST") and first.argval is None and second.opname == "IS_OP"
+    return condition or compared or first.opname in ("UNARY_NOT", "TO_BOOL")
 
 
 def _steps(code: types.CodeType) -> list[dis.Instruction]:
@@ -111,7 +124,7 @@ def _steps(code: types.CodeType) -> list[dis.Instruction]:
 
 def _is_called(step: dis.Instruction) -> bool:
     """Whether an attribute is loaded to be called: Python up to 3.11 has an instruction of its own for it."""
-    return step.opname == "LOAD_METHOD" or step.argval not in (step.argrepr, None) and "NULL" in step.argrepr
+    return step.opname == "LOAD_METHOD" or "NULL|self" in step.argrepr
 
 
 def _loads(step: dis.Instruction, names: Iterable[str]) -> bool:
@@ -125,7 +138,7 @@ def _asked_by_string(steps: list[dis.Instruction], selfs: Iterable[str] = ()) ->
     for index, step in enumerate(steps):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval == "getattr":
             made = _makers_of_arguments(steps[index + 1 :])
-            owner, name = (made + [[], []])[:2]
+            owner, name = [*made, [], []][:2]
             if owner and owner[0].opname == "LOAD_GLOBAL" and all(i.opname == "LOAD_ATTR" for i in owner[1:]):
                 continue  # of a module of Python or the like
             of_self = len(owner) == 1 and _loads(owner[0], selfs)
@@ -134,7 +147,7 @@ def _asked_by_string(steps: list[dis.Instruction], selfs: Iterable[str] = ()) ->
 
 
 def _makers_of_arguments(steps: list[dis.Instruction]) -> list[list[dis.Instruction]]:
-    """The instructions that make each argument of a call, of which `steps` are those behind the one for the callable."""
+    """The instructions that make each argument of a call; `steps` are those behind the one that loads the callable."""
     depth, made = 0, list[list[dis.Instruction]]()
     for step in itertools.dropwhile(lambda s: s.opname == "PUSH_NULL", steps):
         if isinstance(step.argval, tuple) and step.opname.startswith("LOAD_FAST"):  # it loads two

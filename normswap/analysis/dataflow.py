@@ -53,8 +53,12 @@ def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
                 if traced.complete:
                     paths = (p for site in found.calls for p in by_path[site].paths if p in below[path])
                     covered |= {p: path for p in paths if not _is_used(p, path, used)}
-        pending += reversed([(_join(path, name), child) for name, child in module._modules.items() if child is not None])
-    flow.parts = {site.path: frozenset(covered[p] for p in site.paths) for site in sites if covered.keys() >= {*site.paths}}
+        pending += reversed(
+            [(_join(path, name), child) for name, child in module._modules.items() if child is not None]
+        )
+    flow.parts = {
+        site.path: frozenset(covered[p] for p in site.paths) for site in sites if covered.keys() >= {*site.paths}
+    }
     _doubt_unreached(flow, sites)
     _guess_unseen(flow, sites)
     return flow

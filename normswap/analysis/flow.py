@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 
 @dataclass
@@ -46,6 +47,8 @@ class Flow:
     parts: dict[str, frozenset[str]] = field(default_factory=dict)
     """Sites all of whose uses are known, and the paths of the modules whose traces tell them: "" for the whole model.
     For any other site, "no other reader" only means that none was seen."""
+    outside: set[str] = field(default_factory=set)
+    """Sites that a run has called outside of these modules, which no code had told."""
     functional: dict[str, str] = field(default_factory=dict)
     """Norms that no module holds: by the path of the module that calls it, the name of the function."""
     problems: dict[str, str] = field(default_factory=dict)
@@ -53,7 +56,7 @@ class Flow:
 
     def add(self, other: Flow) -> None:
         """Take in what one more trace tells."""
-        for name in ("normed", "single", "spatial", "flat", "first", "touched"):
+        for name in ("normed", "single", "spatial", "flat", "first", "touched", "outside"):
             getattr(self, name).update(getattr(other, name))
         for path, readers in other.readers.items():
             self.readers[path] += readers
@@ -73,12 +76,24 @@ class Flow:
         """Sites all of whose uses are known."""
         return set(self.parts)
 
+    @property
+    def in_parts(self) -> dict[str, frozenset[str]]:
+        """Those of `parts` that the trace of the whole model does not tell of: it failed."""
+        return {path: parts for path, parts in self.parts.items() if "" not in parts}
+
+    def without(self, sites: Collection[str]) -> Flow:
+        """The same, where of `sites` not all uses are known after all, as a run has shown."""
+        parts = {path: parts for path, parts in self.parts.items() if path not in sites}
+        return replace(self, parts=parts, outside={*self.outside, *sites})
+
     def seen(self, path: str) -> bool:
         """Whether a trace reached a site."""
         return path in self.readers or path in self.writers
 
     def feeder(self, norm: str) -> tuple[str | None, str]:
         """The one layer whose output the norm reads and nothing else does; or None, and why."""
+        if norm in self.outside:
+            return None, "is used outside of the block that was traced, as a run shows"
         if norm not in self.parts:
             return None, f"what comes before it could not be traced{self._why(norm)}"
         writers = {writer for writer in self.writers[norm] if writer is not None}

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -115,6 +116,30 @@ def temporary_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def calls_outside(model: nn.Module, parts: Mapping[str, Collection[str]]) -> Iterator[set[str]]:
+    """Meanwhile, a set that takes in each of the modules at the paths `parts` that a run calls outside of its parts.
+
+    The parts of a module are modules around it, by their paths.
+    """
+    running: Counter[str] = Counter()
+    outside: set[str] = set()
+
+    def counted(path: str, by: int) -> Any:
+        return lambda *_: running.update({path: by})
+
+    def checked(path: str) -> Any:
+        return lambda *_: None if any(running[part] for part in parts[path]) else outside.add(path)
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(checked(path)) for path in parts]
+    for path in {part for around in parts.values() for part in around}:
+        module = model.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(counted(path, 1)))
+        handles.append(module.register_forward_hook(counted(path, -1), always_call=True))
+    with temporary_hooks(handles):
+        yield outside
 
 
 def run_model(

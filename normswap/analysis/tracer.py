@@ -28,7 +28,7 @@ _GIVES_A_TENSOR: tuple[Any, ...] = (*CONVOLUTIONS, nn.Linear, _BatchNorm, nn.Gro
 
 
 class _Value(fx.Proxy):
-    """A symbolic value of which a list can be made: `list` asks for the length first, and does without on this error."""
+    """A symbolic value of which `list` can be made: it asks for the length first, and does without on this error."""
 
     def __len__(self) -> int:
         raise TypeError("'len' is not supported in symbolic tracing")
@@ -111,7 +111,7 @@ class BranchTracer(fx.Tracer):
         return _Value(node, self)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """All rounds of a loop over chunks, two over a value of unknown length: enough to see what one hands to the next."""
+        """Two rounds of a loop over a value of unknown length: enough to see what one round hands to the next."""
         return iter([obj[i] for i in range(_number_of_chunks(obj.node) or 2)])  # type: ignore[index]
 
     def asked_type(self, value: fx.Proxy, kinds: Any) -> None:

@@ -8,8 +8,8 @@ from torch import nn
 
 from normswap.analysis.dataflow import find_flow
 from normswap.analysis.flow import Flow
-from normswap.analysis.noise import PATIENCE
-from normswap.analysis.running import Observed, Seen, Sketches, batch_size, inputs_like, run_model
+from normswap.analysis.noise import PATIENCE, guess_inputs
+from normswap.analysis.running import Observed, Seen, Sketches, batch_size, calls_outside, inputs_like, run_model
 from normswap.analysis.selection import hidden_layers, select, shared_tensors
 from normswap.analysis.sites import Site, find_sites
 from normswap.calibration.measuring import Measured, measure_norms, measure_recurrent
@@ -17,9 +17,11 @@ from normswap.calibration.model_inputs import first_inputs
 from normswap.conversion.accounting import class_names, count_elements
 from normswap.conversion.request import Phase, Request
 from normswap.errors import ModelError
+from normswap.layers.norms import RUNNING_NORMS
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.recurrent_matching import VectorMoments
 from normswap.report.report import Left
+from normswap.target_table import NORM_FORMS, PLAIN_FORM
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def survey_model(model: nn.Module, request: Request) -> Survey:
     chosen, excluded = map(frozenset, select(sites, request.options.include, request.options.exclude))
     request.begin(Phase.TRACE)
     flow = find_flow(model, sites)
+    flow = flow if request.folds_in_parts else flow.without(flow.in_parts)
     hidden, notices = hidden_layers(model)
     names, elements, shared = class_names(model), count_elements(model), shared_tensors(model)
     return Survey(model, sites, chosen, excluded, flow, shared, hidden, notices, names, elements)
@@ -82,6 +85,10 @@ class Evidence:
     """What the calibration data showed of norms, by path."""
     vectors: Mapping[str, Mapping[str, VectorMoments]]
     """What the calibration data showed of recurrent layers, by path."""
+    made_up: bool = False
+    """Whether the inputs are noise."""
+    outside: frozenset[str] = frozenset()
+    """Sites that the run has called outside of the parts of the model whose traces tell of them."""
 
 
 def gather_evidence(survey: Survey, request: Request) -> Evidence:
@@ -91,16 +98,21 @@ def gather_evidence(survey: Survey, request: Request) -> Evidence:
     inputs, name = request.example_inputs, request.inputs_name
     if batches and inputs is None:
         inputs, name = batches[0], f"the calibration data's first batch of {batch_size(batches[0])}"
-    seen, problem, observed = dict(request.recorded.seen), "", Observed(None, {}, {})
+    made_up = request.drift_only
+    if inputs is None and _folds_in_parts(survey, request) and (noise := guess_inputs(model)) is not None:
+        (inputs, name), made_up = noise, True
+    seen, problem, observed, outside = dict(request.recorded.seen), "", Observed(None, {}, {}), set[str]()
     if inputs is not None:
         request.begin(Phase.RUN_BEFORE)
         try:
-            observed = _run_before(survey, request, inputs)
-            seen |= {} if request.drift_only else observed.seen
+            with calls_outside(model, survey.flow.in_parts) as outside:
+                observed = _run_before(survey, request, inputs, PATIENCE if made_up else None)
+            seen |= {} if made_up else observed.seen
         except ModelError as error:
-            if not request.drift_only:
+            if not made_up:
                 raise
             problem = str(error)
+            inputs = inputs if request.drift_only else None  # nobody has asked for a run
     measured, vectors = dict(request.recorded.measured), {}
     if options.calibrate is not None:
         request.begin(Phase.MEASURE)
@@ -109,16 +121,29 @@ def gather_evidence(survey: Survey, request: Request) -> Evidence:
             inner = [site for site in survey.chosen if site.base in LAYER_NORMALIZED and not site.obstacle]
             vectors = measure_recurrent(model, batches, inner)
         seen = {path: norm.seen for path, norm in measured.items()} | seen
-    return Evidence(batches, inputs, name, observed.output, problem, observed.sketches, seen, measured, vectors)
+    output, sketches = observed.output, observed.sketches
+    return Evidence(
+        batches, inputs, name, output, problem, sketches, seen, measured, vectors, made_up, frozenset(outside)
+    )
 
 
-def _run_before(survey: Survey, request: Request, inputs: Any) -> Observed:
+def _folds_in_parts(survey: Survey, request: Request) -> bool:
+    """Whether a norm may go into a layer of which only traces of parts of the model tell."""
+    plain = request.target.norm is PLAIN_FORM
+    folds = plain or request.target.norm is NORM_FORMS["fold"]
+    if not folds or any(p.is_meta for p in survey.model.parameters()):
+        return False
+    norms = [site for site in survey.chosen if site.path in survey.flow.in_parts and site.kind == "norm"]
+    return any(survey.flow.feeder(norm.path)[0] and (not plain or norm.base in RUNNING_NORMS) for norm in norms)
+
+
+def _run_before(survey: Survey, request: Request, inputs: Any, limit: float | None) -> Observed:
     """The output, the sizes that norms saw, and some elements of what the layers put out that the target changes."""
     # Made-up inputs may make a model run for minutes: every site is watched, so that it is stopped in time.
-    watched = [site for site in survey.sites if request.drift_only or site.kind == "norm"]
+    watched = [site for site in survey.sites if limit is not None or site.kind == "norm"]
     kind = "norm" if request.target.norm else "weight"
     tapped = [site.path for site in survey.sites if site.kind == kind]
-    return run_model(survey.model, inputs, watched, PATIENCE if request.drift_only else None, taps=tapped)
+    return run_model(survey.model, inputs, watched, limit, taps=tapped)
 
 
 def _measure_norms(survey: Survey, request: Request, batches: Sequence[Any]) -> dict[str, Measured]:

@@ -4,6 +4,7 @@ import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from normswap.conversion.planning import plan_conversion
 from normswap.conversion.reporting import make_report
 from normswap.conversion.request import Phase, Request
 from normswap.conversion.surgery import replace_layers
+from normswap.errors import ModelError
 from normswap.report.report import Report
 from normswap.training.opacus import register_if_imported
 
@@ -59,6 +61,11 @@ def run(model: nn.Module, request: Request) -> Conversion:
     replace_layers(plan.swaps, request)
     prove_nothing_missed(work, plan, request.options)
     calibration = calibrate(original, work, plan, evidence, request)
-    drift = measure_drift(work, plan, evidence, request)
+    try:
+        drift = measure_drift(work, plan, evidence, request)
+    except ModelError:
+        if request.inplace or not (evidence.made_up and request.folds_in_parts and survey.flow.in_parts):
+            raise
+        return run(model, replace(request, folds_in_parts=False))
     register_if_imported()
     return Conversion(work, make_report(survey, plan, calibration, drift, request))

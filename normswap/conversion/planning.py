@@ -43,7 +43,7 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
     options, sites = request.options, survey.sites
     context = Context(
         options=options,
-        flow=survey.flow,
+        flow=survey.flow.without(evidence.outside),
         sites={site.path: site for site in sites},
         shared=survey.shared,
         excluded=survey.excluded,

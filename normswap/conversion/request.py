@@ -58,6 +58,8 @@ class Request:
     """The inputs are made up: they serve the drift alone, and a model that does not run on them is no error."""
     may_be_idle: bool = False
     """Nothing to convert is no error."""
+    folds_in_parts: bool = True
+    """Norms may go into layers of which only the traces of parts of the model tell."""
     inplace: bool = False
     """The model itself is changed, not a copy."""
     on_all_processes: bool = False

@@ -141,6 +141,10 @@ class PositionNorm(nn.LayerNorm):
         return normalize_positions(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+RUNNING_NORMS = (FrozenBatchNorm, EstimatedBatchNorm, BatchChannelNorm)
+"""The norms by running statistics that torch does not have."""
+
+
 # ---- norms with an activation behind them ----
 
 

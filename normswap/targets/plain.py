@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS, eps_of
 from normswap.analysis.sites import Site
-from normswap.layers.norms import ACTIVATED, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
+from normswap.layers.norms import ACTIVATED, RUNNING_NORMS, BatchChannelNorm, PositionNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import NORMALIZED, PLAIN, retyped, weight_names
 from normswap.targets.context import Context, Swap
@@ -21,7 +21,7 @@ def to_plain_norm(site: Site, context: Context) -> Swap | str:
     """A norm of normswap's own as torch layers: folded, or a batch norm in eval mode; and a group norm behind it."""
     if isinstance(site.module, PositionNorm):
         return "normalizes each position by itself, which no layer of torch does"
-    if site.base not in (FrozenBatchNorm, EstimatedBatchNorm, BatchChannelNorm):
+    if site.base not in RUNNING_NORMS:
         return _without_activation(site) if type(site.module) in ACTIVATED.values() else "is a plain layer"
     old, folded = site.module, to_folded(site, context)
     channels = _channel_half(old) if isinstance(old, BatchChannelNorm) else None

@@ -3,6 +3,7 @@
 import copy
 import enum
 from collections.abc import Callable
+from operator import attrgetter
 
 import pytest
 import torch
@@ -253,3 +254,103 @@ def test_a_norm_within_a_layer_that_reads_it_is_left() -> None:
     report = normswap.convert(nn.Sequential(Fused(), nn.BatchNorm2d(8)), "gn").report
     assert [c.paths for c in report.changes] == [("1",)]
     assert "is part of Fused" in next(left.reason for left in report.left if left.path == "0.bn")
+
+
+# ---- forwards that cannot be traced, whose parts can ----
+
+
+LIST = [X[:1], X[1:]]
+
+
+class Untraced(nn.Module):
+    """Takes a list, as no symbolic run can answer, and uses its parts as a function says."""
+
+    def __init__(self, use: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.use = use
+        self.block, self.blocks = Pair(), nn.ModuleList([Pair(), Pair()])
+        self.line = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+
+    def forward(self, xs: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([self.use(self, x) for x in xs][: len(xs)])
+
+
+def conv_of(net: Untraced, x: torch.Tensor) -> torch.Tensor:
+    return net.block.conv(x)
+
+
+def of_a_list(self: Untraced, x: torch.Tensor) -> torch.Tensor:
+    y = self.block(x)
+    for block in self.blocks:
+        y = y + block(x)
+    return y + self.line(x)
+
+
+def each_step(self: Untraced, x: torch.Tensor) -> torch.Tensor:
+    steps = [self.block(x) + self.blocks[0](x) + self.blocks[1](x)]
+    for layer in self.line:
+        x = layer(x)
+        steps.append(x)
+    return torch.cat(steps)
+
+
+# How a forward uses its parts, and how many of the four norms fold.
+REACHES: dict[str, tuple[Callable[[nn.Module, torch.Tensor], torch.Tensor], int]] = {
+    "whole blocks": (of_a_list, 4),
+    "the steps of a sequence": (each_step, 3),
+    "a part by its name": (lambda self, x: of_a_list(self, x) + self.block.conv(x), 3),
+    "a part of an element": (lambda self, x: of_a_list(self, x) + self.blocks[0].conv(x), 2),
+    "a part by a name that is computed": (
+        lambda self, x: of_a_list(self, x) + getattr(self.block, "".join(["con", "v"]))(x),
+        1,
+    ),
+    "a part by an index": (lambda self, x: of_a_list(self, x) + self.line[0](x), 3),
+    "a part in another function": (lambda self, x: of_a_list(self, x) + conv_of(self, x), 3),
+    "a part that only a run tells": (lambda self, x: of_a_list(self, x) + attrgetter("block.conv")(self)(x), 3),
+    "a list of children": (lambda self, x: of_a_list(self, x) + next(self.block.children())(x), 3),
+    "any module": (lambda self, x: of_a_list(self, x) + list(self.modules())[2](x), 0),
+}
+
+
+@pytest.mark.parametrize("name", REACHES)
+def test_parts_fold_where_no_caller_reaches_into_them(name: str) -> None:
+    use, folds = REACHES[name]
+    torch.manual_seed(0)
+    model = randomize(Untraced(use)).double().eval()
+    before = model(LIST)
+    try:
+        folded, report = normswap.convert(model, "fold", example_inputs=(LIST,))
+    except normswap.ModelError as error:
+        assert "nothing to convert" in str(error) and not folds
+        return
+    assert distance(before, folded(LIST)) < 1e-10
+    assert report.totals.norms_changed == folds and len(report.left) >= 4 - folds
+
+
+def test_without_inputs_noise_shows_what_code_does_not() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Pair()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert str(x.shape[0])[0] in "0123456789"  # no symbolic run can answer
+            return self.block(x) + attrgetter("block.conv")(self)(x)
+
+    with pytest.raises(normswap.ModelError, match="the layer before it has other readers"):
+        normswap.convert(Hidden(), "fold")
+
+
+def test_lists_of_chunks_are_traced() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.bn = nn.Conv2d(3, 6, 1), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = list(self.a(x).chunk(3, 1))
+            return y[0] + self.bn(self.b(y[2]))
+
+    model = randomize(Split()).double().eval()
+    folded, report = normswap.convert(model, "fold")
+    assert report.totals.norms_changed == 1 and distance(model(X), folded(X)) < 1e-10
