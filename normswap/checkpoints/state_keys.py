@@ -6,11 +6,13 @@ A saved key may have a prefix (`module.` of data parallelism, `model.` of a trai
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from normswap.checkpoints.contents import NO_WEIGHTS
@@ -29,6 +31,8 @@ class Binding:
     """The saved key of each key of the model."""
     prefix: str = ""
     """What stands before the model's keys there, with the dot behind it."""
+    given: Mapping[str, str] = field(default_factory=dict)
+    """Where the model's load hooks make its keys of others: those others, and the saved key of each."""
 
     def saved_key(self, key: str) -> str:
         """The saved key for a key of the model, also for one that the conversion has made new."""
@@ -41,11 +45,15 @@ class Binding:
         """What a module is called there: what stands before a key of it, here `x`."""
         return self.saved_key(f"{module}.x" if module else "x").removesuffix("x").removesuffix(".")
 
+    def knows_module(self, module: str) -> bool:
+        """Whether a tensor of this module of the model is saved."""
+        return module in self._saved_modules
+
     @cached_property
     def _saved_modules(self) -> dict[str, str]:
         """What each module is called there, with the dot behind it, as the keys of its tensors tell."""
         pairs = ((known.rpartition("."), name) for known, name in self.names.items())
-        return {module: name.removesuffix(leaf) for (module, _, leaf), name in pairs}
+        return {module: name.removesuffix(leaf) for (module, _, leaf), name in pairs if name.endswith(leaf)}
 
 
 def without_wrappers(key: str) -> str:
@@ -64,15 +72,16 @@ def bind(state: _State, model: _State, where: object) -> list[Binding]:
     Raises:
         FileError: with the keys that are missing, unexpected or of another shape, and why that may be.
     """
-    plain = {without_wrappers(name): name for name in state}
-    if not any("parametrizations." in name for name in model):
-        plain = {_PARAMETRIZED.sub(_as_weight_g_or_v, name): outer for name, outer in plain.items()}
+    own = {without_wrappers(name): name for name in state}
+    plain = _with_other_spellings(own)
+    tied = _tied_names(model)
     wanted = [name for name in model if not name.endswith("num_batches_tracked")]
-    best = [(sum(prefix + name in plain for name in wanted), prefix) for prefix in _possible_prefixes(plain, wanted)]
-    best.sort(key=lambda item: (-item[0], len(item[1])))  # most keys found, then the shortest prefix
-    complete = [prefix for hits, prefix in best if hits == len(wanted)]
+    best = _best_prefixes(plain, wanted)
+    complete = [
+        prefix for prefix in best if all(any(prefix + other in plain for other in tied[name]) for name in wanted)
+    ]
     if not complete:
-        raise FileError(f"{where}: {_mismatch(plain, state, model, best[0][1] if best else '')}")
+        raise FileError(f"{where}: {_mismatch(plain, state, model, best[0] if best else '')}")
     bindings: list[Binding] = []
     taken: set[str] = set()
     for prefix in complete:  # a match far down in the keys is a part of another model, not a copy
@@ -81,15 +90,15 @@ def bind(state: _State, model: _State, where: object) -> list[Binding]:
             bindings.append(Binding(names, prefix))
             taken |= set(names.values())
     first = bindings[0].prefix
-    unknown = [key.removeprefix(first) for key in plain if key.startswith(first) and plain[key] not in taken]
-    if _of_another_model(unknown, model) or any(_reshaped(binding.names, state, model) for binding in bindings):
-        raise FileError(f"{where}: {_mismatch(plain, state, model, first, taken)}")
+    unknown = [key.removeprefix(first) for key in own if key.startswith(first) and own[key] not in taken]
+    if of_another_model(unknown, model) or any(_reshaped(binding.names, state, model) for binding in bindings):
+        raise FileError(f"{where}: {_mismatch(own, state, model, first, taken)}")
     return bindings
 
 
 def keys_beside(state: _State, bindings: Sequence[Binding], prefix: str = "") -> list[str]:
     """The keys of a saved state dict that begin with `prefix` and belong to no copy of the model."""
-    bound = {name for binding in bindings for name in binding.names.values()}
+    bound = {name for binding in bindings for name in (*binding.names.values(), *binding.given.values())}
     return [name for name in state if name not in bound and without_wrappers(name).startswith(prefix)]
 
 
@@ -98,7 +107,7 @@ def first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _of_another_model(unknown: Sequence[str], model: _State) -> list[str]:
+def of_another_model(unknown: Sequence[str], model: _State) -> list[str]:
     """Those of the `unknown` keys, which `model` does not have, that belong to a layer of another architecture.
 
     What a training script keeps beside the layers, such as a loss's own weight or a head for training alone, has a name
@@ -120,12 +129,55 @@ def _of_another_model(unknown: Sequence[str], model: _State) -> list[str]:
     return found
 
 
-_PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original([01])$")
+# How torch's hooks and its parametrizations call the tensors that a normalized `weight` is made of.
+_SPELLINGS = (("_g", "original0"), ("_v", "original1"), ("_orig", "original"), ("_u", "0._u"), ("_v", "0._v"))
+_PARAMETRIZED = re.compile(r"(.*?)parametrizations\.(\w+)\.([\w.]+)$")
 
 
-def _as_weight_g_or_v(match: re.Match[str]) -> str:
-    """`weight_g` and `weight_v`: torch's newer weight norm calls them `parametrizations.weight.original0` and `1`."""
-    return f"{match[1]}_{'gv'[int(match[2])]}"
+def _with_other_spellings(keys: Mapping[str, str]) -> dict[str, str]:
+    """`keys` and, to the same saved keys, those that a model with the other of torch's forms has."""
+    others = {other: outer for key, outer in keys.items() for other in _other_spellings(key)}
+    return {**others, **keys}
+
+
+def _other_spellings(key: str) -> list[str]:
+    """`weight_g` as `parametrizations.weight.original0`, and the other way round; so for spectral norm."""
+    match = _PARAMETRIZED.match(key)
+    if match:
+        return [f"{match[1]}{match[2]}{older}" for older, newer in _SPELLINGS if newer == match[3]]
+    module, dot, leaf = key.rpartition(".")
+    return [
+        f"{module}{dot}parametrizations.{leaf.removesuffix(older)}.{newer}"
+        for older, newer in _SPELLINGS
+        if leaf.endswith(older)
+    ]
+
+
+def possible_parts(state: _State, model: _State) -> Iterator[tuple[str, dict[str, str]]]:
+    """Parts of a saved state dict that could be all of a model's tensors under other names: a prefix, and the saved
+    keys by what stands behind it.
+    """
+    plain = {without_wrappers(name): name for name in state}
+    levels = zip(*(key.split(".")[:-1] for key in plain), strict=False)
+    leading = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels)]
+    shared = ["".join(f"{part}." for part in leading[:count]) for count in range(len(leading) + 1)]
+    for prefix in dict.fromkeys([*_best_prefixes(_with_other_spellings(plain), list(model))[:1], *shared]):
+        yield prefix, {key.removeprefix(prefix): outer for key, outer in plain.items() if key.startswith(prefix)}
+
+
+def _tied_names(model: _State) -> dict[str, list[str]]:
+    """For each key of a model, all keys that stand for the same tensor: it may be saved under one of them alone."""
+    groups: dict[Any, list[str]] = {}
+    for name, value in model.items():
+        groups.setdefault(memory_of(value) or name, []).append(name)
+    return {name: names for names in groups.values() for name in names}
+
+
+def memory_of(value: Any) -> tuple[Any, ...] | None:
+    """What two tensors have in common that are the same memory, read in the same way; None for what has none."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or not value.numel():
+        return None
+    return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
 
 
 def _reshaped(names: Mapping[str, str], state: _State, model: _State) -> list[str]:
@@ -134,12 +186,16 @@ def _reshaped(names: Mapping[str, str], state: _State, model: _State) -> list[st
     return [name for name, a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape]
 
 
-def _possible_prefixes(plain: Mapping[str, str], wanted: Sequence[str]) -> Iterable[str]:
-    """What may stand before the model's keys: whatever stands before a few of them that seldom occur by chance."""
+def _best_prefixes(plain: Mapping[str, str], wanted: Sequence[str]) -> list[str]:
+    """What may stand before the model's keys: most keys found first, then the shortest.
+
+    It is whatever stands before a few of them that seldom occur by chance.
+    """
     telling = sorted(wanted, key=lambda name: (-name.count("."), -len(name)))
     some = {*telling[:3], *wanted[:3], *wanted[-3:]}
     found = [key[: -len(name)] for name in some for key in plain if key == name or key.endswith(f".{name}")]
-    return dict.fromkeys(found)
+    hits = {prefix: sum(prefix + name in plain for name in wanted) for prefix in dict.fromkeys(found)}
+    return sorted(hits, key=lambda prefix: (-hits[prefix], len(prefix)))
 
 
 def _mismatch(plain: Mapping[str, str], state: _State, model: _State, prefix: str, taken: Iterable[str] = ()) -> str:
@@ -190,7 +246,9 @@ def rebuild(state: _State, bindings: Sequence[Binding], states: Sequence[_State]
     parts: dict[tuple[int, str], dict[str, Any]] = {}  # by binding and module: a module's keys stand together
     for index, (binding, new) in enumerate(zip(bindings, states, strict=True)):
         owner |= {outer: (index, name.rpartition(".")[0]) for name, outer in binding.names.items()}
-        for name, value in new.items():
+        rewritten = set(binding.given.values()) - set(binding.names.values())
+        owner |= dict.fromkeys(rewritten, (index, "\n"))  # the name of no module: they go
+        for name, value in _without_copies(binding, new):
             parts.setdefault((index, name.rpartition(".")[0]), {})[binding.saved_key(name)] = value
     for key, value in state.items():
         place = owner.get(key)
@@ -200,6 +258,18 @@ def rebuild(state: _State, bindings: Sequence[Binding], states: Sequence[_State]
         result.update(part)
     result._metadata = _metadata(state, bindings, states)  # type: ignore[attr-defined]  # torch's own place
     return result
+
+
+def _without_copies(binding: Binding, new: _State) -> Iterator[tuple[str, Any]]:
+    """The new tensors by name, without those names of shared ones that were not saved before."""
+    bound = {memory_of(new[name]) for name in binding.names if name in new} - {None}
+    seen = set(bound)
+    for name, value in new.items():
+        memory = memory_of(value)
+        new_module = not binding.knows_module(name.rpartition(".")[0])
+        if name in binding.names or memory not in seen or not (new_module or memory in bound):
+            yield name, value
+            seen |= {memory} - {None}
 
 
 def _metadata(state: _State, bindings: Sequence[Binding], states: Sequence[_State]) -> OrderedDict[str, Any]:

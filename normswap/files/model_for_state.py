@@ -1,9 +1,7 @@
 """The model of a state dict: built, converted as the recipe in the file says, and given the tensors of the file."""
 
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,13 @@ from normswap.analysis.copies import clone
 from normswap.checkpoints import checkpoint, state_keys
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.files import model_specs
+from normswap.files.filling import bind_by_loading, fill
 from normswap.files.recipe import parse_recipe, replay
 from normswap.training.parameter_numbers import Parameter
 
 _LEADS_SOMEWHERE = re.compile("path|file|url|dir|pretrained|checkpoint|cfg|cache|weights|hub", re.IGNORECASE)
 _MOST_ARGUMENT = 1_000_000
+_MOST_OF_FILE = 2  # times the numbers in a file that a model may have which the file itself names
 
 
 def find_source(
@@ -33,7 +33,9 @@ def find_source(
     stored = checkpoint.stored_recipe(state)
     spec = stored.get("model") if isinstance(stored, Mapping) else None
     if isinstance(spec, str) and model_specs.is_spec(spec):
-        return spec, _harmless_arguments(stored.get("model_args"), where)
+        arguments = _harmless_arguments(stored.get("model_args"), where)
+        _check_size(state, spec, arguments, where)
+        return spec, arguments
     raise FileError(
         f"{where}: holds a state dict: tensors without their model; give it: load(path, model=factory), or --model SPEC"
     )
@@ -56,6 +58,22 @@ def _harmless_arguments(stored: Any, where: object) -> dict[str, Any]:
     return arguments
 
 
+def _check_size(state: Mapping[str, Any], spec: str, arguments: Mapping[str, Any], where: object) -> None:
+    """Raise `FileError` where the model that a file names is far larger than what the file holds."""
+    try:
+        with torch.device("meta"):  # takes no memory
+            model = model_specs.make_model(spec, arguments)
+    except (ModelError, OptionError):
+        return  # it cannot be made so, or not at all, which is said when it is made
+    claimed = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(value.numel() for value in state.values() if isinstance(value, Tensor))
+    if claimed > _MOST_OF_FILE * held:
+        raise FileError(
+            f"{where}: its recipe makes a model of {claimed:,} parameters, and the file holds {held:,}; give the "
+            "model: load(path, model=factory), or --model SPEC"
+        )
+
+
 def models_on_tensors(
     state: Mapping[str, Any], source: model_specs.ModelSource, arguments: Mapping[str, Any], where: object
 ) -> list[tuple[state_keys.Binding, nn.Module]]:
@@ -70,59 +88,18 @@ def models_on_tensors(
         fresh = clone(source) if isinstance(source, nn.Module) else model_specs.make_model(source, arguments)
         return fresh if recipe is None else replay(fresh, recipe, where)
 
-    # First without memory for the weights, which the file brings. Some models cannot be made so: they compute with
-    # their weights as they are made, or hold tensors that no file has. Those are made a second time, with memory.
-    for context in (nullcontext(),) if isinstance(source, nn.Module) else (torch.device("meta"), nullcontext()):
-        try:
-            with context:
-                model = build()
-        except Exception as error:
-            if isinstance(error, OptionError | FileError) or not isinstance(context, torch.device):
-                raise
-            continue
-        filled: list[tuple[state_keys.Binding, nn.Module]] = []
-        for binding in state_keys.bind(state, model.state_dict(), where):
-            if filled:
-                with context:
-                    model = build()
-            _load_tensors(model, state, binding, where)
-            filled.append((binding, model))
-        if not any(_lacks_memory(model) for _, model in filled):
-            return filled
-    raise ModelError(f"{where}: the model that was given has tensors on meta that the file does not hold")
-
-
-def _lacks_memory(model: nn.Module) -> bool:
-    """Whether some tensor of `model`, also one in a plain attribute, still has no memory."""
-    held = (part for module in model.modules() for part in (module._parameters, module._buffers, vars(module)))
-    return any(isinstance(value, Tensor) and value.is_meta for part in held for value in part.values())
-
-
-def _load_tensors(model: nn.Module, state: Mapping[str, Any], binding: state_keys.Binding, where: object) -> None:
-    """Put the tensors of `state` themselves into `model`, without copies; parameters that it ties stay tied."""
-    tied: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                tied.setdefault(id(parameter), []).append((module, name))
-    part = OrderedDict((name, state[outer]) for name, outer in binding.names.items())
-    # Modules read in `_metadata` of which version their tensors are: it goes along, under the model's own paths.
-    known = getattr(state, "_metadata", None)
-    known = known if isinstance(known, Mapping) else {}
-    outer = {name: binding.saved_module(name) for name, _ in model.named_modules()}
-    part._metadata = {name: known[path] for name, path in outer.items() if path in known}  # type: ignore[attr-defined]
+    model = build()
     try:
-        missing, unexpected = model.load_state_dict(part, strict=False, assign=True)
-    except (RuntimeError, TypeError, AttributeError, KeyError) as error:  # hooks of the model's own, or odd tensors
-        last = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        raise FileError(f"{where}: does not fit the model: {last}") from None
-    odd = [name for name in missing if not name.endswith("num_batches_tracked")] + list(unexpected)
-    if odd:
-        raise FileError(f"{where}: does not fit the model: {', '.join(odd[:3])}")
-    for places in tied.values():  # `assign` gave each place a parameter of its own
-        module, name = places[0]
-        for other, other_name in places[1:]:
-            other._parameters[other_name] = module._parameters[name]
+        bindings = state_keys.bind(state, model.state_dict(), where)
+    except FileError:
+        found = bind_by_loading(model, state, where)
+        if found is None:
+            raise
+        bindings = [found]
+    models = [model, *(build() for _ in bindings[1:])]
+    for binding, model in zip(bindings, models, strict=True):
+        fill(model, state, binding, where)
+    return list(zip(bindings, models, strict=True))
 
 
 def parameters_of_model(model: nn.Module) -> tuple[Parameter, ...]:

@@ -1,0 +1,41 @@
+"""Every tensor that code of a model can come by, wherever it stands."""
+
+import gc
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+_ENDS = (type, types.ModuleType, types.CodeType, types.FrameType, types.BuiltinFunctionType, str, bytes, int, float)
+
+
+def reachable_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `model` and of whatever its modules hold, each once, with the path of the attribute to it.
+
+    Among them are those in lists, dicts and objects of any class, in closures, default arguments and partial functions,
+    and in modules that are hidden in one of these. What is global or belongs to a class is not.
+    """
+    seen: set[int] = {id(module) for module in model.modules()}
+    for path, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            named = value.items() if attribute in ("_parameters", "_buffers") else ((attribute, value),)
+            for name, held in named:
+                place = f"{path}.{name}" if path else name
+                yield from ((place, tensor) for tensor in _tensors_within(held, seen))
+
+
+def _tensors_within(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors that `value` leads to, itself included, without what is in `seen`, which grows."""
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen or isinstance(found, _ENDS):
+            continue
+        seen.add(id(found))
+        if isinstance(found, Tensor):
+            yield found
+        elif isinstance(found, types.FunctionType):  # without its globals
+            waiting += [found.__closure__, found.__defaults__, found.__kwdefaults__, vars(found)]
+        else:
+            waiting += reversed(gc.get_referents(found))
