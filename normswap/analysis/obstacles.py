@@ -5,18 +5,42 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from normswap.analysis.known_norms import known_forwards
+from normswap.analysis.trials import own_forward, why_not_linear
 from normswap.layers.reparametrized import PLAIN
+from normswap.layers.subclasses import WITH_FORMS, is_form
 
 
 def obstacle_of(module: nn.Module, base: type[nn.Module]) -> str:
-    for method in ("forward", "_conv_forward", "__call__", "_call_impl"):
-        own = getattr(type(module), method, None) is not getattr(base, method, None)
-        if method in vars(module) or (own and not (method == "forward" and type(module) in known_forwards())):
-            return f"has a {method} of its own, so it may do more than {base.__name__}"
+    """Why a module that behaves as `base`, a known class, must not be converted; "": it may be."""
+    own = _own_method(module, base)
+    if own and (base not in WITH_FORMS or own != own_forward(type(module)) or own in vars(module)):
+        return f"has a {own} of its own, so it may do more than {base.__name__}"
+    if (problem := _obstacle_in_state(module, base)) or not own:
+        return problem
+    problem = why_not_linear(module, with_bias=module.bias is not None)
+    return problem and f"has a {own} of its own, which {problem}"
+
+
+def _own_method(module: nn.Module, base: type[nn.Module]) -> str:
+    """The first method by which a module may run otherwise than its base; "": it has none."""
+    cls = type(module)
+    for method in ("__call__", "_call_impl", "forward", "_conv_forward"):
+        own = getattr(cls, method, None) is not getattr(base, method, None)
+        known = method == "forward" and (cls in known_forwards() or is_form(cls))
+        if method in vars(module) or (own and not known):
+            return method
+    return ""
+
+
+def _obstacle_in_state(module: nn.Module, base: type[nn.Module]) -> str:
+    """The obstacles beside methods that run."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "belongs to an attention layer, which reads its weight directly"
-    if extra := sorted(_own_names(type(module), base)):
+    plain = PLAIN.get(base, base)
+    if plain not in WITH_FORMS and (extra := sorted(_own_names(type(module), base))):
         return f"has methods of its own ({', '.join(extra[:3])}) beyond {base.__name__}"
+    if base in WITH_FORMS and hasattr(type(module).__init_subclass__, "__func__"):
+        return "has an __init_subclass__ of its own, so no class can be made of it"
     if any("__slots__" in vars(cls) and vars(cls)["__slots__"] for cls in type(module).__mro__):
         return "has __slots__, so its class cannot be exchanged"
     for tensor in (*module._parameters.values(), *module._buffers.values()):

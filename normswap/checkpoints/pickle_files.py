@@ -7,7 +7,7 @@ import struct
 import threading
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -59,7 +59,7 @@ def _read_safely(path: Path, zipped: bool, allow: Iterable[str]) -> Any:
     if zipped:
         with suppress(Exception):  # whatever is wrong with the file, reading it says better
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    allowed |= {name: _safe_class(name, path) for name in unsafe if name not in allowed}
+    allowed |= {name: _safe_class(name, path, allowed) for name in unsafe if name not in allowed}
     if "numpy.dtype" in allowed:  # the class of what it makes, which no pickle names
         allowed |= {name: _import(name, path) for name in _SAFE_HELPERS if name.startswith("numpy.dtypes.")}
     while True:  # one class more a round: what the first look did not find, and torch's older format
@@ -79,7 +79,7 @@ def _read_safely(path: Path, zipped: bool, allow: Iterable[str]) -> Any:
             name = match[1] if "." in match[1] else f"builtins.{match[1]}"  # torch leaves that package's name out
             if name in allowed:
                 raise UnsafeFileError(f"{path}: holds {name}, which torch loads only with --trust") from None
-            allowed[name] = _safe_class(name, path)
+            allowed[name] = _safe_class(name, path, allowed)
 
 
 @contextmanager
@@ -196,8 +196,12 @@ def _table_of_contents(path: Path) -> int:
     return int(offset)
 
 
-def _safe_class(name: str, path: Path) -> Any:
+def _safe_class(name: str, path: Path, allowed: Collection[str]) -> Any:
     """The object called `name` if it is one that may be loaded without being asked for."""
+    place = name.partition("@")[2]  # a form that normswap made of another class; see `normswap.layers.subclasses`
+    made_of = place.replace("@", ".").replace("/", ".")
+    if made_of and made_of not in allowed:
+        _safe_class(made_of, path, allowed)
     if name in _SAFE_HELPERS:
         return _import(name, path)
     if name.startswith(_SAFE_PACKAGES) and not any(part.startswith("__") for part in name.split(".")):

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS, INSTANCE_NORM_BY_DIMS, eps_of
 from normswap.analysis.sites import Site
+from normswap.analysis.trials import why_not_linear
 from normswap.errors import OptionError
 from normswap.layers.matching import Statistics, as_affine, match_output
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 from normswap.layers.reparametrized import retyped
+from normswap.layers.subclasses import as_plain
 from normswap.targets.context import Absorption, Context, Swap, join_notes
 from normswap.targets.groups import LEAST_ELEMENTS, choose_groups, elements_of, spatial_dims_of
 from normswap.targets.parameters import example_tensor, is_trained, read_statistics, successor, swap_with_affine
@@ -257,6 +259,8 @@ def _cannot_absorb(into: Site, norm: Site, context: Context) -> str:
         return "shares its weight with another layer"
     if layer._forward_hooks or layer._forward_pre_hooks or norm.module._forward_pre_hooks:
         return "has a forward hook, which would see other values"
+    if layer.bias is None and (why := why_not_linear(as_plain(layer), with_bias=True)):
+        return f"has a forward of its own, which {why}"
     if into.layer_kind == "linear" and norm.spatial_dims in (2, 3):
         return "is linear, and the norm takes another dimension than its own"
     return ""

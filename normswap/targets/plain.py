@@ -12,6 +12,7 @@ from normswap.analysis.sites import Site
 from normswap.layers.norms import ACTIVATED, RUNNING_NORMS, BatchChannelNorm, PositionNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import NORMALIZED, PLAIN, retyped, weight_names
+from normswap.layers.subclasses import plain_class
 from normswap.targets.context import Context, Swap
 from normswap.targets.groups import spatial_dims_of
 from normswap.targets.norms import to_folded
@@ -78,9 +79,9 @@ def to_plain_weight(site: Site, context: Context) -> Swap | str:
         plain = name.removesuffix("_v") if normalized else name
         if plain in held or not (normalized and name.removesuffix("_g") in held):
             parameters[plain] = held.get(plain, parameter)
-    new = retyped(old, PLAIN[site.base], parameters=parameters)
+    new = retyped(old, plain_class(type(old)), parameters=parameters)
     for name in names:
         for buffer in (f"{name}_gain", f"{name}_shift"):
             new._buffers.pop(buffer, None)
     form = "normalized" if normalized else "standardized"
-    return Swap(site, new, PLAIN[site.base].__name__, f"{form} weight baked in", True, note, writes=tuple(writes))
+    return Swap(site, new, type(new).__name__, f"{form} weight baked in", True, note, writes=tuple(writes))

@@ -26,14 +26,13 @@ from normswap.layers.reparametrized import (
     retyped,
     weight_names,
 )
+from normswap.layers.subclasses import form_for
 from normswap.targets.context import Context, Swap, join_notes
 
 
 def to_standardized(site: Site, context: Context) -> Swap | str:
     """A layer on standardized weights (Qiao et al. 2019); exact where gain and shift keep the filters' own."""
-    cls = STANDARDIZED.get(site.base) if site.base else None
-    problem = _why_not_standardized(site, context)
-    if cls is None or problem:
+    if problem := _why_not_standardized(site, context):
         return problem
     strict = context.options.ws == "strict"
     buffers: dict[str, Tensor] = {}
@@ -55,13 +54,13 @@ def to_standardized(site: Site, context: Context) -> Swap | str:
         buffers |= {f"{name}_gain": gain.to(weight.dtype), f"{name}_shift": shift.to(weight.dtype)}
     if constant and constant == total:
         return "has constant filters alone (all zeros?): standardized, they would stay so"
-    new = retyped(site.module, cls, buffers)
+    new = retyped(site.module, form_for(site.module, STANDARDIZED), buffers)
     how = "gain 1, shift 0" if strict else "gain and shift keep each filter's own std and mean"
     traced = context.flow.seen(site.path) or site.layer_kind == "rnn"
     note = "" if traced else "not traced: a norm of its width stands beside it"
     if constant:
         note = join_notes(note, f"{constant} of {total} filters are constant, and stay so")
-    return Swap(site, new, type(new).__name__, how, not strict, note)
+    return Swap(site, new, STANDARDIZED[site.base].__name__, how, not strict, note)  # type: ignore[index]
 
 
 def _why_not_standardized(site: Site, context: Context) -> str:
@@ -82,9 +81,7 @@ def _why_not_standardized(site: Site, context: Context) -> str:
 
 def to_normalized(site: Site, context: Context) -> Swap | str:
     """A layer on normalized weights (Salimans & Kingma 2016): each filter's length is a parameter; exact."""
-    cls = NORMALIZED.get(site.base) if site.base else None
-    problem = _why_not_covered(site, NORMALIZED, "is weight-normalized already")
-    if cls is None or problem:
+    if problem := _why_not_covered(site, NORMALIZED, "is weight-normalized already"):
         return problem
     old, parameters, groups = site.module, dict[str, nn.Parameter | None](), filter_groups(site.module)
     writes: list[tuple[Tensor, Any]] = []
@@ -103,10 +100,11 @@ def to_normalized(site: Site, context: Context) -> Swap | str:
         elif not length.is_meta and not length.all():
             writes.append((parameter, partial(_with_directions, parameter, length == 0, groups)))
         parameters |= {f"{name}_g": g, f"{name}_v": parameter}
-    new = retyped(old, cls, parameters=parameters)
+    new = retyped(old, form_for(old, NORMALIZED), parameters=parameters)
     note = "its weight is shared: what is not normalized with it goes by the direction alone" if tied else ""
     how = "g is each filter's own length"
-    return Swap(site, new, type(new).__name__, how, True, note, writes=tuple(writes), tied_lengths=tied)
+    after = NORMALIZED[site.base].__name__  # type: ignore[index]
+    return Swap(site, new, after, how, True, note, writes=tuple(writes), tied_lengths=tied)
 
 
 def _with_directions(weight: Tensor, empty: Tensor, groups: int | None) -> Tensor:

@@ -38,7 +38,7 @@ def register_opacus() -> None:
     for owner in vars(grad_sample_module).values():
         check = vars(owner).get("validate") if isinstance(owner, type) else None
         if isinstance(check, classmethod) and not hasattr(check.__func__, "__wrapped__"):
-            owner.validate = classmethod(_ignoring_constants(check.__func__))
+            owner.validate = classmethod(_ignoring_constants(check.__func__, utils.register_grad_sampler))
 
 
 def register_if_imported() -> None:
@@ -69,8 +69,11 @@ def sample_gradients(layer: nn.Module, activations: list[Tensor], backprops: Ten
     return {p: found[name] for name, p in held.items()}
 
 
-def _ignoring_constants(check: Any) -> Any:
-    """Opacus's check of a model, blind to buffers that are constants; it also warns of what would fail later."""
+def _ignoring_constants(check: Any, register_grad_sampler: Any) -> Any:
+    """Opacus's check of a model, blind to buffers that are constants; it also warns of what would fail later.
+
+    It registers what can only be known from the model: classes made of a library's own convolutions.
+    """
 
     @wraps(check)
     def validate(cls: Any, module: nn.Module, **options: Any) -> Any:
@@ -81,7 +84,8 @@ def _ignoring_constants(check: Any) -> Any:
                 "set inplace=False",
                 stacklevel=2,
             )
-        layers = [layer for layer in module.modules() if type(layer) in CONSTANT]
+        layers = [layer for layer in module.modules() if isinstance(layer, CONSTANT)]
+        register_grad_sampler([type(layer) for layer in layers])(sample_gradients)
         for layer in layers:
             vars(layer)["buffers"] = lambda recurse=True: iter(())
         try:
