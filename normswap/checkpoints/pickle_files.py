@@ -7,41 +7,29 @@ import struct
 import threading
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import _weights_only_unpickler, nn
 
+from normswap.checkpoints.allowed_classes import all_number_types, class_behind, find_allowed, parse_allowance, refusal
 from normswap.errors import FileError, UnsafeFileError, first_line
 
-_SAFE_PACKAGES = (
-    "torch.nn.", "torch.ao.", "torchvision.models.", "torchvision.ops.", "timm.models.", "timm.layers.", "normswap.",
-)  # fmt: skip
-_DETECTION = ("BoxCoder", "BoxLinearCoder", "Matcher", "SSDMatcher", "BalancedPositiveNegativeSampler")
-_SAFE_HELPERS = {
-    *(f"torch.nn.functional.{f}" for f in ("relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid")),
-    *(f"torchvision.models.detection._utils.{name}" for name in _DETECTION),
-    "torch.sigmoid", "functools.partial",
-    "torchvision.models.optical_flow.raft._pass_through_h", "torchvision.ops.boxes.box_iou",
-    # what training scripts put beside the weights: plain data, no behaviour of its own
-    "argparse.Namespace", "numpy.ndarray", "numpy.dtype", "_codecs.encode",
-    *(f"{place}.{name}" for place in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *(f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Int64", "Int32", "UInt32", "UInt8", "Bool")),
-}  # fmt: skip
 _REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed global|whose module \S+ is blocked)")
+_CHECKS = ("_check_set_item_target", "_check_append_target")  # torch's own, of what a pickle fills
+_ONE_AT_A_TIME = threading.Lock()  # what is allowed is so for all threads
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def read_pickle(path: Path, *, trust: bool = False, allow: Iterable[str] = ()) -> Any:
+def read_pickle(path: Path, *, trust: bool = False, allow: Iterable[str | type] = ()) -> Any:
     """The object in a file that `torch.save` wrote, its tensors on the CPU and mapped from the file.
 
-    Only classes of torch, torchvision, timm and normswap are loaded, and those in `allow`, by full
-    name; `trust` runs whatever code the pickle names. See torch's notes on `weights_only`.
+    Only classes of torch, torchvision, timm and normswap are loaded, plain data, and what `allow` names, see
+    `allowed_classes`; `trust` runs whatever code the pickle names. See torch's notes on `weights_only`.
 
     Raises:
         FileError: no such file, another kind of file, or a broken one.
@@ -53,18 +41,23 @@ def read_pickle(path: Path, *, trust: bool = False, allow: Iterable[str] = ()) -
         return _load(path, weights_only=False, mmap=zipped) if trust else _read_safely(path, zipped, allow)
 
 
-def _read_safely(path: Path, zipped: bool, allow: Iterable[str]) -> Any:
-    allowed = {name: _import(name, path) for name in allow}
+def _read_safely(path: Path, zipped: bool, allow: Iterable[str | type]) -> Any:
+    allowance = parse_allowance(allow, path)
     unsafe: list[str] = []  # what the pickle names and torch does not allow by itself; the pickle is read, not run
     if zipped:
         with suppress(Exception):  # whatever is wrong with the file, reading it says better
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    allowed |= {name: _safe_class(name, path, allowed) for name in unsafe if name not in allowed}
-    if "numpy.dtype" in allowed:  # the class of what it makes, which no pickle names
-        allowed |= {name: _import(name, path) for name in _SAFE_HELPERS if name.startswith("numpy.dtypes.")}
+    found = {name: find_allowed(name, allowance, path) for name in unsafe}
+    refused = {class_behind(name) for name, value in found.items() if value is None}
+    if refused:
+        raise refusal(sorted(refused), allowance, path)
+    allowed = {**allowance.classes, **found}
+    if "numpy.dtype" in allowed:
+        allowed |= all_number_types()
     while True:  # one class more a round: what the first look did not find, and torch's older format
         try:
-            with _no_constructors(), torch.serialization.safe_globals([(f, name) for name, f in allowed.items()]):
+            safe = torch.serialization.safe_globals([(f, name) for name, f in allowed.items()])
+            with _ONE_AT_A_TIME, _no_constructors(), _collections_filled(list(allowed.values())), safe:
                 return _load(path, weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             match = _REFUSED.search(str(error))
@@ -79,7 +72,9 @@ def _read_safely(path: Path, zipped: bool, allow: Iterable[str]) -> Any:
             name = match[1] if "." in match[1] else f"builtins.{match[1]}"  # torch leaves that package's name out
             if name in allowed:
                 raise UnsafeFileError(f"{path}: holds {name}, which torch loads only with --trust") from None
-            allowed[name] = _safe_class(name, path, allowed)
+            allowed[name] = find_allowed(name, allowance, path)
+            if allowed[name] is None:
+                raise refusal([class_behind(name)], allowance, path) from None
 
 
 @contextmanager
@@ -99,6 +94,32 @@ def _no_constructors() -> Iterator[None]:
         yield
     finally:
         nn.Module.__init__ = real  # type: ignore[method-assign]
+
+
+@contextmanager
+def _collections_filled(allowed: Sequence[Any]) -> Iterator[None]:
+    """A pickle may put items into what is like a dict or a list and of an `allowed` class meanwhile.
+
+    Newer versions of torch fill their own kinds of dicts and lists alone, so that an allowed one comes out as damaged.
+    """
+    reader = _weights_only_unpickler.Unpickler
+    checks = {name: vars(reader)[name] for name in _CHECKS if name in vars(reader)}
+
+    def check_or_fill(check: Callable[..., None]) -> Callable[..., None]:
+        def replaced(self: Any, *args: Any) -> None:
+            target = self.stack[-1]
+            if not isinstance(target, dict | list | deque) or type(target) not in allowed:
+                check(self, *args)
+
+        return replaced
+
+    for name, check in checks.items():
+        setattr(reader, name, check_or_fill(check))
+    try:
+        yield
+    finally:
+        for name, check in checks.items():
+            setattr(reader, name, check)
 
 
 def _load(path: Path, *, weights_only: bool, mmap: bool) -> Any:
@@ -194,36 +215,3 @@ def _table_of_contents(path: Path) -> int:
     if offset == 0xFFFFFFFF and end[-98:-94] == b"PK\x06\x06":
         return int(struct.unpack("<Q", end[-50:-42])[0])
     return int(offset)
-
-
-def _safe_class(name: str, path: Path, allowed: Collection[str]) -> Any:
-    """The object called `name` if it is one that may be loaded without being asked for."""
-    place = name.partition("@")[2]  # a form that normswap made of another class; see `normswap.layers.subclasses`
-    made_of = place.replace("@", ".").replace("/", ".")
-    if made_of and made_of not in allowed:
-        _safe_class(made_of, path, allowed)
-    if name in _SAFE_HELPERS:
-        return _import(name, path)
-    if name.startswith(_SAFE_PACKAGES) and not any(part.startswith("__") for part in name.split(".")):
-        found = _import(name, path)
-        compiled = torch.fx.GraphModule | torch.jit.ScriptModule
-        if isinstance(found, type) and issubclass(found, nn.Module) and not issubclass(found, compiled):
-            return found
-    raise UnsafeFileError(
-        f"{path}: holds {name}, which is not a class of torch, torchvision, timm or normswap. "
-        f"If you trust it, allow it: --allow {name} (in Python: allow=['{name}']); "
-        "--trust runs any code in the file"
-    )
-
-
-def _import(name: str, path: Path) -> Any:
-    module_name, _, attribute = name.rpartition(".")
-    if not module_name:
-        raise FileError(f"--allow {name}: is no full class name; write package.module.Class")
-    try:
-        return getattr(import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError):
-        raise FileError(
-            f"{path}: needs {name}, which cannot be imported here; install its package, "
-            "or run in the folder that holds it"
-        ) from None

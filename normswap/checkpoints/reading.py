@@ -27,21 +27,21 @@ _MOST_PATHS, _DEEPEST = 1_000_000, 100  # paths to a module's parts; levels of m
 
 
 def read_checkpoint(
-    path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[str] = (), scratch: Path | None = None
+    path: str | os.PathLike[str], *, trust: bool = False, allow: Iterable[str | type] = (), scratch: Path | None = None
 ) -> Checkpoint:
     """Read a file or a folder; tensors are on the CPU, and mapped from their files where the format allows it.
 
     Args:
         path: a file of `torch.save` or of safetensors, a distributed checkpoint, an index of weight files, its folder.
         trust: run whatever code a pickle names; else none runs, see `pickle_files.read_pickle`.
-        allow: full names of further classes that a pickle may hold.
+        allow: further classes that a pickle may hold, see `allowed_classes.parse_allowance`.
         scratch: an existing folder for nameless files with the tensors of a distributed checkpoint; None: in memory.
 
     Raises:
         FileError: nothing there, another kind of file, or a broken one.
         UnsafeFileError: a class that is not allowed; the message says how to allow it.
     """
-    path, allow = Path(path), tuple(allow)
+    path, allow = Path(path), (allow,) if isinstance(allow, str) else tuple(allow)
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -75,7 +75,7 @@ def _is_safetensors(path: Path) -> bool:
     return safetensors_files.is_safetensors(head) and (path.suffix == ".safetensors" or head[8:10] == b'{"')
 
 
-def _read_file(path: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
+def _read_file(path: Path, trust: bool, allow: tuple[str | type, ...]) -> Checkpoint:
     if _is_safetensors(path):
         tensors, header = safetensors_files.read_safetensors(path)
         return Checkpoint(path, "safetensors", _with_recipe(tensors, path, header.pop(RECIPE, None)), header)
@@ -89,7 +89,7 @@ def _read_file(path: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
     return Checkpoint(path, "pt", found)
 
 
-def _read_folder(path: Path, trust: bool, allow: tuple[str, ...], scratch: Path | None) -> Checkpoint:
+def _read_folder(path: Path, trust: bool, allow: tuple[str | type, ...], scratch: Path | None) -> Checkpoint:
     if (path / ".metadata").is_file():
         # Not at the top: what it needs of torch takes longer to import than most files to read.
         from normswap.checkpoints import distributed_folders
@@ -115,7 +115,7 @@ def _read_folder(path: Path, trust: bool, allow: tuple[str, ...], scratch: Path 
     return replace(inner, path=path, kind="folder", shards=shards, optimizers=optimizers)
 
 
-def _read_shards(index: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint:
+def _read_shards(index: Path, trust: bool, allow: tuple[str | type, ...]) -> Checkpoint:
     """A model in several files with an index of which key is where, as Hugging Face's libraries write it."""
     try:
         described = json.loads(index.read_text())
@@ -145,7 +145,7 @@ def _read_shards(index: Path, trust: bool, allow: tuple[str, ...]) -> Checkpoint
     return Checkpoint(index.parent, "folder", content, header, shards=shards, index=index.name, optimizers=optimizers)
 
 
-def _optimizers(folder: Path, trust: bool, allow: tuple[str, ...]) -> dict[str, Any]:
+def _optimizers(folder: Path, trust: bool, allow: tuple[str | type, ...]) -> dict[str, Any]:
     files = sorted(folder.glob(_OPTIMIZERS))
     return {file.name: pickle_files.read_pickle(file, trust=trust, allow=allow) for file in files}
 

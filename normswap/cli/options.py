@@ -68,7 +68,7 @@ Key = Annotated[str | None, _option(READING, "Which entry of a training checkpoi
 Eps = Annotated[float | None, _option(READING,
     "Of the norms in a file without its model; 1e-5 is assumed.", metavar="E")]
 Allow = Annotated[list[str] | None, _option(READING,
-    "A class that the file may hold, by full name. Repeatable.", metavar="PKG.CLASS")]
+    "A class that the file may hold, by full name, or all of a package: 'pkg.nn.*'. Repeatable.", metavar="PKG.CLASS")]
 Trust = Annotated[bool, _option(READING, "Run whatever code the file holds.", "--trust")]
 
 # ---- data ----

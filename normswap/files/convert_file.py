@@ -29,7 +29,7 @@ def convert_file(
     weights: str | None = None, key: str | None = None, eps: float | None = None,
     input_shape: Sequence[int] | None = None, example_inputs: Any = None, calibrate: Any = None,
     input_size: int | Sequence[int] | None = None, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None, fold: bool = False, format: str | None = None, allow: Iterable[str] = (),
+    std: Sequence[float] | None = None, fold: bool = False, format: str | None = None, allow: Iterable[str | type] = (),
     trust: bool = False, overwrite: bool = False, dry_run: bool = False,
     progress: Progress = lambda phase: None, **options: Any,
 ) -> Report:  # fmt: skip

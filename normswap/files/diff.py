@@ -19,7 +19,7 @@ Side = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 """What can be compared: a model, a state dict, or the path of a checkpoint that holds one."""
 
 
-def diff(a: Side, b: Side, *, key: str | None = None, trust: bool = False, allow: Iterable[str] = ()) -> Report:
+def diff(a: Side, b: Side, *, key: str | None = None, trust: bool = False, allow: Iterable[str | type] = ()) -> Report:
     """What differs between `a` and `b`.
 
     Args:
@@ -47,7 +47,7 @@ def diff(a: Side, b: Side, *, key: str | None = None, trust: bool = False, allow
     return Report("diff", tuple(changes), left, totals, warnings=origins, modules=nodes)
 
 
-def _opened(side: Side, key: str | None, trust: bool, allow: Iterable[str]) -> Any:
+def _opened(side: Side, key: str | None, trust: bool, allow: Iterable[str | type]) -> Any:
     if isinstance(side, nn.Module | Mapping):
         return side
     found = reading.read_checkpoint(side, trust=trust, allow=allow)

@@ -20,7 +20,7 @@ def read_input(
     weights: str | None,
     model_args: Mapping[str, Any],
     trust: bool,
-    allow: Iterable[str],
+    allow: Iterable[str | type],
     scratch: Path | None = None,
 ) -> Checkpoint:
     """The checkpoint at `path`; a model that a library makes comes as a checkpoint that holds it whole.

@@ -25,7 +25,7 @@ def inspect_file(
     weights: str | None = None,
     key: str | None = None,
     input_shape: Sequence[int] | None = None,
-    allow: Iterable[str] = (),
+    allow: Iterable[str | type] = (),
     trust: bool = False,
     progress: Progress = lambda phase: None,
 ) -> Inspection:

@@ -22,7 +22,7 @@ def load(
     model_args: Mapping[str, Any] | None = None,
     key: str | None = None,
     trust: bool = False,
-    allow: Iterable[str] = (),
+    allow: Iterable[str | type] = (),
 ) -> nn.Module:
     """The model in a file or folder, converted or not, on the CPU.
 
@@ -37,7 +37,8 @@ def load(
         model_args: keyword arguments of a model that is made.
         key: which entry of a training checkpoint is the model, where it has none of the usual names.
         trust: run whatever code the file holds.
-        allow: full names (`package.module.Class`) of other classes that the file may hold.
+        allow: other classes that the file may hold: themselves, full names (`package.module.Class`), or patterns
+            (`package.models.*`), which stand for modules and plain data alone.
 
     Raises:
         FileError: no such file, a broken one, or one whose tensors or recipe do not fit the model.

@@ -110,14 +110,15 @@ def _replaced(content: Any, place: EntryPath, value: Any) -> Any:
 
 
 def find_optimizers(content: Any) -> Iterator[tuple[EntryPath, Mapping[str, Any]]]:
-    """Every optimizer's state dict in the dicts and lists of a checkpoint, with its place; those on top first."""
+    """Every state dict of an optimizer with parameters in a checkpoint's dicts and lists, with its place, top first."""
     pending: list[tuple[EntryPath, Any]] = [((), content)]
     for _ in range(_MOST):
         if not pending:
             return
         place, value = pending.pop(0)
         if place and is_optimizer(value):
-            yield place, value
+            if any(group["params"] for group in value["param_groups"]):  # one without parameters has nothing to lose
+                yield place, value
         elif len(place) < _DEEPEST and type(value) in (dict, list, OrderedDict):
             items = value.items() if isinstance(value, dict) else enumerate(value)
             pending += [((*place, key), item) for key, item in items if type(item) in (dict, list, OrderedDict)]

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import copy
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy
 import pytest
 import torch
 from helpers.checks import distance
@@ -39,3 +46,30 @@ def test_convolutions_before_norms_are_standardized() -> None:
     converted, report = normswap.convert(model, "frozen-ws")
     assert report.totals.weights_changed == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert distance(model(X)[0], converted(X)[0]) < 1e-9
+
+
+def checkpoint(model: nn.Module, stripped: bool) -> dict[str, Any]:
+    """As its trainer writes it: the average in half precision; at the end of a training without model and optimizer."""
+    settings = ultralytics.utils.DEFAULT_CFG  # a namespace of its own class
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9).state_dict()
+    return {
+        "epoch": -1, "best_fitness": numpy.float64(0.4), "model": None, "ema": copy.deepcopy(model).half(),
+        "updates": 7, "optimizer": None if stripped else optimizer, "train_args": settings,
+        "date": datetime.datetime(2026, 1, 2), "version": ultralytics.__version__,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stripped", [True, False])
+def test_a_checkpoint_converts_with_what_its_refusal_says(tmp_path: Path, stripped: bool) -> None:
+    model = yolo("yolov8n.yaml").float()
+    torch.save(checkpoint(model, stripped), tmp_path / "best.pt")
+    with pytest.raises(normswap.UnsafeFileError) as caught:
+        normswap.convert_file(tmp_path / "best.pt", "gn")
+    named = ast.literal_eval(str(caught.value).partition("allow=")[2].partition(");")[0])
+    assert "ultralytics.nn.tasks.DetectionModel" in named and "ultralytics.utils.IterableSimpleNamespace" in named
+    wanted = normswap.convert(copy.deepcopy(model).half(), "gn").model.state_dict()
+    for allow in (named, ["ultralytics.*"]):
+        report = normswap.convert_file(tmp_path / "best.pt", "gn", overwrite=True, allow=allow)
+        got = normswap.load(tmp_path / "best.gn.pt", allow=allow).state_dict()
+        assert got.keys() == wanted.keys() and all(torch.equal(got[name], value) for name, value in wanted.items())
+        assert not any("optimizer" in warning for warning in report.warnings)

@@ -580,6 +580,14 @@ def test_an_optimizer_deeper_in_the_file(tmp_path: Path, keys: tuple[Any, ...]) 
         sgd(one_group(normswap.convert(net(), "fold").model)).load_state_dict(got)
 
 
+def test_an_optimizer_without_parameters_is_no_loss(tmp_path: Path) -> None:
+    empty = {"state": {}, "param_groups": [{"lr": 0.1, "params": []}]}
+    torch.save({"model": net().state_dict(), "optimizer": empty, "other": None}, tmp_path / "run.pth")
+    report = normswap.convert_file(tmp_path / "run.pth", "fold", model=net)
+    assert torch.load(tmp_path / "run.fold.pth")["optimizer"] == empty
+    assert not any("optimizer" in warning for warning in report.warnings)
+
+
 def test_a_copy_that_does_not_fit_is_named(tmp_path: Path) -> None:
     """An average of parameters alone, without statistics: which entry it is, and so what to convert instead."""
     model = net()
