@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,12 @@ def models_on_tensors(
     model = build()
     try:
         bindings = state_keys.bind(state, model.state_dict(), where)
-    except FileError:
-        found = bind_by_loading(model, state, where)
+    except FileError as misfit:
+        found = None
+        with suppress(FileError):  # what the keys show tells more than where loading stops
+            found = bind_by_loading(model, state, where)
         if found is None:
-            raise
+            raise misfit from None
         bindings = [found]
     models = [model, *(build() for _ in bindings[1:])]
     for binding, model in zip(bindings, models, strict=True):
