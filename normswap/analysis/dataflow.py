@@ -1,7 +1,7 @@
 """Read-only: what feeds what in a model, as far as its parts can be traced."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 from torch import nn
@@ -29,13 +29,15 @@ def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
     )
     leaves = hooked | {id(copies[path]) for path in by_path}  # what hooks do to a value is not in any forward
     below = _paths_below(by_path)
+    holders = {path: norms for path, site in by_path.items() if (norms := _norms_inside(path, site, below, by_path))}
     flow = Flow()
     covered: dict[str, str] = {}  # by the path of a site all whose uses are in one trace: the part that was traced
+    whole = set[str]()  # parts that were traced along all of their branches
     used = set[str]()  # parts that a forward which could not be traced may use by itself
     pending = [("", bones)]
     while pending:
         path, module = pending.pop()
-        if path in by_path or (path and below[path] <= covered.keys()):
+        if (path in by_path and path not in holders) or (path and below[path] <= covered.keys()):
             continue
         if type(module) is nn.MultiheadAttention:  # known, and has more branches than can be followed
             flow.touched |= {by_path[inner].path for inner in below[path]}
@@ -46,13 +48,15 @@ def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
             if traced.problem:
                 flow.problems[path] = traced.problem
                 used |= {_join(path, inner) for inner in parts_used(module)}
-            part = TracedPart(dict(module.named_modules(remove_duplicate=False)), path, by_path, hooked)
+            part = TracedPart(dict(module.named_modules(remove_duplicate=False)), path, by_path, hooked, holders)
+            around = _part_around(path, whole) if path in holders else path
             for run in traced.graphs:
                 found = GraphReader(run, part).flow(traced.complete)
                 flow.add(found)
                 if traced.complete:
-                    paths = (p for site in found.calls for p in by_path[site].paths if p in below[path])
-                    covered |= {p: path for p in paths if not _is_used(p, path, used)}
+                    told = {p for site in (*found.readers, *found.writers) for p in by_path[site].paths}
+                    covered |= {p: around for p in told & {path, *below[path]} if not _is_used(p, path, used)}
+            whole |= {path} if traced.complete else set()
         pending += reversed(
             [(_join(path, name), child) for name, child in module._modules.items() if child is not None]
         )
@@ -76,6 +80,20 @@ def _paths_below(paths: Iterable[str]) -> defaultdict[str, set[str]]:
         for end in range(len(parts)):
             below[".".join(parts[:end])].add(path)
     return below
+
+
+def _norms_inside(
+    path: str, site: Site, below: Mapping[str, set[str]], by_path: Mapping[str, Site]
+) -> frozenset[str]:
+    """The norms that a layer at `path` holds and only calls, so that what is in it is traced like a model of its own."""
+    inside = [by_path[inner] for inner in below.get(path, ()) if inner != path and site.kind == "weight"]
+    return frozenset(norm.path for norm in inside if norm.kind == "norm" and not norm.obstacle)
+
+
+def _part_around(path: str, whole: Iterable[str]) -> str:
+    """The part around `path` whose trace tells all uses of the layer there; `path` itself where there is none."""
+    around = [part for part in whole if part != path and f"{path}.".startswith(f"{part}.".lstrip("."))]
+    return min(around, key=len, default=path)
 
 
 def _is_used(path: str, part: str, used: set[str]) -> bool:

@@ -24,6 +24,8 @@ class TracedPart(NamedTuple):
     """All sites of the model, by each of their paths."""
     hooked: frozenset[int]
     """The ids of modules with hooks, which may do anything to a value."""
+    holders: Mapping[str, frozenset[str]]
+    """By each of the paths of a layer that runs norms behind itself: these, by their first path."""
 
     def site(self, path: str) -> Site | None:
         """The site at a path below the module."""
@@ -43,7 +45,25 @@ class GraphReader:
         return self.part.modules.get(str(node.target)) if node.op == "call_module" else None
 
     def _site(self, node: fx.Node) -> Site | None:
-        return self.part.site(str(node.target)) if node.op == "call_module" else None
+        """The site whose own work a node is: a module that runs nothing behind that, or the call in one that does."""
+        if self._is_own_call(node):
+            return self.part.site("")
+        return self.part.site(str(node.target)) if node.op == "call_module" and not self._norms_in(node) else None
+
+    def _norms_in(self, node: fx.Node) -> frozenset[str]:
+        """The norms that run in a call of the layer that holds them."""
+        path = f"{self.part.path}.{node.target}".strip(".")
+        return self.part.holders.get(path, frozenset()) if node.op == "call_module" else frozenset()
+
+    def _is_own_call(self, node: fx.Node) -> bool:
+        """Whether a node is the convolution or linear map of a layer that is traced since it holds norms."""
+        holds = self.part.path in self.part.holders
+        return holds and node.target is operations.function_of(self.part.modules[""])
+
+    def _serves_own_call(self, node: fx.Node) -> bool:
+        """Whether a node is a tensor of such a layer that this call alone reads, or what is made of it for the call."""
+        made = node.op == "get_attr" or node.target in operations.REPARAMETRIZATIONS
+        return made and all(self._is_own_call(user) or self._serves_own_call(user) for user in node.users)
 
     def _is_identity(self, node: fx.Node) -> bool:
         module = self._module(node)
@@ -72,6 +92,11 @@ class GraphReader:
         flow.calls = Counter(site.path for _, site in called)
         for node in self.nodes:
             self._note_direct_access(node, flow)
+        for node in self.nodes:
+            for norm in self._norms_in(node):
+                flow.calls[norm] += 1
+                if (one := single[node]) is not None:
+                    (flow.single if one else flow.spatial).add(norm)
         for node, site in called:
             path = site.path
             before, shapings = self._between(node)
@@ -112,7 +137,7 @@ class GraphReader:
         """Tensors of sites that a forward reads itself, and norms called as functions."""
         if node.op == "get_attr":
             owner = self.part.site(str(node.target).rpartition(".")[0])
-            if owner is not None:
+            if owner is not None and not self._serves_own_call(node):
                 flow.touched.add(owner.path)
         elif node.op == "call_function" and node.target in operations.FUNCTIONAL_NORMS:
             stack = node.meta.get("nn_module_stack") or {}

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from normswap.analysis.holders import held_norms, why_not_one_call
 from normswap.analysis.known_norms import known_forwards
 from normswap.analysis.trials import own_forward, why_not_linear
 from normswap.layers.reparametrized import PLAIN
@@ -17,8 +18,16 @@ def obstacle_of(module: nn.Module, base: type[nn.Module]) -> str:
         return f"has a {own} of its own, so it may do more than {base.__name__}"
     if (problem := _obstacle_in_state(module, base)) or not own:
         return problem
-    problem = why_not_linear(module, with_bias=module.bias is not None)
+    problem = why_not_like_base(module, with_bias=module.bias is not None)
     return problem and f"has a {own} of its own, which {problem}"
+
+
+def why_not_like_base(layer: nn.Module, with_bias: bool) -> str:
+    """Why a layer's weight and bias may not work as those of the base class; "": they do.
+
+    `with_bias` is whether to give it a bias, also where it has none.
+    """
+    return (why_not_one_call if held_norms(layer) else why_not_linear)(layer, with_bias)
 
 
 def _own_method(module: nn.Module, base: type[nn.Module]) -> str:

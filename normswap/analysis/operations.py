@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from normswap.analysis.known_norms import WEIGHT_LAYERS
+from normswap.layers.reparametrized import normalize_weight, standardize_weight
 
 WEIGHTED_MODULES = (*WEIGHT_LAYERS, nn.Bilinear, nn.MultiheadAttention, nn.Embedding)
 """Layers with weights, also those that no conversion changes: what lies behind one is no longer the value before it."""
@@ -16,6 +17,11 @@ WEIGHTED_FUNCTIONS: set[Any] = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
     torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, torch.bmm, torch.einsum,
 }  # fmt: skip
+_FUNCTIONS: dict[type[nn.Module], Any] = {
+    nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d, nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d, nn.ConvTranspose3d: F.conv_transpose3d, nn.Linear: F.linear,
+}  # fmt: skip
+REPARAMETRIZATIONS = {standardize_weight, normalize_weight}
 FUNCTIONAL_NORMS = {F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, torch.batch_norm, torch.group_norm}
 NON_LINEAR: set[Any] = {
     torch.relu, torch.relu_, torch.tanh, torch.sigmoid, F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.silu,
@@ -39,6 +45,11 @@ _WITH_SPATIAL_DIMS = ("torch.nn.modules.conv", "torch.nn.modules.pooling")
 CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate}
 _SPATIAL_MEANS = ([2, 3], (2, 3), [-2, -1], (-2, -1), [-1, -2], (-1, -2))
 _SHAPE_READS = {"shape", "dtype", "device", "ndim", "size", "dim", "is_cuda"}
+
+
+def function_of(layer: nn.Module) -> Any:
+    """The function that a convolution or a linear layer runs on its input, weight and bias; None for other layers."""
+    return next((run for cls, run in _FUNCTIONS.items() if isinstance(layer, cls)), None)
 
 
 def name_of(node: fx.Node) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from normswap.analysis import known_norms
 from normswap.analysis.copies import MODULE_STATE
+from normswap.analysis.holders import only_called
 from normswap.analysis.obstacles import obstacle_of
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
@@ -156,11 +157,19 @@ def find_sites(model: nn.Module) -> list[Site]:
         modules[id(module)] = module
     found = ((module, tuple(paths[key]), classify(module)) for key, module in modules.items())
     sites = [Site(module, where, *what) for module, where, what in found if what is not None]
-    owners = {child: site.name for site in sites if site.obstacle for child in [*site.module.modules()][1:]}
+    owners = {child: site.name for site in sites for child in _held_fast(site)}
     return [
         replace(s, obstacle=f"is part of {owners[s.module]}, which may read it directly") if s.module in owners else s
         for s in sites
     ]
+
+
+def _held_fast(site: Site) -> Iterator[nn.Module]:
+    """The modules in a site whose own forward may do more with them than call them."""
+    inside = [(path, module) for path, module in site.module.named_modules() if path]
+    if inside and (site.obstacle or site.kind == "weight"):
+        called = only_called(site.module) if site.kind == "weight" else ()
+        yield from (module for path, module in inside if path not in called)
 
 
 def hidden_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

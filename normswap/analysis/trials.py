@@ -35,7 +35,7 @@ _DATA = (
 )  # fmt: skip
 
 
-class _Unlike(Exception):
+class Unlike(Exception):
     """Says how a layer is not like its base."""
 
 
@@ -62,7 +62,7 @@ def why_not_linear(layer: nn.Module, with_bias: bool) -> str:
         return ""
     try:
         return _tried(_specimen(layer, with_bias))
-    except _Unlike as problem:
+    except Unlike as problem:
         return str(problem)
     except Exception as error:  # a forward is anybody's code
         return f"cannot be tried ({first_line(error)[:80]})"
@@ -86,13 +86,13 @@ def _specimen(layer: Any, with_bias: bool) -> _Specimen:
     arguments = [p.name for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     known = 3 if isinstance(layer, TRANSPOSED) else 2  # self, input, output_size
     if len(arguments) > known:
-        raise _Unlike(f"takes more than an input ({', '.join(arguments[known:])})")
+        raise Unlike(f"takes more than an input ({', '.join(arguments[known:])})")
     held = [name for name, _ in (*layer.named_parameters(), *layer.named_buffers()) if name not in ("weight", "bias")]
     if held:
-        raise _Unlike(f"may depend on more than its weight and bias ({', '.join(held[:3])})")
+        raise Unlike(f"may depend on more than its weight and bias ({', '.join(held[:3])})")
     if layer.weight.numel() > _MOST_ELEMENTS:
-        raise _Unlike("is too large to be tried")
-    settings = _settings(layer)
+        raise Unlike("is too large to be tried")
+    settings = settings_of(layer)
     copied = skeleton(layer)
     copied._parameters, copied._buffers = {"bias": None}, {}
     cls, attributes, children = settings
@@ -102,16 +102,16 @@ def _specimen(layer: Any, with_bias: bool) -> _Specimen:
     return _Specimen(alike, with_bias, copied, layer.weight.shape, settings)
 
 
-def _settings(layer: nn.Module) -> Any:
+def settings_of(layer: nn.Module) -> Any:
     """All that the forward of a module without tensors can read of it, as a value to compare."""
     own = {name: value for name, value in vars(layer).items() if name not in MODULE_STATE and name != "weight"}
     attributes = tuple((name, _value(name, value)) for name, value in sorted(own.items()))
-    children = tuple((name, child and _settings(child)) for name, child in layer._modules.items())
+    children = tuple((name, child and settings_of(child)) for name, child in layer._modules.items())
     return type(layer), attributes, children
 
 
 def _value(name: str, value: Any) -> Any:
-    """An attribute as a value to compare; raises `_Unlike` where it may hold more than plain data."""
+    """An attribute as a value to compare; raises `Unlike` where it may hold more than plain data."""
     if isinstance(value, list | tuple):
         return type(value), *(_value(name, item) for item in value)
     if isinstance(value, dict):
@@ -119,7 +119,7 @@ def _value(name: str, value: Any) -> Any:
     if isinstance(value, functools.partial):
         return _value(name, [value.func, value.args, value.keywords])
     if not isinstance(value, _DATA):
-        raise _Unlike(f"may depend on more than its weight and bias ({name}, a {type(value).__name__})")
+        raise Unlike(f"may depend on more than its weight and bias ({name}, a {type(value).__name__})")
     return type(value), value
 
 
@@ -136,7 +136,7 @@ def _tried(specimen: _Specimen) -> str:
             for training, shape in zip((False, True), _input_shapes(layer), strict=True):
                 layer.train(training)
                 _check_linear(_Trial(layer, specimen, _normal(shape, generator)), generator)
-    except _Unlike as problem:
+    except Unlike as problem:
         return str(problem)
     return ""
 
@@ -170,15 +170,15 @@ class _Trial(NamedTuple):
         held = weight.clone()
         run: Any = with_weight(self.layer, type(self.layer), held)
         output = run.forward(self.x.clone())
-        if _settings(run) != self.specimen.settings or run.weight is not held or not torch.equal(held, weight):
-            raise _Unlike("leaves something behind in the layer")
+        if settings_of(run) != self.specimen.settings or run.weight is not held or not torch.equal(held, weight):
+            raise Unlike("leaves something behind in the layer")
         if not isinstance(output, Tensor) or output.dim() != self.x.dim() or output.dtype != torch.float64:
-            raise _Unlike("gives something else than a tensor like the input")
+            raise Unlike("gives something else than a tensor like the input")
         return output if isinstance(run, nn.Linear) else output.movedim(1, -1)
 
 
 def _check_linear(trial: _Trial, generator: torch.Generator) -> None:
-    """Raise `_Unlike` unless filters that are scaled and added, and a bias, do the same to the output's channels."""
+    """Raise `Unlike` unless filters that are scaled and added, and a bias, do the same to the output's channels."""
     groups, shape = filter_groups(trial.layer), trial.specimen.shape
     first, second = (_normal(shape, generator) for _ in range(2))
     channels = len(as_filters(first, groups))
@@ -188,16 +188,16 @@ def _check_linear(trial: _Trial, generator: torch.Generator) -> None:
     s, t, bias = signs * 10 ** (_DECADES * (2 * torch.rand(3, channels, generator=generator, dtype=torch.float64) - 1))
     s[0] = 10**_DECADES
     if one.shape[-1] != channels:
-        raise _Unlike("gives something else than a tensor of its channels")
+        raise Unlike("gives something else than a tensor of its channels")
     if not torch.equal(trial.run(first, none), one):
-        raise _Unlike("gives another output the second time")
+        raise Unlike("gives another output the second time")
     scale_filters_(first, s, groups)
     scale_filters_(second, t, groups)
     bound = _TOLERANCE * (s.abs() * one.abs().max() + t.abs() * other.abs().max() + bias.abs())
     off = trial.run(first + second, none) - (s * one + t * other)
     if not (off.abs() <= bound).all():
-        raise _Unlike("is not linear in its weight")
+        raise Unlike("is not linear in its weight")
     if none is not None:
         off = trial.run(first + second, bias) - (s * one + t * other + bias)
         if not (off.abs() <= bound).all():
-            raise _Unlike("does not just add its bias")
+            raise Unlike("does not just add its bias")

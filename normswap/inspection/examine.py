@@ -95,7 +95,7 @@ def _facts(sites: Sequence[Site], layers: Sequence[Layer], outcomes: Sequence[Ou
 
 def _describe_layer(site: Site, seen: Mapping[str, Seen]) -> Layer:
     module = site.module
-    gradients = {p.requires_grad for p in module.parameters()}
+    gradients = {p.requires_grad for p in module.parameters(recurse=False)}
     known = site.base is not None
     groups = site.groups if site.kind == "norm" else getattr(module, "groups", None)
     return Layer(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS, INSTANCE_NORM_BY_DIMS, eps_of
+from normswap.analysis.obstacles import why_not_like_base
 from normswap.analysis.sites import Site
-from normswap.analysis.trials import why_not_linear
 from normswap.errors import OptionError
 from normswap.layers.matching import Statistics, as_affine, match_output
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
@@ -259,7 +259,7 @@ def _cannot_absorb(into: Site, norm: Site, context: Context) -> str:
         return "shares its weight with another layer"
     if layer._forward_hooks or layer._forward_pre_hooks or norm.module._forward_pre_hooks:
         return "has a forward hook, which would see other values"
-    if layer.bias is None and (why := why_not_linear(as_plain(layer), with_bias=True)):
+    if layer.bias is None and (why := why_not_like_base(as_plain(layer), with_bias=True)):
         return f"has a forward of its own, which {why}"
     if into.layer_kind == "linear" and norm.spatial_dims in (2, 3):
         return "is linear, and the norm takes another dimension than its own"
