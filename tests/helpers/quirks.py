@@ -21,7 +21,7 @@ import normswap
 @dataclass(frozen=True)
 class Quirk:
     """A model, the shape of its input, and what must change: norms by gn, ln and in; by frozen; by fold; convolutions
-    by ws, and by wn, which takes those without a norm as well.
+    by ws, and by wn, which takes those without a norm as well; norms by bn, without data.
     """
 
     make: Callable[[], nn.Module]
@@ -31,6 +31,7 @@ class Quirk:
     fold: int | None = None
     ws: int = 1
     wn: int | None = None
+    bn: int = 0
     dtype: torch.dtype = torch.float32
     warns: bool = False
 
@@ -41,7 +42,7 @@ class Quirk:
             norm, weight = "", norm
         frozen = self.norms if self.frozen is None else self.frozen
         fold = frozen if self.fold is None else self.fold
-        counts = {"": 0, "frozen": frozen, "est": frozen, "bcn": min(frozen, self.norms), "fold": fold, "bn": 0}
+        counts = {"": 0, "frozen": frozen, "est": frozen, "bcn": min(frozen, self.norms), "fold": fold, "bn": self.bn}
         norms = counts.get(norm, self.norms)
         weights = {"": 0, "ws": self.ws}.get(weight, self.ws if self.wn is None else self.wn)
         return norms, max(weights, fold) if norm == "fold" else weights
@@ -320,7 +321,7 @@ QUIRKS: dict[str, Quirk] = {
     "forward set on the instance": Quirk(
         lambda: touched(nn.Sequential(conv_norm(), B(8)), lambda m: setattr(m[1], "forward", torch.tanh))
     ),
-    "synchronized": Quirk(lambda: nn.SyncBatchNorm.convert_sync_batchnorm(conv_norm())),
+    "synchronized": Quirk(lambda: nn.SyncBatchNorm.convert_sync_batchnorm(conv_norm()), bn=1),
     "1d on (N, C)": Quirk(lambda: mlp(32), (4, 6), ws=0),
     "1d on (N, 4)": Quirk(lambda: mlp(4), (4, 6), ws=0),
     "1d on (N, 7)": Quirk(lambda: mlp(7), (4, 6), ws=0),
