@@ -82,10 +82,8 @@ def _paths_below(paths: Iterable[str]) -> defaultdict[str, set[str]]:
     return below
 
 
-def _norms_inside(
-    path: str, site: Site, below: Mapping[str, set[str]], by_path: Mapping[str, Site]
-) -> frozenset[str]:
-    """The norms that a layer at `path` holds and only calls, so that what is in it is traced like a model of its own."""
+def _norms_inside(path: str, site: Site, below: Mapping[str, set[str]], by_path: Mapping[str, Site]) -> frozenset[str]:
+    """The norms that a layer at `path` holds and only calls, so that it is traced like a model of its own."""
     inside = [by_path[inner] for inner in below.get(path, ()) if inner != path and site.kind == "weight"]
     return frozenset(norm.path for norm in inside if norm.kind == "norm" and not norm.obstacle)
 

@@ -122,7 +122,7 @@ def temporary_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 def calls_outside(model: nn.Module, parts: Mapping[str, Collection[str]]) -> Iterator[set[str]]:
     """Meanwhile, a set that takes in each of the modules at the paths `parts` that a run calls outside of its parts.
 
-    The parts of a module are modules around it, by their paths.
+    The parts of a module are modules around it, or it itself, by their paths.
     """
     running: Counter[str] = Counter()
     outside: set[str] = set()
@@ -131,7 +131,7 @@ def calls_outside(model: nn.Module, parts: Mapping[str, Collection[str]]) -> Ite
         return lambda *_: running.update({path: by})
 
     def checked(path: str) -> Any:
-        return lambda *_: None if any(running[part] for part in parts[path]) else outside.add(path)
+        return lambda *_: None if any(running[part] or part == path for part in parts[path]) else outside.add(path)
 
     handles = [model.get_submodule(path).register_forward_pre_hook(checked(path)) for path in parts]
     for path in {part for around in parts.values() for part in around}:

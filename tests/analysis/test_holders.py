@@ -202,6 +202,24 @@ def test_the_model_itself_and_other_layers() -> None:
     assert report.exact and distance(model(X), converted(X)) < 1e-12
 
 
+def test_in_a_forward_that_cannot_be_traced() -> None:
+    class Repeated(nn.Module):
+        def __init__(self, *layers: nn.Module):
+            super().__init__()
+            self.first, self.again = layers
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for _ in range(int(x.abs().max()) % 2 + 1):
+                x = self.again(x)
+            return x
+
+    model = Repeated(*holders(Holder)).eval()
+    for options in ({}, {"example_inputs": X}):
+        converted, report = normswap.convert(model, "fold", **options)
+        assert not report.left and distance(model(X), converted(X)) < 1e-12
+
+
 class Pointwise(Holder):
     def run(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias)

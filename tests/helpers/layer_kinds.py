@@ -89,7 +89,7 @@ KINDS: dict[str, Kind] = {
     ),
     "depthwise": Kind("batch", B2, lambda: nn.Conv2d(WIDTH, WIDTH, 3, groups=WIDTH, bias=False), (WIDTH, 7, 7)),
     "Linear, BatchNorm1d": Kind("batch", lambda: nn.BatchNorm1d(WIDTH), lambda: nn.Linear(5, WIDTH), (5,)),
-    "SyncBatchNorm": Kind("batch", lambda: nn.SyncBatchNorm(WIDTH), conv, MAP),
+    "SyncBatchNorm": Kind("in step", lambda: nn.SyncBatchNorm(WIDTH), conv, MAP),
     "BatchNorm without affine": Kind("batch", lambda: nn.BatchNorm2d(WIDTH, affine=False), conv, MAP),
     "BatchNormAct2d": Kind("batch", timms("BatchNormAct2d"), conv, MAP),
     "FrozenBatchNorm2d": Kind("frozen", lambda: FrozenBatchNorm2d(WIDTH), conv, MAP),

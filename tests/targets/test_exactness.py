@@ -16,6 +16,7 @@ NORM_TARGETS = ("gn", "ln", "in", "pn", "est", "bcn", "bn", "frozen", "fold")
 BECOMES: dict[str, tuple[str, ...]] = {
     #             gn     ln    in     pn    est    bcn   bn     frozen fold
     "batch":     (NEAR,  NEAR, NEAR,  NEAR, EXACT, NEAR, LEFT,  EXACT, EXACT),
+    "in step":   (NEAR,  NEAR, NEAR,  NEAR, EXACT, NEAR, EXACT, EXACT, EXACT),
     "frozen":    (NEAR,  NEAR, NEAR,  NEAR, EXACT, NEAR, EXACT, LEFT,  EXACT),
     "estimated": (NEAR,  NEAR, NEAR,  NEAR, LEFT,  NEAR, EXACT, EXACT, EXACT),
     "tracked":   (NEAR,  NEAR, NEAR,  NEAR, EXACT, NEAR, EXACT, EXACT, EXACT),
