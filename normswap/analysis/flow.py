@@ -28,10 +28,8 @@ class Flow:
     """Norms whose input has one element a sample and channel, in some call: a group of one channel would erase it."""
     spatial: set[str] = field(default_factory=set)
     """Norms whose input is known to have more elements a channel, in some call."""
-    flat: set[str] = field(default_factory=set)
-    """Norms whose input is known to be (N, C), in some call: a LayerNorm's last dimension is that of channels then."""
-    dims: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
-    """For a norm, the spatial dimensions of its input in each call where the layers around it tell; 0 for (N, C)."""
+    ranks: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """For a norm, how many dimensions its input may have by the layers around it, in any call: 2 alone is (N, C)."""
     first: set[str] = field(default_factory=set)
     """Weight layers that read the model's input, with no weight layer before them: their input is no norm's output."""
     between: dict[str, set[tuple[str | None, tuple[str, ...]]]] = field(default_factory=lambda: defaultdict(set))
@@ -56,7 +54,7 @@ class Flow:
 
     def add(self, other: Flow) -> None:
         """Take in what one more trace tells."""
-        for name in ("normed", "single", "spatial", "flat", "first", "touched", "outside"):
+        for name in ("normed", "single", "spatial", "first", "touched", "outside"):
             getattr(self, name).update(getattr(other, name))
         for path, readers in other.readers.items():
             self.readers[path] += readers
@@ -64,8 +62,8 @@ class Flow:
             self.writers[path] += writers
         for path, ways in other.between.items():
             self.between[path] |= ways
-        for path, dims in other.dims.items():
-            self.dims[path] |= dims
+        for path, ranks in other.ranks.items():
+            self.ranks[path] |= ranks
         self.calls |= other.calls  # the greater count of each
         self.functional.update(other.functional)
         self.parts.update(other.parts)

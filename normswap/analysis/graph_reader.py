@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
-from normswap.analysis import operations
+from normswap.analysis import operations, ranks
 from normswap.analysis.flow import Flow
 from normswap.analysis.sites import Site
 from normswap.analysis.tracing import TracedGraph
@@ -38,6 +38,7 @@ class GraphReader:
     def __init__(self, run: TracedGraph, part: TracedPart):
         self.part, self.left_behind = part, run.left_behind
         self.nodes = list(run.graph.nodes)
+        self.ranks = ranks.possible_ranks(self.nodes, self._layer)
 
     # ---- what a node is ----
 
@@ -65,6 +66,11 @@ class GraphReader:
         made = node.op == "get_attr" or node.target in operations.REPARAMETRIZATIONS
         return made and all(self._is_own_call(user) or self._serves_own_call(user) for user in node.users)
 
+    def _layer(self, node: fx.Node) -> ranks.Layer:
+        """What a node calls, as far as that is the layer alone and not what hooks make of it."""
+        module = self._module(node)
+        return ranks.Layer(None, None) if id(module) in self.part.hooked else ranks.Layer(module, self._site(node))
+
     def _is_identity(self, node: fx.Node) -> bool:
         module = self._module(node)
         return type(module) is nn.Identity and id(module) not in self.part.hooked
@@ -86,8 +92,7 @@ class GraphReader:
         """What the graph tells. `complete` says whether the graphs that were traced are all that the forward can do."""
         flow = Flow()
         norm_ahead, weights_before = self._norm_ahead(), self._weights_before()
-        single, flat = self._single(), self._flat(complete)
-        dims = self._spatial_dims(flat)
+        single = self._single()
         called = [(node, site) for node in self.nodes if (site := self._site(node)) is not None]
         flow.calls = Counter(site.path for _, site in called)
         for node in self.nodes:
@@ -109,10 +114,7 @@ class GraphReader:
                 flow.writers[path].append(before if directly else None)
                 if (one := single[node]) is not None:
                     (flow.single if one else flow.spatial).add(path)
-                if flat[node]:
-                    flow.flat.add(path)
-                if node in dims:
-                    flow.dims[path].add(dims[node])
+                flow.ranks[path] |= self.ranks.get(operations.input_of(node), ranks.ANY_RANK)  # type: ignore[arg-type]
             else:
                 flow.readers[path] += self._readers(node)
                 if norm_ahead[node]:
@@ -183,6 +185,8 @@ class GraphReader:
     def _stays_single(self, node: fx.Node, before: bool | None) -> bool | None:
         """`_single` of a node, where `before` says it of what it reads."""
         module = self._module(node)
+        if isinstance(module, nn.Linear | nn.Flatten) or node.target in operations.FLATTENINGS:
+            return True if 2 in self.ranks[node] else None  # (N, C), unless something shows that it is not
         if (pooled := operations.pools_to_one(node, module)) is not None:
             return pooled
         if (mean := operations.is_spatial_mean(node)) is not None:
@@ -193,64 +197,3 @@ class GraphReader:
         if node.target in operations.RESHAPES or isinstance(module, nn.Unflatten | nn.Upsample):
             return None
         return before
-
-    def _flat(self, complete: bool) -> dict[fx.Node, bool]:
-        """Whether the value of each node is (N, C): made so, or the input of a model that is a multilayer perceptron.
-
-        A model's input may have any number of dimensions. Only one that keeps them all through to the end, with nothing
-        but linear layers and what works on each element, is taken for a perceptron, whose input is (N, C) by custom.
-        """
-        inner = [node for node in self.nodes if node.op not in ("placeholder", "output")]
-        perceptron = complete and not self.part.path and all(self._keeps_shape(node) for node in inner)
-        flat: dict[fx.Node, bool] = {}
-        for node in self.nodes:
-            module = self._module(node)
-            if isinstance(module, nn.Flatten):
-                flat[node] = (module.start_dim, module.end_dim) == (1, -1)
-            elif node.target in operations.FLATTENINGS:
-                flat[node] = node.args[1:] == (1,) and not node.kwargs
-            elif node.op == "placeholder":
-                flat[node] = perceptron
-            else:
-                flat[node] = self._keeps_shape(node) and all(flat[source] for source in node.all_input_nodes)
-        return flat
-
-    def _spatial_dims(self, flat: dict[fx.Node, bool]) -> dict[fx.Node, int]:
-        """The spatial dimensions of each value, 0 for (N, C), where these are known.
-
-        A convolution, a pooling or a BatchNorm2d has them by its class; layers that keep the dimensions of a value,
-        whatever it is, hand them on, and tell of what they read what is known of what they give.
-        """
-        dims = {node: number for node in self.nodes if (number := self._dims_by_class(node)) is not None}
-        for node in self.nodes:
-            known = {dims.get(source, -1) for source in node.all_input_nodes}
-            keeps = self._keeps_shape(node) or node.target in operations.CONCATENATIONS
-            if keeps and len(known) == 1 and known != {-1}:
-                dims.setdefault(node, known.pop())
-            elif flat[node]:
-                dims.setdefault(node, 0)
-        for node in reversed(self.nodes):
-            for user in node.users:
-                number = self._dims_by_class(user) if operations.input_of(user) is node else None
-                if number is None and self._keeps_shape(user) and user.all_input_nodes == [node]:
-                    number = dims.get(user)
-                if number is not None:
-                    dims.setdefault(node, number)
-        return dims
-
-    def _dims_by_class(self, node: fx.Node) -> int | None:
-        """The spatial dimensions of what a node reads and gives, if its class has a number of them."""
-        site = self._site(node)
-        if site is not None and site.kind == "norm":
-            return site.spatial_dims if site.spatial_dims in (2, 3) else None  # BatchNorm1d takes (N, C) too
-        return operations.spatial_dims_of_layer(node, self._module(node))
-
-    def _keeps_shape(self, node: fx.Node) -> bool:
-        """Whether the value has the dimensions of what it is made from, the size of the last one apart."""
-        if node.op != "call_module":
-            return node.target in operations.POINTWISE
-        module = self._module(node)
-        where = type(module).__module__
-        pointwise = where in ("torch.nn.modules.activation", "torch.nn.modules.dropout")
-        known = isinstance(module, nn.Linear | nn.Identity) or pointwise or self._is_norm(node)
-        return known and not isinstance(module, nn.MultiheadAttention)

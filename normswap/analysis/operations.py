@@ -86,18 +86,16 @@ def shaping(node: fx.Node, module: nn.Module | None) -> str:
     return name_of(node) if node.target in NON_LINEAR else ""
 
 
-def spatial_dims_of_layer(node: fx.Node, module: nn.Module | None) -> int | None:
+def spatial_dims_of_layer(node: fx.Node | None, module: nn.Module | None) -> int | None:
     """The spatial dimensions that a convolution or a pooling of torch's works on; None for any other node."""
     names = [cls.__name__ for cls in type(module).__mro__ if cls.__module__ in _WITH_SPATIAL_DIMS]
-    names += [name_of(node)] if node.op == "call_function" else []
+    names += [name_of(node)] if node is not None and node.op == "call_function" else []
     found = [match for name in names if (match := _DIMS_IN_NAME.search(name))]
     return int(found[0][1]) if found else None
 
 
 def pools_to_one(node: fx.Node, module: nn.Module | None) -> bool | None:
-    """Whether a pooling, mean or flattening leaves one element a sample and channel; None for any other node."""
-    if isinstance(module, nn.Linear | nn.Flatten) or node.target in FLATTENINGS:
-        return True
+    """Whether a pooling leaves one element a sample and channel; None for any other node."""
     if isinstance(module, nn.modules.pooling._AdaptiveAvgPoolNd | nn.modules.pooling._AdaptiveMaxPoolNd):
         return all_ones(module.output_size)
     if node.target in ADAPTIVE_POOLS and len(node.args) > 1:

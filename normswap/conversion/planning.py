@@ -13,6 +13,7 @@ from normswap.conversion.request import Phase, Request
 from normswap.errors import ModelError, OptionError
 from normswap.report.report import Change, Left
 from normswap.targets.context import Context, Swap
+from normswap.targets.groups import share_channels
 from normswap.targets.options import parse_groups
 from normswap.targets.target import PLAIN_TARGET, Target, plan_norm, plan_weight
 from normswap.targets.weights import strict_rescaling
@@ -51,6 +52,7 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
         measured=evidence.measured,
         vectors=evidence.vectors,
         recorded_groups=request.recorded.groups,
+        recorded_folds=request.recorded.folds,
         release=request.release,
     )
     swaps, left = plan_sites(sites, survey.chosen, request.target, context)
@@ -101,7 +103,9 @@ def _rescaling(
     found = {}
     for site in sites:
         into = context.sites.get(context.flow.feeder(site.path)[0] or "") if site.kind == "norm" else None
-        if into in chosen and site in chosen and into and isinstance(plan_weight(into, target, context), Swap):
+        if into is None or not {into, site} <= set(chosen) or share_channels(into, site, context) is False:
+            continue
+        if isinstance(plan_weight(into, target, context), Swap):
             found[site.path] = strict_rescaling(into)
     return found
 

@@ -75,7 +75,9 @@ def examine(
                 raise
     layers = tuple(_describe_layer(site, seen) for site in sites)
     progress("trying the targets")
-    context = Context(Options(), flow, {site.path: site for site in sites}, shared_tensors(model), seen=seen)
+    by_path = {site.path: site for site in sites}
+    proven = {} if probe_only else seen  # what noise of a guessed shape shows is no proof of what the model reads
+    context = Context(Options(), flow, by_path, shared_tensors(model), seen=proven)
     outcomes = tuple(_try_target(TARGETS[form], sites, context) for form in (*NORM_FORMS, *WEIGHT_FORMS))
     statistics = {layer.paths[0]: layer.statistics for layer in layers}
     findings = tuple(find_problems(model, Observations(sites, flow, statistics)))

@@ -1,5 +1,8 @@
 """How many groups a norm gets, by what was asked, the channels, and how many elements a sample has."""
 
+from typing import Any
+
+from normswap.analysis.known_norms import INSTANCE_NORM_BY_DIMS
 from normswap.analysis.sites import Site
 from normswap.calibration.measuring import AUTO_CHANNELS, AUTO_GROUPS
 from normswap.targets.context import Context
@@ -72,5 +75,23 @@ def spatial_dims_of(site: Site, context: Context) -> int | None:
         return 1
     if site.path in context.seen:
         return max(1, context.seen[site.path].dims - 2)
-    around = {max(1, dims) for dims in context.flow.dims.get(site.path, ())}
-    return around.pop() if len(around) == 1 else None
+    around = context.flow.ranks.get(site.path) or {0}
+    # Convolutions take inputs without a batch dimension too, which batch norms do not: of two ranks it is the greater.
+    return max(1, max(around) - 2) if max(around) > 1 and max(around) - min(around) <= 1 else None
+
+
+def share_channels(layer: Site, norm: Site, context: Context) -> bool | None:
+    """Whether the dimension of the channels that `layer` gives is the one that `norm`, right behind it, takes.
+
+    A linear layer gives them last, a convolution before its spatial dimensions; batch norms take the second dimension.
+    None where neither a class nor a shape tells: a linear layer may read (N, C, L), a convolution (C, L).
+    """
+    module: Any = layer.module
+    dims = 0 if layer.layer_kind == "linear" else len(module.kernel_size)
+    if norm.base in INSTANCE_NORM_BY_DIMS.values():  # which takes (C, L) as convolutions do
+        return norm.spatial_dims == dims
+    if norm.form == "last" or norm.path in context.recorded_folds:
+        return True
+    seen, ranks = context.seen.get(norm.path), context.flow.ranks.get(norm.path, set())
+    ranks = ranks if seen is None else {seen.dims}
+    return dims + 2 in ranks if len(ranks) == 1 or dims + 2 not in ranks else None

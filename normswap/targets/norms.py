@@ -19,7 +19,7 @@ from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBa
 from normswap.layers.reparametrized import retyped
 from normswap.layers.subclasses import as_plain
 from normswap.targets.context import Absorption, Context, Swap, join_notes
-from normswap.targets.groups import LEAST_ELEMENTS, choose_groups, elements_of, spatial_dims_of
+from normswap.targets.groups import LEAST_ELEMENTS, choose_groups, elements_of, share_channels, spatial_dims_of
 from normswap.targets.parameters import example_tensor, is_trained, read_statistics, successor, swap_with_affine
 
 NO_STATISTICS = "has no running statistics: they need data (calibrate)"
@@ -242,7 +242,10 @@ def to_folded(site: Site, context: Context) -> Swap | str:
         bias = nn.Parameter(zeros, requires_grad=is_trained(site, "bias"))
     exact = site.form == "data" and context.options.transfer != "reset" and site.path not in context.rescaling
     how = "folded into the layer before it"
-    return Swap(site, nn.Identity(), "Identity", how, exact, absorption=Absorption(into, as_affine(stats), bias))
+    # Batch norms take (C, L) for (N, C), which a convolution may give where its input has no batch dimension.
+    note = "for inputs with a batch dimension" if share_channels(into, site, context) is None else ""
+    absorption = Absorption(into, as_affine(stats), bias)
+    return Swap(site, nn.Identity(), "Identity", how, exact, note, absorption=absorption)
 
 
 def _cannot_absorb(into: Site, norm: Site, context: Context) -> str:
@@ -261,8 +264,14 @@ def _cannot_absorb(into: Site, norm: Site, context: Context) -> str:
         return "has a forward hook, which would see other values"
     if layer.bias is None and (why := why_not_like_base(as_plain(layer), with_bias=True)):
         return f"has a forward of its own, which {why}"
-    if into.layer_kind == "linear" and norm.spatial_dims in (2, 3):
-        return "is linear, and the norm takes another dimension than its own"
+    shared = share_channels(into, norm, context)
+    if shared is None and into.layer_kind == "linear":
+        return (
+            "may give its channels in another dimension than the norm takes: nothing shows how many dimensions there "
+            "are, which example_inputs do"
+        )
+    if shared is False:
+        return "gives its channels in another dimension than the norm takes"
     return ""
 
 

@@ -4,6 +4,7 @@ import copy
 import enum
 from collections.abc import Callable
 from operator import attrgetter
+from pathlib import Path
 
 import pytest
 import torch
@@ -354,3 +355,52 @@ def test_lists_of_chunks_are_traced() -> None:
     model = randomize(Split()).double().eval()
     folded, report = normswap.convert(model, "fold")
     assert report.totals.norms_changed == 1 and distance(model(X), folded(X)) < 1e-10
+
+
+# ---- the dimension of the channels ----
+
+
+def test_a_norm_over_tokens_stays_behind_a_linear_layer() -> None:
+    """BatchNorm1d takes (N, C) as well as (N, C, L), where it normalizes another dimension than the layer gives."""
+    model = randomize(nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16))).double().eval()
+    tokens, rows = torch.randn(3, 16, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    for options, reason in (
+        ({}, "may give its channels in another"),
+        ({"example_inputs": tokens}, "gives its channels"),
+    ):
+        with pytest.raises(normswap.ModelError, match=reason):
+            normswap.convert(model, "fold", **options)
+    folded, report = normswap.convert(model, "fold", example_inputs=rows)
+    assert report.exact and distance(model(rows), folded(rows)) < 1e-12
+
+
+def test_a_norm_stays_behind_a_convolution_without_a_batch() -> None:
+    model = randomize(nn.Sequential(nn.Conv1d(4, 16, 3, padding=1), nn.BatchNorm1d(16))).double().eval()
+    alone, batch = torch.randn(4, 16, dtype=torch.float64), torch.randn(2, 4, 9, dtype=torch.float64)
+    with pytest.raises(normswap.ModelError, match="another dimension"):
+        normswap.convert(model, "fold", example_inputs=alone)
+    for options, note in (({}, "for inputs with a batch dimension"), ({"example_inputs": batch}, "")):
+        folded, report = normswap.convert(model, "fold", **options)
+        assert report.changes[0].note == note and distance(model(batch), folded(batch)) < 1e-12
+
+
+def test_norms_over_maps_behind_a_linear_layer() -> None:
+    """BatchNorm2d says that there are maps: groups are as for maps, and nothing is folded."""
+    model = randomize(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm2d(8)))
+    with pytest.raises(normswap.ModelError, match="gives its channels in another dimension"):
+        normswap.convert(model, "fold")
+    assert normswap.convert(model, "gn", groups=8).model[1].num_groups == 8
+    assert type(normswap.convert(model, "in").model[1]) is nn.InstanceNorm2d
+
+
+def test_a_file_tells_what_was_folded(tmp_path: Path) -> None:
+    """What example inputs had shown is not asked again where a conversion is repeated for its file."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16))
+
+    model, x = randomize(make()).eval(), torch.randn(3, 4)
+    folded, report = normswap.convert(model, "fold", example_inputs=x)
+    normswap.save(folded, tmp_path / "folded.safetensors", report=report)
+    loaded = normswap.load(tmp_path / "folded.safetensors", model=make)
+    torch.testing.assert_close(loaded(x), model(x))

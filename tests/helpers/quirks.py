@@ -20,13 +20,14 @@ import normswap
 
 @dataclass(frozen=True)
 class Quirk:
-    """A model, the shape of its input, and what must change: norms by gn, ln and in; by frozen; by fold; convolutions
-    by ws, and by wn, which takes those without a norm as well; norms by bn, without data.
+    """A model, the shape of its input, and what must change: norms by gn, ln and in; by pn; by frozen; by fold;
+    convolutions by ws, and by wn, which takes those without a norm as well; norms by bn, without data.
     """
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...] = (2, 3, 8, 8)
     norms: int = 1
+    pn: int | None = None
     frozen: int | None = None
     fold: int | None = None
     ws: int = 1
@@ -43,7 +44,7 @@ class Quirk:
         frozen = self.norms if self.frozen is None else self.frozen
         fold = frozen if self.fold is None else self.fold
         counts = {"": 0, "frozen": frozen, "est": frozen, "bcn": min(frozen, self.norms), "fold": fold, "bn": self.bn}
-        norms = counts.get(norm, self.norms)
+        norms = self.pn if norm == "pn" and self.pn is not None else counts.get(norm, self.norms)
         weights = {"": 0, "ws": self.ws}.get(weight, self.ws if self.wn is None else self.wn)
         return norms, max(weights, fold) if norm == "fold" else weights
 
@@ -322,13 +323,13 @@ QUIRKS: dict[str, Quirk] = {
         lambda: touched(nn.Sequential(conv_norm(), B(8)), lambda m: setattr(m[1], "forward", torch.tanh))
     ),
     "synchronized": Quirk(lambda: nn.SyncBatchNorm.convert_sync_batchnorm(conv_norm()), bn=1),
-    "1d on (N, C)": Quirk(lambda: mlp(32), (4, 6), ws=0),
-    "1d on (N, 4)": Quirk(lambda: mlp(4), (4, 6), ws=0),
-    "1d on (N, 7)": Quirk(lambda: mlp(7), (4, 6), ws=0),
+    "1d on (N, C)": Quirk(lambda: mlp(32), (4, 6), fold=0, ws=0),
+    "1d on (N, 4)": Quirk(lambda: mlp(4), (4, 6), fold=0, ws=0),
+    "1d on (N, 7)": Quirk(lambda: mlp(7), (4, 6), fold=0, ws=0),
     "1d on (N, C, L)": Quirk(lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8)), (2, 3, 16)),
     "3d": Quirk(lambda: nn.Sequential(nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8)), (2, 3, 6, 6, 6)),
     "1×1 maps": Quirk(lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 32, 1), B(32))),
-    "channel counts": Quirk(lambda: chain(1, 3, 7, 58), norms=4, ws=4),
+    "channel counts": Quirk(lambda: chain(1, 3, 7, 58), norms=4, pn=3, ws=4),
     "pre-activation": Quirk(PreActivation, norms=3, fold=1, ws=3),
     "concatenation": Quirk(Concatenation, fold=0, ws=2),
     "depthwise": Quirk(lambda: conv_norm(conv=lambda: nn.Conv2d(3, 6, 3, groups=3), norm=B(6))),
@@ -369,7 +370,7 @@ QUIRKS: dict[str, Quirk] = {
     "tied norms": Quirk(TiedNorms, norms=2, ws=2),
     "tied convolutions": Quirk(TiedConvs, norms=2, fold=0, ws=2),
     "one channel, one element": Quirk(
-        lambda: nn.Sequential(nn.Linear(6, 1), nn.BatchNorm1d(1)), (4, 6), norms=0, frozen=1, ws=0
+        lambda: nn.Sequential(nn.Linear(6, 1), nn.BatchNorm1d(1)), (4, 6), norms=0, frozen=1, fold=0, ws=0
     ),
     "zero and constant filters": Quirk(
         lambda: touched(

@@ -146,10 +146,12 @@ def perceptron() -> nn.Sequential:
 
 def test_layer_norm_after_a_linear_layer() -> None:
     model, x = perceptron(), torch.randn(64, 6)
-    one, report = normswap.convert(model, "gn", groups=1)
+    with pytest.raises(normswap.ModelError, match="give example_inputs"):  # it may be one of tokens, (N, T, C)
+        normswap.convert(model, "gn")
+    one, report = normswap.convert(model, "gn", groups=1, example_inputs=x)
     assert report.exact and isinstance(one[1], nn.GroupNorm)
     torch.testing.assert_close(one(x), model(x))
-    four = normswap.convert(model, "gn", groups=4).model
+    four = normswap.convert(nn.Sequential(nn.Flatten(), *model), "gn", groups=4).model[1:]
     assert four[4].num_groups == 4 and four(x).isfinite().all()
     bn, _ = normswap.convert(model, "bn", calibrate=x, calibrate_seconds=0)
     assert type(bn[1]) is nn.BatchNorm1d
@@ -195,7 +197,7 @@ def test_layer_norm_whose_layout_an_example_shows() -> None:
             self.body = perceptron()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.body(x.reshape(-1, 6))
+            return self.body(x.reshape(x.shape))
 
     model = Branches().eval()
     with pytest.raises(normswap.ModelError, match="give example_inputs"):
