@@ -1,16 +1,9 @@
-"""A checkpoint as a value, and the recipe of a conversion inside it.
+"""A checkpoint as a value: a module, a state dict, or a dict that has some of these among its values."""
 
-What a checkpoint holds is a module, a state dict, or a dict that has some of these among its values. A module keeps its
-recipe as an attribute, a state dict in its `_metadata`; a format without `_metadata` has a place of its own for it.
-"""
-
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-from torch import nn
 
 RECIPE = "normswap_recipe"
 """The name under which a converted model, state dict or file holds the recipe of its conversion, a plain dict."""
@@ -40,21 +33,3 @@ class Checkpoint:
     """Of a folder: the name of its index; empty where it has one weight file and no index."""
     optimizers: Mapping[str, Any] = field(default_factory=dict)
     """Of a folder: its optimizer files by name, and what each holds."""
-
-
-def stored_recipe(content: Any) -> Any:
-    """The recipe in a module or a state dict, unchecked; None where there is none."""
-    if isinstance(content, nn.Module):
-        return vars(content).get(RECIPE)
-    metadata = getattr(content, "_metadata", None)
-    return metadata.get(RECIPE) if isinstance(metadata, Mapping) else None
-
-
-def store_recipe(content: Any, recipe: Any) -> None:
-    """Write `recipe` into a module or an `OrderedDict` of tensors."""
-    if isinstance(content, nn.Module):
-        content.__dict__[RECIPE] = recipe
-    else:
-        known = getattr(content, "_metadata", None)
-        content._metadata = OrderedDict(known if isinstance(known, Mapping) else {})
-        content._metadata[RECIPE] = recipe

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checkpoints import pickle_files, safetensors_files
-from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint, store_recipe
+from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint
 from normswap.checkpoints.contents import SavedBytes, models_in, tensors_of
+from normswap.checkpoints.stored_recipes import store_recipe
 from normswap.errors import FileError, first_line, path_error
 
 _LONGEST_RECIPE = 1 << 26  # characters

@@ -153,6 +153,12 @@ def _other_spellings(key: str) -> list[str]:
     ]
 
 
+def likely_prefix(state: _State, model: _State) -> str:
+    """What stands before most of a model's keys in a saved state dict, though it may be of a model converted since."""
+    plain = _with_other_spellings({without_wrappers(name): name for name in state})
+    return next(iter(_best_prefixes(plain, list(model))), "")
+
+
 def possible_parts(state: _State, model: _State) -> Iterator[tuple[str, dict[str, str]]]:
     """Parts of a saved state dict that could be all of a model's tensors under other names: a prefix, and the saved
     keys by what stands behind it.
@@ -161,7 +167,7 @@ def possible_parts(state: _State, model: _State) -> Iterator[tuple[str, dict[str
     levels = zip(*(key.split(".")[:-1] for key in plain), strict=False)
     leading = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels)]
     shared = ["".join(f"{part}." for part in leading[:count]) for count in range(len(leading) + 1)]
-    for prefix in dict.fromkeys([*_best_prefixes(_with_other_spellings(plain), list(model))[:1], *shared]):
+    for prefix in dict.fromkeys([likely_prefix(state, model), *shared]):
         yield prefix, {key.removeprefix(prefix): outer for key, outer in plain.items() if key.startswith(prefix)}
 
 
@@ -229,6 +235,11 @@ def _cause(missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence
         return (
             "It seems to be converted already: load it with normswap.load(path, model=...); without a recipe in it, "
             "into normswap.convert(model, target).model, with the target that made it"
+        )
+    if missing and all(name.endswith(("running_mean", "running_var")) for name in missing):
+        return (
+            "It seems to be converted already, to norms without running statistics, and holds no recipe: save it with "
+            "normswap.save(model, path, report=report), or load it into normswap.convert(model, target).model"
         )
     return "Likely another version or another size of the architecture: see --model-arg"
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checkpoints import atomic_write, mapped_memory, safetensors_files
-from normswap.checkpoints.checkpoint import RECIPE, Checkpoint, stored_recipe
+from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
 from normswap.checkpoints.contents import SavedBytes
+from normswap.checkpoints.stored_recipes import stored_recipe
 from normswap.errors import FileError, OptionError, first_line
 
 FORMATS = ("pt", "safetensors", "dcp")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from normswap.analysis.selection import Pattern
 from normswap.calibration import processes
 from normswap.calibration.batches import MOST_SAMPLES, input_batches
+from normswap.checkpoints import stored_recipes
 from normswap.conversion.pipeline import Conversion, run
 from normswap.conversion.request import Request
 from normswap.targets.options import Options, Transfer, WeightScope, WeightStart
@@ -59,8 +61,9 @@ def convert(
         inplace: change `model` itself; nothing changes unless all of it can.
 
     Returns:
-        The converted model and the report. Every norm and every convolution is in the report, as a change
-        or with the reason why it was left.
+        The converted model, whose state dicts hold the recipe of the conversion from now on (in `_metadata`), so that
+        `normswap.load` knows it in what a training script saves, and the report. Every norm and every convolution is in
+        the report, as a change or with the reason why it was left.
 
     Raises:
         OptionError: an unknown target or option, or a pattern that matches no layer.
@@ -72,7 +75,11 @@ def convert(
         batches = processes.gather_batches(input_batches(calibrate, limit=share))
     options = Options(groups, transfer, ws, ws_scope, layers, recurrent, include, exclude, batches, calibrate_seconds)
     request = Request(parse_target(to), options, example_inputs=example_inputs, inplace=inplace, on_all_processes=True)
-    return run(model, request)
+    previous = stored_recipes.stored_recipe(model)
+    converted, report = run(model, request)
+    recipe = report.recipe | ({} if previous is None else {"previous": previous})
+    stored_recipes.keep_recipe(converted, recipe)
+    return Conversion(converted, replace(report, recipe=recipe))
 
 
 def fold(model: nn.Module) -> Conversion:
@@ -81,4 +88,11 @@ def fold(model: nn.Module) -> Conversion:
     Standardized weights are baked in. A `FrozenBatchNorm` goes into the layer before it, or becomes a
     torch batch norm in eval mode where there is none. A model without either comes back as it is.
     """
-    return run(model, Request(PLAIN_TARGET, may_be_idle=True))
+    previous = stored_recipes.stored_recipe(model)
+    plain, report = run(model, Request(PLAIN_TARGET, may_be_idle=True))
+    stored_recipes.drop_recipes(plain)
+    if previous is None:
+        return Conversion(plain, report)
+    recipe = stored_recipes.as_folded(previous)
+    stored_recipes.store_recipe(plain, recipe)
+    return Conversion(plain, replace(report, recipe=recipe or {}))

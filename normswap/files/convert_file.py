@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap.calibration.batches import input_batches, read_samples
-from normswap.checkpoints import checkpoint, contents, mapped_memory, reading, writing
+from normswap.checkpoints import contents, mapped_memory, reading, stored_recipes, writing
 from normswap.checkpoints.checkpoint import Checkpoint
 from normswap.conversion.request import Progress
 from normswap.errors import OptionError
@@ -175,5 +175,5 @@ def _model_alone(found: Checkpoint, format: str, key: str | None) -> Any:
     if format != "pt":
         return model
     tensors = OrderedDict((name, value) for name, value in model.items() if isinstance(value, Tensor))
-    checkpoint.store_recipe(tensors, checkpoint.stored_recipe(model))
+    stored_recipes.store_recipe(tensors, stored_recipes.stored_recipe(model))
     return tensors

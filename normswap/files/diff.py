@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.analysis.drift import relative_distance
-from normswap.checkpoints import checkpoint, contents, reading
+from normswap.checkpoints import contents, reading, stored_recipes
 from normswap.checkpoints.mapped_memory import release
 from normswap.conversion.accounting import count_elements
 from normswap.report.report import Change, Left, Node, Report, Totals
@@ -161,6 +161,6 @@ def _count_elements(side: Any) -> tuple[int, int]:
 
 
 def _origin(side: Any, which: str) -> list[str]:
-    recipe = checkpoint.stored_recipe(side)
+    recipe = stored_recipes.stored_recipe(side)
     target = recipe.get("target") if isinstance(recipe, Mapping) else None
     return [f"{which} was made by normswap: {target}"] if isinstance(target, str) else []

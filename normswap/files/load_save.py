@@ -2,13 +2,14 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from normswap.checkpoints import contents, reading, state_keys, writing
+from normswap.checkpoints import contents, reading, state_keys, stored_recipes, writing
 from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
 from normswap.errors import FileError, OptionError
 from normswap.files import inputs, model_for_state, model_specs, paths, recipe
@@ -51,6 +52,7 @@ def load(
     if entry.note:
         warnings.warn(f"{path}: {entry.note}", stacklevel=2)
     if isinstance(value, nn.Module):
+        stored_recipes.keep_in_state_dicts(value)
         return value
     source, arguments = model_for_state.find_source(value, model, model_args, path)
     try:
@@ -75,7 +77,8 @@ def save(
     Args:
         model: saved whole, or as its state dict where `path` ends in `.safetensors`.
         path: the file.
-        report: of the conversion; its recipe goes into the file, as the attribute `normswap_recipe` of the model there.
+        report: of the conversion, where the model does not hold its recipe; it goes into the file, as the attribute
+            `normswap_recipe` of the model there.
         overwrite: replace an existing file.
 
     Raises:
@@ -85,14 +88,24 @@ def save(
     path = Path(path)
     format = paths.format_by_ending(path)
     writing.check_format(path, format, overwrite)
-    own = vars(model).get(RECIPE)
-    try:
-        if report is not None:
-            setattr(model, RECIPE, report.recipe)
+    with _as_written(model, report):
         content = recipe.state_dict_with_recipe(model) if format == "safetensors" else model
         return writing.write_checkpoint(Checkpoint(path, "pt", content), path, format, overwrite=overwrite)
+
+
+@contextmanager
+def _as_written(model: nn.Module, report: Report | None) -> Iterator[None]:
+    """Meanwhile `model` has the recipe of `report`, if any, and nothing that a file would need normswap for."""
+    own = vars(model).get(RECIPE)
+    hooked = [module for module in model.modules() if stored_recipes.keep_out_of_state_dicts(module)]
+    try:
+        if report is not None:
+            stored_recipes.store_recipe(model, report.recipe)
+        yield
     finally:  # the caller's model is as it was, whatever happened
         if report is not None and own is None:
             delattr(model, RECIPE)
         elif report is not None:
-            setattr(model, RECIPE, own)
+            stored_recipes.store_recipe(model, own)
+        for module in hooked:
+            stored_recipes.keep_in_state_dicts(module)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.analysis.copies import clone
-from normswap.checkpoints import checkpoint, state_keys
+from normswap.checkpoints import state_keys, stored_recipes
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.files import model_specs
 from normswap.files.filling import bind_by_loading, fill
@@ -31,7 +31,7 @@ def find_source(
     """
     if model is not None:
         return model, arguments or {}
-    stored = checkpoint.stored_recipe(state)
+    stored = stored_recipes.stored_recipe(state)
     spec = stored.get("model") if isinstance(stored, Mapping) else None
     if isinstance(spec, str) and model_specs.is_spec(spec):
         arguments = _harmless_arguments(stored.get("model_args"), where)
@@ -80,14 +80,19 @@ def models_on_tensors(
 ) -> list[tuple[state_keys.Binding, nn.Module]]:
     """The model on the tensors of `state`, with where they stand there; several where `state` holds copies of it.
 
-    A converted state dict gets a converted model. Raises `FileError` where the tensors do not fit.
+    A converted state dict gets a converted model, which holds its recipe. Raises `FileError` where the tensors do not
+    fit.
     """
-    stored = checkpoint.stored_recipe(state)
-    recipe = None if stored is None else parse_recipe(stored, where)
 
     def build() -> nn.Module:
         fresh = clone(source) if isinstance(source, nn.Module) else model_specs.make_model(source, arguments)
-        return fresh if recipe is None else replay(fresh, recipe, where)
+        paths = [path for path, _ in fresh.named_modules(remove_duplicate=False)]
+        stored = stored_recipes.recipe_under(state, state_keys.likely_prefix(state, fresh.state_dict()), paths)
+        if stored is None:
+            return fresh
+        converted = replay(fresh, parse_recipe(stored, where), where)
+        stored_recipes.keep_recipe(converted, stored)
+        return converted
 
     model = build()
     try:

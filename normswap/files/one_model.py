@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 
 from normswap.analysis.noise import guess_inputs
-from normswap.checkpoints import checkpoint, contents, mapped_memory, state_keys
+from normswap.checkpoints import contents, mapped_memory, state_keys, stored_recipes
 from normswap.conversion.pipeline import Conversion, run
 from normswap.conversion.request import Request
 from normswap.errors import FileError, NormswapError, OptionError, first_line
 from normswap.files import model_specs, norms_by_keys
 from normswap.files.file_request import ConvertedEntry, FileRequest
 from normswap.files.model_for_state import find_source, models_on_tensors, parameters_of_model, parameters_of_state
-from normswap.files.recipe import as_folded, with_origin
+from normswap.files.recipe import with_origin
 from normswap.files.tensors_alone import convert_tensors_alone
 from normswap.report.report import Left, Node, Report
 from normswap.targets.target import PLAIN_TARGET
@@ -40,7 +40,7 @@ def _convert_whole_module(model: nn.Module, where: Path, request: FileRequest) -
         raise OptionError(f"--model is for files without their model; {where} holds a {type(model).__name__}")
     if request.eps is not None:
         raise OptionError(f"--eps is for files without their model; {where} has the eps of each norm")
-    before, previous = parameters_of_model(model), checkpoint.stored_recipe(model)
+    before, previous = parameters_of_model(model), stored_recipes.stored_recipe(model)
     try:
         converted, report = _convert_in_place(model, request)
     except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
@@ -48,7 +48,9 @@ def _convert_whole_module(model: nn.Module, where: Path, request: FileRequest) -
         if isinstance(error, NormswapError) or model_specs.is_spec(str(where)):
             raise
         raise FileError(f"{where}: its module is damaged, or of another version ({first_line(error)})") from error
-    checkpoint.store_recipe(converted, as_folded(previous) if request.target is PLAIN_TARGET else report.recipe)
+    stored_recipes.store_recipe(
+        converted, stored_recipes.as_folded(previous) if request.target is PLAIN_TARGET else report.recipe
+    )
     return ConvertedEntry(converted, report, ((before, parameters_of_model(converted)),))
 
 
@@ -62,9 +64,9 @@ def _convert_state_dict(entry: contents.Entry, where: Path, request: FileRequest
     bindings = [binding for binding, _, _ in converted]
     value = state_keys.rebuild(state, bindings, [model.state_dict() for _, model, _ in converted])
     binding, model, report = converted[0]
-    previous, plain = checkpoint.stored_recipe(state), request.target is PLAIN_TARGET
-    recipe = as_folded(previous) if plain else with_origin(report.recipe, source, arguments, previous)
-    checkpoint.store_recipe(value, recipe)
+    previous, plain = stored_recipes.stored_recipe(models[0][1]), request.target is PLAIN_TARGET
+    recipe = stored_recipes.as_folded(previous) if plain else with_origin(report.recipe, source, arguments, previous)
+    stored_recipes.store_recipe(value, recipe)
     report = _with_what_stays_beside(report, state, state_keys.keys_beside(state, bindings))
     report = replace(report, recipe=recipe or report.recipe)
     # An optimizer was made for the model's parameters, or for those of a script's own module that holds the model.
@@ -97,7 +99,7 @@ def _convert_in_place(model: nn.Module, request: FileRequest) -> Conversion:
     drift_only = made_up and request.input_shape is None
     if made_up:
         inputs, name = noise_for(model, request.input_shape)
-    previous = checkpoint.stored_recipe(model)
+    previous = stored_recipes.stored_recipe(model)
     asked = Request(
         request.target, request.options, inputs, name, drift_only,
         inplace=True, progress=request.progress, release=mapped_memory.release

@@ -13,7 +13,7 @@ from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS
 from normswap.analysis.running import Seen
 from normswap.analysis.sites import Site, find_sites
 from normswap.calibration.measuring import Measured
-from normswap.checkpoints import checkpoint
+from normswap.checkpoints import stored_recipes
 from normswap.conversion.convert import fold
 from normswap.conversion.pipeline import run
 from normswap.conversion.request import Recorded, Request
@@ -203,7 +203,7 @@ def _stand_in_moments(model: nn.Module, sites: Mapping[str, Site], sizes: Mappin
 def state_dict_with_recipe(model: nn.Module) -> dict[str, Any]:
     """The state dict of a model, with the recipe that the model has as an attribute."""
     state = model.state_dict()
-    checkpoint.store_recipe(state, checkpoint.stored_recipe(model))
+    stored_recipes.store_recipe(state, stored_recipes.stored_recipe(model))
     return state
 
 
@@ -214,8 +214,3 @@ def with_origin(
     spec = model if isinstance(model, str) and model_specs.is_spec(model) else None
     source = {"model": spec, "model_args": dict(arguments)} if spec else {}
     return {**recipe, **source} | ({"previous": previous} if previous else {})
-
-
-def as_folded(recipe: Any) -> dict[str, Any] | None:
-    """The recipe of a model that was folded since; None for what is none."""
-    return {**recipe, "folded": True} if isinstance(recipe, Mapping) else None

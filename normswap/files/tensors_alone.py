@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from normswap.checkpoints import checkpoint, state_keys
+from normswap.checkpoints import state_keys, stored_recipes
 from normswap.conversion.accounting import why_nothing_to_convert
 from normswap.conversion.pipeline import run
 from normswap.conversion.request import Request
@@ -27,7 +27,7 @@ def convert_tensors_alone(state: Mapping[str, Any], where: Path, request: FileRe
     eps = norms_by_keys.DEFAULT_EPS if request.eps is None else request.eps
     if not (math.isfinite(eps) and eps >= 0):
         raise OptionError(f"--eps {eps}: must be 0 or more, and finite")
-    previous = checkpoint.stored_recipe(state)
+    previous = stored_recipes.stored_recipe(state)
     if previous is not None:
         parse_recipe(previous, where)  # it goes on into the new file, where it has to be sound
     left = _left_by_keys(state, request.target.name)
@@ -38,7 +38,7 @@ def convert_tensors_alone(state: Mapping[str, Any], where: Path, request: FileRe
     own_keys = state_keys.Binding({key: key for key in norms_by_keys.norm_keys(state)})
     value = state_keys.rebuild(state, [own_keys], [converted.state_dict()])
     recipe = with_origin(report.recipe, None, {}, previous)
-    checkpoint.store_recipe(value, recipe)
+    stored_recipes.store_recipe(value, recipe)
     report = replace(_of_whole_state(report, state, value, left, eps), recipe=recipe)
     # An optimizer was made for all parameters, or for those of the model and not for what a script has beside it.
     before, after = map(norms_by_keys.parameters_by_keys, (state, value))

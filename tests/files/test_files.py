@@ -63,8 +63,11 @@ def test_models_of_torchvision_load_back_safely(tmp_path: Path) -> None:
 def test_save_keeps_the_model_as_it_was(tmp_path: Path) -> None:
     model, report = normswap.convert(resnet(), "gn")
     normswap.save(model, tmp_path / "a.pt", report=report)
-    assert RECIPE not in vars(model)
-    assert getattr(normswap.load(tmp_path / "a.pt"), RECIPE) == report.recipe
+    assert vars(model)[RECIPE] == getattr(normswap.load(tmp_path / "a.pt"), RECIPE) == report.recipe
+    for other in (resnet(), model):
+        before = set(vars(other)), list(other._state_dict_hooks.values())
+        normswap.save(other, tmp_path / "b.pt", report=report, overwrite=True)
+        assert (set(vars(other)), list(other._state_dict_hooks.values())) == before
     assert stat.S_IMODE((tmp_path / "a.pt").stat().st_mode) == 0o666 & ~_umask()
 
 
