@@ -25,6 +25,8 @@ class Checkpoint:
     """A module, a state dict, or a dict that has some of these among its values."""
     header: Mapping[str, Any] = field(default_factory=dict)
     """The metadata in a safetensors file's header, or in an index."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Of safetensors: names in `content` of tensors that the file holds under another name alone, and that name."""
     nested: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Of a distributed checkpoint: the nested keys behind each flat name."""
     shards: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

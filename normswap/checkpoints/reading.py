@@ -79,7 +79,9 @@ def _is_safetensors(path: Path) -> bool:
 def _read_file(path: Path, trust: bool, allow: tuple[str | type, ...]) -> Checkpoint:
     if _is_safetensors(path):
         tensors, header = safetensors_files.read_safetensors(path)
-        return Checkpoint(path, "safetensors", _with_recipe(tensors, path, header.pop(RECIPE, None)), header)
+        tensors, header, aliases = _with_aliases(tensors, header)
+        content = _with_recipe(tensors, path, header.pop(RECIPE, None))
+        return Checkpoint(path, "safetensors", content, header, aliases)
     found = pickle_files.read_pickle(path, trust=trust, allow=allow)
     on_top = [found, *found.values()] if isinstance(found, Mapping) else [found]
     held = {id(part): part for part in (*on_top, *(entry.value for entry in models_in(found)))}
@@ -112,7 +114,8 @@ def _read_folder(path: Path, trust: bool, allow: tuple[str | type, ...], scratch
     inner = _read_file(path / name, trust, allow)
     if not isinstance(inner.content, Mapping):
         raise FileError(f"{path / name}: holds a {type(inner.content).__name__}, not a state dict")
-    shards, optimizers = {name: tuple(inner.content)}, _optimizers(path, trust, allow)
+    shards = {name: tuple(key for key in inner.content if key not in inner.aliases)}
+    optimizers = _optimizers(path, trust, allow)
     return replace(inner, path=path, kind="folder", shards=shards, optimizers=optimizers)
 
 
@@ -133,17 +136,34 @@ def _read_shards(index: Path, trust: bool, allow: tuple[str | type, ...]) -> Che
     for name in names:
         if not (index.parent / name).is_file():
             raise FileError(f"{index}: names {name}, which is missing")
-        part = _read_file(index.parent / name, trust, allow).content
-        if not isinstance(part, Mapping) or state.keys() & part.keys():
+        found = _read_file(index.parent / name, trust, allow)
+        if not isinstance(found.content, Mapping) or state.keys() & found.content.keys():
             raise FileError(f"{index.parent / name}: is no state dict, or repeats keys of another file")
-        state |= part
-        shards[name] = tuple(part)
+        header = {**found.aliases, **header}
+        shards[name] = tuple(key for key in found.content if key not in found.aliases)
+        state |= {key: found.content[key] for key in shards[name]}
     if state.keys() != weight_map.keys():
         odd = min(map(str, state.keys() ^ weight_map.keys()))
         raise FileError(f"{index}: does not agree with its files: {odd} stands in one of them alone")
+    state, header, aliases = _with_aliases(state, header)
     content = _with_recipe(state, index, header.pop(RECIPE, None))
     optimizers = _optimizers(index.parent, trust, allow)
-    return Checkpoint(index.parent, "folder", content, header, shards=shards, index=index.name, optimizers=optimizers)
+    return Checkpoint(
+        index.parent, "folder", content, header, aliases, shards=shards, index=index.name, optimizers=optimizers
+    )
+
+
+def _with_aliases(
+    tensors: Mapping[str, Any], header: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """The tensors under those names too that a header tells of, the header without these, and what each stands for.
+
+    So `save_model` of safetensors keeps a tensor that has several names in a model: once, the others in the header.
+    """
+    told = {name: kept for name, kept in header.items() if isinstance(kept, str) and name not in tensors}
+    aliases = {name: kept for name, kept in told.items() if kept in tensors}
+    all_names = {**tensors, **{name: tensors[kept] for name, kept in aliases.items()}}
+    return all_names, {name: value for name, value in header.items() if name not in aliases}, aliases
 
 
 def _optimizers(folder: Path, trust: bool, allow: tuple[str | type, ...]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from normswap.checkpoints import atomic_write, mapped_memory, safetensors_files
 from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
 from normswap.checkpoints.contents import SavedBytes
+from normswap.checkpoints.state_keys import memory_of
 from normswap.checkpoints.stored_recipes import stored_recipe
 from normswap.errors import FileError, OptionError, first_line
 
@@ -55,8 +56,9 @@ def write_checkpoint(found: Checkpoint, out: Path, form: str | None, *, overwrit
     if kind == "pt":
         return atomic_write.write_file(out, lambda file: _save(content, file, out, mapped), overwrite=overwrite)
     if kind == "safetensors":
-        header = (_texts(found.header) or _PYTORCH) | _recipe_as_text(content)
-        write = partial(safetensors_files.write_safetensors, _tensors(content, out), metadata=header, mapped=mapped)
+        tensors, aliases = _stored_once(_tensors(content, out), found.aliases)
+        header = (_texts(found.header) or _PYTORCH) | aliases | _recipe_as_text(content)
+        write = partial(safetensors_files.write_safetensors, tensors, metadata=header, mapped=mapped)
         return atomic_write.write_file(out, write, overwrite=overwrite)
     if kind == "dcp":
         # Not at the top: what it needs of torch takes longer to import than most files to write.
@@ -93,6 +95,21 @@ def _tensors(content: Any, out: Path) -> dict[str, Tensor]:
     return {name: value for name, value in _flat_entries(content, out).items() if isinstance(value, Tensor)}
 
 
+def _stored_once(content: Mapping[str, Any], aliases: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """`content` with each tensor under one name, and the other names with that one; all, where none had `aliases`.
+
+    Kept is a name that was kept before.
+    """
+    if not aliases:
+        return dict(content), {}
+    names: dict[Any, list[str]] = {}
+    for name, value in content.items():
+        names.setdefault(memory_of(value) or name, []).append(name)
+    kept = {name: min(group, key=aliases.__contains__) for group in names.values() for name in group}
+    others = {name: own for name, own in kept.items() if name != own}
+    return {name: value for name, value in content.items() if name not in others}, others
+
+
 def _texts(header: Mapping[str, Any]) -> dict[str, str]:
     """What a safetensors header can hold of some metadata."""
     return {name: value for name, value in header.items() if isinstance(value, str)}
@@ -117,7 +134,9 @@ def _saved(text: str) -> bytes:
 def _write_into_folder(found: Checkpoint, folder: Path, mapped: bool) -> None:
     """Weight files, index and optimizers of a changed checkpoint, and all else in its folder as it was."""
     recipe = _recipe_as_text(found.content)
-    weights = _by_file(found)
+    content, aliases = _stored_once(found.content, found.aliases)
+    recipe |= aliases
+    weights = _by_file(found, content)
     for name, part in weights.items():
         with open(folder / name, "wb") as file:
             if name.endswith(".safetensors"):
@@ -127,7 +146,7 @@ def _write_into_folder(found: Checkpoint, folder: Path, mapped: bool) -> None:
                 part._metadata = getattr(found.content, "_metadata", None)  # type: ignore[attr-defined]
                 _save(part, file, folder / name, mapped)
     if found.index:
-        total = sum(value.nbytes for value in found.content.values() if isinstance(value, Tensor))
+        total = sum(value.nbytes for value in content.values() if isinstance(value, Tensor))
         metadata = {**found.header, "total_size": total, **recipe}
         index = {"metadata": metadata, "weight_map": {key: name for name, part in weights.items() for key in part}}
         (folder / found.index).write_text(json.dumps(index, indent=2) + "\n")
@@ -137,13 +156,13 @@ def _write_into_folder(found: Checkpoint, folder: Path, mapped: bool) -> None:
     _copy_others(found.path, folder)
 
 
-def _by_file(found: Checkpoint) -> dict[str, OrderedDict[str, Any]]:
+def _by_file(found: Checkpoint, content: Mapping[str, Any]) -> dict[str, OrderedDict[str, Any]]:
     """What goes into each weight file: the keys that it had, and new keys of the modules whose keys it has."""
     file_of_key = {key: name for name, keys in found.shards.items() for key in keys}
     file_of_module = {key.rpartition(".")[0]: name for key, name in file_of_key.items()}
     last = list(found.shards)[-1]
     weights: dict[str, OrderedDict[str, Any]] = {name: OrderedDict() for name in found.shards}
-    for key, value in found.content.items():
+    for key, value in content.items():
         weights[file_of_key.get(key) or file_of_module.get(key.rpartition(".")[0]) or last][key] = value
     return weights
 

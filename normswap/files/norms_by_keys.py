@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.checkpoints.state_keys import memory_of
 from normswap.training.parameter_numbers import Parameter
 
 DEFAULT_EPS = 1e-5
@@ -83,21 +84,28 @@ def module_of_norms(state: Mapping[str, Any], eps: float) -> nn.Module:
     """
     root = nn.Module()
     held: set[int] = set()
+    shared: dict[Any, nn.Module] = {}
     for prefix in norm_prefixes(state):
+        memory = tuple(memory_of(state.get(prefix + name)) for name in (*_AFFINE, *_BUFFERS))
+        if memory in shared:  # one norm under two names
+            root._modules[prefix[:-1]] = shared[memory]
+            continue
         norm = BatchNorm(len(state[f"{prefix}running_mean"]), eps=eps, affine=False, device="meta")
         for name in _AFFINE:
             tensor = state.get(prefix + name)
             if tensor is not None:
                 # Two norms may share a gain. Each gets its own new one, so what they share cannot be written into.
-                shared = tensor.data_ptr() in held and not tensor.is_meta
+                again = tensor.data_ptr() in held and not tensor.is_meta
                 held.add(tensor.data_ptr())
-                tensor = nn.Parameter(tensor.detach().clone() if shared else tensor.detach())
+                tensor = nn.Parameter(tensor.detach().clone() if again else tensor.detach())
             norm.register_parameter(name, tensor)
         norm.affine = norm.weight is not None
         for name in _BUFFERS:
             norm.register_buffer(name, state.get(prefix + name))
         if not prefix:
             return norm
+        if None not in memory[len(_AFFINE) : -1]:
+            shared[memory] = norm
         root._modules[prefix[:-1]] = norm  # a path is no name that `add_module` takes, but one that state dicts keep
     return root
 
