@@ -215,7 +215,61 @@ class _Normalized(nn.Module):
                 key = f"{prefix}parametrizations.{name}.{other}"
                 if key in state_dict:
                     state_dict[f"{prefix}{name}_{ours}"] = state_dict.pop(key)
+            g, v = f"{prefix}{name}_g", f"{prefix}{name}_v"
+            own = getattr(self, f"{name}_g", None)
+            if own is not None and g in state_dict and v in state_dict and state_dict[g].shape != own.shape:
+                made = _normalized_over_other_dims(state_dict[v], state_dict[g])
+                if made is not None:
+                    state_dict[v], state_dict[g] = made, _lengths_of_filters(made, filter_groups(self))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def reset_parameters(self: Any) -> None:
+        """Draw the weights themselves anew, as the plain layer does: lengths and directions are those of what comes."""
+        names = [name for name in weight_names(self) if f"{name}_v" in self._parameters]
+        drawn = {name: self.computed(name).detach() for name in names}
+        self.__dict__.update(drawn)  # found there before they are computed
+        try:
+            super().reset_parameters()  # type: ignore[misc]
+        finally:
+            for name in names:
+                del self.__dict__[name]
+        for name in names:  # recurrent layers draw all of their parameters instead
+            setattr(self, name, getattr(self, f"{name}_v") if isinstance(self, RECURRENT + CELLS) else drawn[name])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A weight that is given by its plain name becomes a length and a direction for each filter."""
+        parameters = self.__dict__.get("_parameters", {})
+        if f"{name}_v" not in parameters or not isinstance(value, Tensor):
+            super().__setattr__(name, value)
+            return
+        with torch.no_grad():
+            parameters[f"{name}_v"].copy_(value)
+            parameters[f"{name}_g"].copy_(_lengths_of_filters(value, filter_groups(self)))
+
+
+def _lengths_of_filters(weight: Tensor, groups: int | None) -> Tensor:
+    """The length of each filter of `weight`, in the shape of `g`."""
+    laid, over, _ = filter_dims(weight.detach(), groups)
+    lengths: Tensor = torch.linalg.vector_norm(laid, dim=over, dtype=_wide(weight))
+    return lengths.to(weight.dtype).reshape(gain_shape(weight, groups))
+
+
+def _normalized_over_other_dims(v: Tensor, g: Tensor) -> Tensor | None:
+    """The weight that `g` and `v` of torch's weight norm stand for, normalized over the dimensions where `g` has 1.
+
+    torch has a length for each index along one dimension, by default the first, which in a transposed convolution is
+    that of the input; with `dim=None` one for all. None where the shapes are no such pair.
+    """
+    sizes = g.shape or (1,) * v.dim()
+    if len(sizes) != v.dim() or any(size not in (1, wanted) for size, wanted in zip(sizes, v.shape, strict=True)):
+        return None
+    wide = v.to(_wide(v))
+    over = tuple(dim for dim, size in enumerate(sizes) if size == 1)
+    return (wide * (g.to(wide.dtype) / _lengths(wide, over))).to(v.dtype)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 # ---- the layers ----

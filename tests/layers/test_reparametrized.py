@@ -117,20 +117,60 @@ def test_keys(form: str) -> None:
         assert lstm == {f"weight_{k}_l0_{end}" for k in ("ih", "hh") for end in ("g", "v")}
 
 
+@pytest.mark.parametrize("dim", [0, 1, None])
 @pytest.mark.parametrize(
-    "make", [lambda: nn.Conv2d(4, 6, 3), lambda: nn.Linear(4, 6), lambda: nn.ConvTranspose2d(4, 6, 3)]
+    "make",
+    [
+        lambda: nn.Conv2d(4, 6, 3),
+        lambda: nn.Linear(4, 6),
+        lambda: nn.ConvTranspose2d(4, 6, 3),
+        lambda: nn.ConvTranspose1d(4, 6, 3, groups=2),
+        lambda: nn.ConvTranspose1d(4, 4, 3, groups=4),
+        lambda: nn.ConvTranspose3d(1, 4, 2),
+    ],
 )
-def test_files_in_torchs_spellings_load(make: Callable[[], nn.Module]) -> None:
-    """`weight_norm` of both kinds, along output channels."""
-    dim = 1 if isinstance(make(), nn.ConvTranspose2d) else 0
+def test_files_in_torchs_spellings_load(make: Callable[[], nn.Module], dim: int | None, tmp_path: Path) -> None:
+    """`weight_norm` of both kinds, with lengths along any dimension, also where `weight_g` has another shape here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         old = weight_norm(make(), dim=dim)
     new = parametrizations.weight_norm(make(), dim=dim)
     for theirs in (old, new):
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                parameter.mul_(1.5).add_(0.1)
+        wanted = theirs.weight if theirs is new else torch._weight_norm(
+            theirs.weight_v, theirs.weight_g, -1 if dim is None else dim
+        )  # fmt: skip
         ours = converted(make(), "wn")
+        torch.save({f"0.{name}": value for name, value in theirs.state_dict().items()}, tmp_path / "w.pt")
         ours.load_state_dict(theirs.state_dict(), strict=True)
-        torch.testing.assert_close(ours.weight, theirs.weight)
+        loaded = normswap.load(tmp_path / "w.pt", model=nn.Sequential(converted(make(), "wn")))[0]
+        for layer in (ours, loaded):
+            torch.testing.assert_close(layer.weight, wanted)
+            lengths = layer.weight.detach().square().sum().sqrt()
+            torch.testing.assert_close(layer.weight_g.detach().square().sum().sqrt(), lengths)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_writes_a_normalized_weight_by_its_plain_name(name: str) -> None:
+    """`reset_parameters` of an init function, and assignment: neither is lost."""
+    plain = LAYERS[name].make()
+    ours = converted(plain, "wn")
+    x = torch.randn(LAYERS[name].shape)
+    for layer in (plain, ours):
+        torch.manual_seed(3)
+        layer.reset_parameters()
+    if not isinstance(plain, nn.RNNBase | nn.RNNCellBase):  # these draw other numbers, of the same distribution
+        torch.testing.assert_close(first(ours(x)), first(plain(x)))
+    bound = max(parameter.detach().abs().max() for parameter in plain.parameters())
+    for weight in weight_names(plain):
+        assert 0.5 * bound < getattr(ours, weight).detach().abs().max() < 1.1 * bound
+    keys = list(ours.state_dict())
+    for weight in weight_names(plain):
+        setattr(ours, weight, nn.Parameter(plain.get_parameter(weight) * 2))
+        torch.testing.assert_close(getattr(ours, weight), plain.get_parameter(weight) * 2)
+    assert list(ours.state_dict()) == keys
 
 
 def test_torchs_weight_norm_is_recognized() -> None:
