@@ -20,6 +20,8 @@ import normswap
 
 opacus = pytest.importorskip("opacus")
 from opacus.grad_sample import GradSampleModule  # noqa: E402
+from opacus.grad_sample.utils import prepare_module  # noqa: E402
+from opacus.layers import DPGRU, DPLSTM  # noqa: E402
 from opacus.validators import ModuleValidator  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -51,8 +53,8 @@ def in_a_loop(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return {name: torch.stack(grads) for name, grads in found.items()}
 
 
-def by_opacus(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    private = GradSampleModule(copy.deepcopy(model))
+def by_opacus(model: nn.Module, x: Tensor, y: Tensor, mode: str = "hooks") -> dict[str, Tensor]:
+    private = prepare_module(copy.deepcopy(model), mode)
     F.cross_entropy(private(x), y).backward()
     return {name: p.grad_sample for name, p in private._module.named_parameters()}
 
@@ -172,3 +174,132 @@ print(tuple(model[0].weight.grad_sample.shape), list(model[0].buffers())[0].shap
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == ["refused", "(4, 8, 3, 3, 3) torch.Size([8])"], done.stderr
+
+
+# ---- other modes than hooks ----
+
+
+class Small(nn.Module):
+    """A convolution and a norm that expanded weights know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(self.conv(x)).tanh().mean((2, 3)))
+        return y
+
+
+def agree(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert set(ours) == set(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("target", ["gn", "in", "pn", "frozen", "gn-ws", "gn-wn", "frozen-ws", "fold-ws"])
+def test_functorch(target: str) -> None:
+    model = normswap.convert(Small(), target).model.train()
+    agree(by_opacus(model, X, Y, "functorch"), in_a_loop(model, X, Y))
+
+
+def test_functorch_leaves_what_is_not_trained() -> None:
+    model = normswap.convert(Small(), "frozen-ws").model.train()
+    model.norm.requires_grad_(False)
+    model.conv.bias.requires_grad_(False)
+    private = prepare_module(copy.deepcopy(model), "functorch")
+    F.cross_entropy(private(X), Y).backward()
+    found = {name for name, p in private._module.named_parameters() if getattr(p, "grad_sample", None) is not None}
+    assert found == {"conv.weight", "head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize(
+    ("target", "refused"),
+    [
+        ("gn", ""), ("ln", ""), ("in", ""), ("fold", ""), ("pn", "norm .PositionNorm"), ("gn-ws", "conv .Standardized"),
+        ("gn-wn", "conv .Normalized"), ("frozen", "norm .Frozen"), ("est", "follow the samples"),
+        ("bcn", "follow the samples"),
+    ],
+)  # fmt: skip
+def test_expanded_weights(target: str, refused: str) -> None:
+    """They work, or `make_private` says before training what does not."""
+    model = normswap.convert(Small(), target).model.train()
+    if not refused:
+        agree(by_opacus(model, X, Y, "ew"), in_a_loop(model, X, Y))
+        return
+    loader = DataLoader(TensorDataset(X, Y), batch_size=2)
+    with pytest.raises(normswap.NormswapError, match=refused):
+        opacus.PrivacyEngine().make_private(
+            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader,
+            noise_multiplier=1.0, max_grad_norm=1.0, grad_sample_mode="ew",
+        )  # fmt: skip
+
+
+def test_expanded_weights_take_norms_that_are_not_trained() -> None:
+    model = normswap.convert(Small(), "frozen").model.train()
+    model.norm.requires_grad_(False)
+    wanted = {name: grad for name, grad in in_a_loop_of(model).items() if "norm" not in name}
+    private = prepare_module(copy.deepcopy(model), "ew")
+    F.cross_entropy(private(X), Y).backward()
+    agree({name: p.grad_sample for name, p in private._module.named_parameters() if p.requires_grad}, wanted)
+
+
+def in_a_loop_of(model: nn.Module) -> dict[str, Tensor]:
+    trainable = copy.deepcopy(model).requires_grad_(True)
+    return in_a_loop(trainable, X, Y)
+
+
+class Sequence(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.rnn, self.head = layer, nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.rnn(x.flatten(2).transpose(1, 2))[0][:, -1])
+        return y
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ew"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"to": "ws", "layers": ("rnn",)},
+        {"to": "wn", "layers": ("rnn",)},
+        {"to": "gn", "recurrent": "ln"},
+    ],
+)
+def test_recurrent_layers_are_refused_before_training(options: dict[str, Any], mode: str) -> None:
+    for layer in (nn.LSTM(3, 8, batch_first=True), nn.GRUCell(3, 8)):
+        model = normswap.convert(Sequence(layer), **options).model
+        with pytest.raises(normswap.NormswapError, match=r"^rnn \(\w+\): Opacus has no gradients for each sample"):
+            prepare_module(model, mode)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+@pytest.mark.parametrize("target", ["ws", "wn"])
+@pytest.mark.parametrize("cls", [DPLSTM, DPGRU])
+def test_opacus_own_recurrent_layers(cls: type[nn.Module], target: str, mode: str) -> None:
+    """Their weights are linear layers: standardized or normalized, they have gradients for each sample too."""
+    torch.manual_seed(0)
+    model = Sequence(cls(3, 8, batch_first=True))
+    model = normswap.convert(model, target, layers=("linear",), ws_scope="all").model.train()
+    agree(by_opacus(model, X[:, :, :3, :2], Y, mode), in_a_loop(model, X[:, :, :3, :2], Y))
+
+
+class Holder(nn.Conv2d):
+    """As detectron2's Conv2d."""
+
+    def __init__(self, *args: int, norm: nn.Module):
+        super().__init__(*args)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.norm(super().forward(x)))
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+@pytest.mark.parametrize("target", ["gn", "frozen", "gn-ws", "frozen-ws", "gn-wn"])
+def test_norms_that_a_convolution_holds(target: str, mode: str) -> None:
+    model = nn.Sequential(Holder(3, 8, 3, norm=nn.BatchNorm2d(8)), nn.Flatten(), nn.Linear(392, 5))
+    model = normswap.convert(model, target).model.train()
+    agree(by_opacus(model, X, Y, mode), in_a_loop(model, X, Y))
