@@ -67,9 +67,10 @@ class GraphReader:
         return made and all(self._is_own_call(user) or self._serves_own_call(user) for user in node.users)
 
     def _layer(self, node: fx.Node) -> ranks.Layer:
-        """What a node calls, as far as that is the layer alone and not what hooks make of it."""
+        """What a node calls, as far as that is the layer alone and not what hooks, or its own forward, make of it."""
         module = self._module(node)
-        return ranks.Layer(None, None) if id(module) in self.part.hooked else ranks.Layer(module, self._site(node))
+        more = id(module) in self.part.hooked or self._norms_in(node)
+        return ranks.Layer(None, None) if more else ranks.Layer(module, self._site(node))
 
     def _is_identity(self, node: fx.Node) -> bool:
         module = self._module(node)

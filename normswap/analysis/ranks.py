@@ -132,6 +132,8 @@ def _made(node: fx.Node, layer: Layer, ranks: dict[fx.Node, frozenset[int]]) -> 
         return _reduced(node, before)
     if node.target in _KEEPING and len(known) > 1:  # broadcast
         return {max(left, right) for left in known[0] for right in known[1]}
+    if layer.module is None and (dims := operations.spatial_dims_of_layer(node, None)) is not None:
+        return {dims + 1, dims + 2}  # a convolution that is called as a function
     return ANY_RANK
 
 

@@ -197,7 +197,7 @@ def test_the_model_itself_and_other_layers() -> None:
     up.after = nn.Sequential(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), nn.AvgPool2d(2))
     line.norm = nn.BatchNorm1d(6)
     model = randomize(nn.Sequential(up, nn.Flatten(), line)).double().eval()
-    converted, report = normswap.convert(model, "fold")
+    converted, report = normswap.convert(model, "fold", example_inputs=X)
     assert {c.paths[0] for c in report.changes if c.kind == "norm"} == {"0.after.0.0", "2.norm"}
     assert report.exact and distance(model(X), converted(X)) < 1e-12
 
@@ -218,6 +218,12 @@ def test_in_a_forward_that_cannot_be_traced() -> None:
     for options in ({}, {"example_inputs": X}):
         converted, report = normswap.convert(model, "fold", **options)
         assert not report.left and distance(model(X), converted(X)) < 1e-12
+
+
+def test_a_synchronized_norm_inside_becomes_plain() -> None:
+    model = holders(Holder, nn.SyncBatchNorm)
+    converted, report = normswap.convert(model, "bn")
+    assert type(converted[0].norm) is nn.BatchNorm2d and report.exact and torch.equal(model(X), converted(X))
 
 
 class Pointwise(Holder):
