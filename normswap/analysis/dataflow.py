@@ -9,8 +9,9 @@ from torch import nn
 from normswap.analysis.bytecode import parts_used
 from normswap.analysis.copies import skeleton
 from normswap.analysis.flow import Flow
-from normswap.analysis.graph_reader import GraphReader, TracedPart
+from normswap.analysis.graph_reader import GraphReader
 from normswap.analysis.sites import Site
+from normswap.analysis.traced_part import TracedPart
 from normswap.analysis.tracing import trace
 
 

@@ -6,6 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
+from normswap.analysis.connections import Branch
+
 
 @dataclass
 class Flow:
@@ -20,8 +22,15 @@ class Flow:
 
     A norm may go into the layer before it only where that norm is the sole reader.
     """
-    writers: dict[str, list[str | None]] = field(default_factory=lambda: defaultdict(list))
-    """For a norm, the weight layer directly before each call; None where something else stands there."""
+    writers: dict[str, list[tuple[str, ...] | None]] = field(default_factory=lambda: defaultdict(list))
+    """For a norm, the weight layers directly before each call, several if their outputs are concatenated along the
+    channels; None where something else stands there."""
+    followers: dict[str, list[str | None]] = field(default_factory=lambda: defaultdict(list))
+    """For a norm, the weight layer directly behind each use of its output; None for a use by anything else."""
+    norms_before: dict[str, list[str | None]] = field(default_factory=lambda: defaultdict(list))
+    """For a weight layer, the norm directly before each call; None where something else stands there."""
+    beside: dict[str, list[frozenset[Branch]]] = field(default_factory=lambda: defaultdict(list))
+    """For a norm, the branches parallel to each call."""
     normed: set[str] = field(default_factory=set)
     """Weight layers whose output reaches a norm before it reaches another weight layer: these are standardized."""
     single: set[str] = field(default_factory=set)
@@ -30,6 +39,8 @@ class Flow:
     """Norms whose input is known to have more elements a channel, in some call."""
     ranks: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     """For a norm, how many dimensions its input may have by the layers around it, in any call: 2 alone is (N, C)."""
+    flattened: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """For a norm behind a flattening, how many dimensions what is flattened may have, in any call."""
     first: set[str] = field(default_factory=set)
     """Weight layers that read the model's input, with no weight layer before them: their input is no norm's output."""
     between: dict[str, set[tuple[str | None, tuple[str, ...]]]] = field(default_factory=lambda: defaultdict(set))
@@ -45,8 +56,8 @@ class Flow:
     parts: dict[str, frozenset[str]] = field(default_factory=dict)
     """Sites all of whose uses are known, and the paths of the modules whose traces tell them: "" for the whole model.
     For any other site, "no other reader" only means that none was seen."""
-    outside: set[str] = field(default_factory=set)
-    """Sites that a run has called outside of these modules, which no code had told."""
+    doubts: dict[str, str] = field(default_factory=dict)
+    """Sites of which a run has shown more than traces of parts had told, and what."""
     functional: dict[str, str] = field(default_factory=dict)
     """Norms that no module holds: by the path of the module that calls it, the name of the function."""
     problems: dict[str, str] = field(default_factory=dict)
@@ -54,19 +65,20 @@ class Flow:
 
     def add(self, other: Flow) -> None:
         """Take in what one more trace tells."""
-        for name in ("normed", "single", "spatial", "first", "touched", "outside"):
+        for name in ("normed", "single", "spatial", "first", "touched"):
             getattr(self, name).update(getattr(other, name))
-        for path, readers in other.readers.items():
-            self.readers[path] += readers
-        for path, writers in other.writers.items():
-            self.writers[path] += writers
+        for name in ("readers", "writers", "followers", "norms_before", "beside"):
+            for path, found in getattr(other, name).items():
+                getattr(self, name)[path] += found
         for path, ways in other.between.items():
             self.between[path] |= ways
-        for path, ranks in other.ranks.items():
-            self.ranks[path] |= ranks
+        for name in ("ranks", "flattened"):
+            for path, ranks in getattr(other, name).items():
+                getattr(self, name)[path] |= ranks
         self.calls |= other.calls  # the greater count of each
         self.functional.update(other.functional)
         self.parts.update(other.parts)
+        self.doubts.update(other.doubts)
         self.problems.update(other.problems)
 
     @property
@@ -79,30 +91,52 @@ class Flow:
         """Those of `parts` that the trace of the whole model does not tell of: it failed."""
         return {path: parts for path, parts in self.parts.items() if "" not in parts}
 
-    def without(self, sites: Collection[str]) -> Flow:
+    def doubting(self, sites: Collection[str], why: str) -> Flow:
         """The same, where of `sites` not all uses are known after all, as a run has shown."""
         parts = {path: parts for path, parts in self.parts.items() if path not in sites}
-        return replace(self, parts=parts, outside={*self.outside, *sites})
+        return replace(self, parts=parts, doubts={**self.doubts, **dict.fromkeys(sites, why)})
 
     def seen(self, path: str) -> bool:
         """Whether a trace reached a site."""
         return path in self.readers or path in self.writers
 
-    def feeder(self, norm: str) -> tuple[str | None, str]:
-        """The one layer whose output the norm reads and nothing else does; or None, and why."""
-        if norm in self.outside:
-            return None, "is used outside of the block that was traced, as a run shows"
+    def feeders(self, norm: str) -> tuple[tuple[str, ...], str]:
+        """The layers whose outputs, one behind the other along the channels, are what the norm reads, and which nothing
+        else reads: in most models one. Or none, and why.
+        """
+        if norm in self.doubts:
+            return (), self.doubts[norm]
         if norm not in self.parts:
-            return None, f"what comes before it could not be traced{self._why(norm)}"
+            return (), f"what comes before it could not be traced{self._why(norm)}"
         writers = {writer for writer in self.writers[norm] if writer is not None}
         if None in self.writers[norm]:
-            return None, "no convolution or linear layer directly before it"
+            return (), "no convolution or linear layer directly before it"
         if len(writers) > 1:
-            return None, "more than one layer before it"
-        (writer,) = writers
-        if writer not in self.parts or set(self.readers[writer]) != {norm}:
-            return None, "the layer before it has other readers"
-        return writer, ""
+            return (), "more than one layer before it"
+        (layers,) = writers
+        if any(layer not in self.parts or set(self.readers[layer]) != {norm} for layer in layers):
+            return (), "the layer before it has other readers"
+        return layers, ""
+
+    def feeder(self, norm: str) -> str | None:
+        """The one layer whose output the norm reads and nothing else does."""
+        layers, _ = self.feeders(norm)
+        return layers[0] if len(layers) == 1 else None
+
+    def behind(self, norm: str) -> set[str]:
+        """The layers that read nothing but the norm's output, which nothing else reads."""
+        layers = set(self.followers[norm])
+        known = norm in self.parts and None not in layers and all(layer in self.parts for layer in layers)
+        found = {layer for layer in layers if layer is not None}
+        return found if known and all(set(self.norms_before[layer]) == {norm} for layer in found) else set()
+
+    def parallel(self, norm: str) -> frozenset[Branch]:
+        """The branches that are parallel to the norm in each call, and whose layers are called in no other place."""
+        calls = self.beside[norm]
+        if norm not in self.parts or not calls:
+            return frozenset()
+        in_each = frozenset.intersection(*calls)
+        return frozenset(b for b in in_each if b.layer in self.parts and len(self.norms_before[b.layer]) == len(calls))
 
     def _why(self, path: str) -> str:
         """What stood in the way of tracing the nearest module around `path`."""

@@ -1,70 +1,38 @@
 """Reads one traced graph of a part of a model into a `Flow`."""
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import NamedTuple
 
 from torch import fx, nn
 
 from normswap.analysis import operations, ranks
+from normswap.analysis.connections import Connections
 from normswap.analysis.flow import Flow
 from normswap.analysis.sites import Site
+from normswap.analysis.traced_part import TracedPart
 from normswap.analysis.tracing import TracedGraph
 from normswap.layers.reparametrized import LAYERS, TRANSPOSED
-
-
-class TracedPart(NamedTuple):
-    """A module of the model that was traced, and what is known of it."""
-
-    modules: Mapping[str, nn.Module]
-    """It and all modules in it, by each of their paths in it."""
-    path: str
-    """Where it stands in the model."""
-    sites: Mapping[str, Site]
-    """All sites of the model, by each of their paths."""
-    hooked: frozenset[int]
-    """The ids of modules with hooks, which may do anything to a value."""
-    holders: Mapping[str, frozenset[str]]
-    """By each of the paths of a layer that runs norms behind itself: these, by their first path."""
-
-    def site(self, path: str) -> Site | None:
-        """The site at a path below the module."""
-        return self.sites.get(f"{self.path}.{path}".strip("."))
 
 
 class GraphReader:
     """One graph, whose nodes stand in the order in which they run: each before those that use its value."""
 
     def __init__(self, run: TracedGraph, part: TracedPart):
-        self.part, self.left_behind = part, run.left_behind
+        self.part, self.connections = part, Connections(run, part)
         self.nodes = list(run.graph.nodes)
         self.ranks = ranks.possible_ranks(self.nodes, self._layer)
 
     # ---- what a node is ----
 
     def _module(self, node: fx.Node) -> nn.Module | None:
-        return self.part.modules.get(str(node.target)) if node.op == "call_module" else None
+        return self.part.module_of(node)
 
     def _site(self, node: fx.Node) -> Site | None:
-        """The site whose own work a node is: a module that runs nothing behind that, or the call in one that does."""
-        if self._is_own_call(node):
-            return self.part.site("")
-        return self.part.site(str(node.target)) if node.op == "call_module" and not self._norms_in(node) else None
-
-    def _norms_in(self, node: fx.Node) -> frozenset[str]:
-        """The norms that run in a call of the layer that holds them."""
-        path = f"{self.part.path}.{node.target}".strip(".")
-        return self.part.holders.get(path, frozenset()) if node.op == "call_module" else frozenset()
-
-    def _is_own_call(self, node: fx.Node) -> bool:
-        """Whether a node is the convolution or linear map of a layer that is traced since it holds norms."""
-        holds = self.part.path in self.part.holders
-        return holds and node.target is operations.function_of(self.part.modules[""])
+        return self.part.site_of(node)
 
     def _serves_own_call(self, node: fx.Node) -> bool:
         """Whether a node is a tensor of such a layer that this call alone reads, or what is made of it for the call."""
         made = node.op == "get_attr" or node.target in operations.REPARAMETRIZATIONS
-        return made and all(self._is_own_call(user) or self._serves_own_call(user) for user in node.users)
+        return made and all(self.part.is_own_call(user) or self._serves_own_call(user) for user in node.users)
 
     def _layer(self, node: fx.Node) -> ranks.Layer:
         """What a node calls, as far as that is the layer alone and not what hooks, or its own forward, make of it."""
@@ -99,7 +67,7 @@ class GraphReader:
         for node in self.nodes:
             self._note_direct_access(node, flow)
         for node in self.nodes:
-            for norm in self._norms_in(node):
+            for norm in self.part.norms_in(node):
                 flow.calls[norm] += 1
                 if (one := single[node]) is not None:
                     (flow.single if one else flow.spatial).add(norm)
@@ -111,13 +79,17 @@ class GraphReader:
             if not self.part.path and self._is_weighted(node) and not weights_before[node]:
                 flow.first.add(path)
             if site.kind == "norm":
-                directly = before is not None and not shapings and self.part.sites[before].kind == "weight"
-                flow.writers[path].append(before if directly else None)
+                flow.writers[path].append(self.connections.writers(node))
+                flow.followers[path] += self.connections.followers(node)
+                flow.beside[path].append(self.connections.beside(node))
+                if (flattened := self.connections.flattened(node)) is not None:
+                    flow.flattened[path] |= self.ranks.get(flattened, ranks.ANY_RANK)
                 if (one := single[node]) is not None:
                     (flow.single if one else flow.spatial).add(path)
                 flow.ranks[path] |= self.ranks.get(operations.input_of(node), ranks.ANY_RANK)  # type: ignore[arg-type]
             else:
-                flow.readers[path] += self._readers(node)
+                flow.readers[path] += self.connections.readers(node)
+                flow.norms_before[path].append(self.connections.norm_before(node))
                 if norm_ahead[node]:
                     flow.normed.add(path)
         return flow
@@ -148,17 +120,6 @@ class GraphReader:
             flow.functional[f"{self.part.path}.{inner}".strip(".")] = operations.name_of(node)
 
     # ---- what stands around a site ----
-
-    def _readers(self, node: fx.Node) -> list[str | None]:
-        """The norm behind each use of a weight layer's output; None for every other use."""
-        found: list[str | None] = []
-        for user in node.users:
-            if self._is_identity(user):
-                found += self._readers(user)
-            elif not operations.reads_shape_only(user):
-                site = self._site(user) if self._is_norm(user) and operations.input_of(user) is node else None
-                found.append(site.path if site else None)
-        return found if node not in self.left_behind else [*found, None]
 
     def _between(self, node: fx.Node) -> tuple[str | None, tuple[str, ...]]:
         """The site before a node, and what non-linearities and dropouts stand between them."""

@@ -114,7 +114,7 @@ def _why_not_one_call(holder: _Holder) -> str:
         return f"could not be traced ({traced.problem[:100]})"
     run = function_of(holder.layer)
     held = {name for name in _OWN if holder.layer._parameters[name] is not None}
-    for graph, _ in traced.graphs:
+    for graph, *_ in traced.graphs:
         calls = {user for node in graph.nodes if node.op == "get_attr" for user in node.users}
         if len(calls) != 1 or any(call.target is not run for call in calls):
             return "uses its weight or bias elsewhere"

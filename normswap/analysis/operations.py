@@ -70,6 +70,49 @@ def reads_shape_only(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is getattr and node.args[1] in _SHAPE_READS
 
 
+def concatenates_channels(node: fx.Node) -> bool:
+    """Whether a node lays values behind each other along their second dimension."""
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    return node.op == "call_function" and node.target in CONCATENATIONS and bool(dim == 1)
+
+
+def flattens_samples(node: fx.Node) -> bool:
+    """Whether a node makes two dimensions of a value's, the first of which stays."""
+    if node.target in FLATTENINGS:
+        return node.args[1:] in ((1,), (1, -1)) and not node.kwargs
+    sizes = node.args[1:] if len(node.args) != 2 else node.args[1]
+    if (
+        node.op != "call_method"
+        or node.target not in ("view", "reshape")
+        or node.kwargs
+        or not isinstance(sizes, tuple | list)
+    ):
+        return False
+    return len(sizes) == 2 and bool(sizes[1] == -1) and _is_batch_size(sizes[0], input_of(node))
+
+
+def _is_batch_size(value: Any, of: fx.Node | None) -> bool:
+    """Whether a value is the first size of `of`: `x.size(0)`, `x.shape[0]`."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_method":
+        return value.target == "size" and bool(value.args == (of, 0))
+    shape = value.args[0] if value.target is operator.getitem and value.args[1] == 0 else None
+    return isinstance(shape, fx.Node) and reads_shape_only(shape) and input_of(shape) is of and len(shape.args) <= 2
+
+
+def is_idle_dropout(node: fx.Node, by_mode: bool) -> bool:
+    """Whether a node is a call of a dropout that drops nothing in eval mode.
+
+    `by_mode` says that this is a run in train mode, and that there is one in eval mode to tell what is dropped there.
+    """
+    if node.op != "call_function" or node.target not in DROPOUTS:
+        return False
+    chance = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+    on = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", node.kwargs.get("train", True))
+    return bool(chance == 0 or on is False or (on is True and by_mode))
+
+
 def shaping(node: fx.Node, module: nn.Module | None) -> str:
     """The name of a non-linearity or of a dropout that drops something; "" for any other node.
 

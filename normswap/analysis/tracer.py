@@ -6,13 +6,14 @@ import threading
 import traceback
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normswap.analysis.conditions import condition_of
 from normswap.layers.reparametrized import CONVOLUTIONS
 
 BranchPoint = tuple[str, tuple[tuple[types.CodeType, int], ...]]
@@ -61,6 +62,7 @@ class BranchTracer(fx.Tracer):
         # Code and line of each frame that led to the last branch.
         self._last_asked: list[tuple[types.CodeType, int]] = []
         self._times_asked: Counter[BranchPoint] = Counter()
+        self._answers: dict[Hashable, bool] = {}  # to conditions that one run cannot meet and not meet
         self._names: dict[Tensor, str] = {}  # of the root's parameters and buffers
         self._thread = threading.get_ident()
 
@@ -104,7 +106,10 @@ class BranchTracer(fx.Tracer):
         # One instance of a block may go where another does not.
         place = (self.scope.module_path, tuple((frame.f_code, frame.f_lasti) for frame in frames))
         self._times_asked[place] += 1
-        decided = self.decisions.setdefault(place, True)
+        asked, opposite = condition_of(obj.node) or (obj.node, False)
+        if asked not in self._answers:
+            self._answers[asked] = self.decisions.setdefault(place, True) is not opposite
+        decided = self._answers[asked] is not opposite
         return decided if self._times_asked[place] <= _MAX_ROUNDS else not decided
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

@@ -33,6 +33,8 @@ class TracedGraph(NamedTuple):
     graph: fx.Graph
     left_behind: frozenset[fx.Node]
     """Values that the run has left in attributes of modules: whoever reads these reads them too."""
+    by_mode: bool = False
+    """Whether modules were in train mode, and the forward has asked: then there are graphs of eval mode, too."""
 
 
 class Traced(NamedTuple):
@@ -59,7 +61,8 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
         runs.follow_branches(modes, call)
         if runs.nodes > runs.most_nodes:
             break
-    return Traced(tuple(runs.graphs), not runs.problem and bool(runs.graphs), runs.problem)
+    graphs = (graph._replace(by_mode=graph.by_mode and runs.mode.asked) for graph in runs.graphs)
+    return Traced(tuple(graphs), not runs.problem and bool(runs.graphs), runs.problem)
 
 
 class _Call(NamedTuple):
@@ -142,7 +145,7 @@ class _Runs:
                 for m, mode in zip(self.module.modules(), modes, strict=True):
                     m.__dict__["training"] = mode  # not train(): some exchange weights in it
                 graph = tracer.trace(self.module, concrete_args=dict(call.arguments))
-                self.graphs.append(TracedGraph(graph, _left_behind(self.module, graph)))
+                self.graphs.append(TracedGraph(graph, _left_behind(self.module, graph), any(modes)))
             self.problem = self.problem or tracer.inexact
         except Exception as error:  # a forward is anybody's code: whatever it raises means "not traceable"
             where = tuple((f.f_code, line) for f, line in traceback.walk_tb(error.__traceback__))

@@ -1,6 +1,6 @@
 """Counts and names for the report: what changed, what stayed and why, and how large the model is."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from torch import nn
@@ -9,27 +9,34 @@ from normswap.analysis.sites import Site
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS
 from normswap.report.report import Change, Left
-from normswap.targets.context import Swap
+from normswap.targets.context import Place, Swap
 from normswap.targets.target import Target
+
+_TOOK_IN = {
+    Place.BEFORE: "took in the norm after it", Place.BEHIND: "took in the norm before it",
+    Place.BESIDE: "took in the norm beside it",
+}  # fmt: skip
 
 
 def changes_of(swaps: Sequence[Swap]) -> list[Change]:
     """The swaps as the report has them; a layer that takes in a norm has a change too, though it is no swap."""
-    norm_into = {swap.absorption.site: swap.site.path for swap in swaps if swap.absorption}
+    taken: dict[Site, list[tuple[Place, Swap]]] = defaultdict(list)
+    for swap in swaps:
+        for absorption in swap.absorptions:
+            taken[absorption.site].append((absorption.place, swap))
     changes = []
     for swap in swaps:
-        site, into = swap.site, swap.absorption
-        partner = into.site.path if into else norm_into.pop(site, None)
-        how = f"{swap.how}; took in the norm after it" if partner is not None and not into else swap.how
+        site, norms = swap.site, taken.pop(swap.site, [])
+        partners = [absorption.site.path for absorption in swap.absorptions] + [norm.site.path for _, norm in norms]
+        how = "; ".join([swap.how, *(_TOOK_IN[place] for place, _ in norms)])
+        partner = partners[0] if partners else None
         changes.append(
             Change(site.paths, site.kind, site.name, swap.after, how, swap.exact, swap.note, swap.groups, partner)
         )
-    for swap in swaps:
-        if swap.absorption and norm_into.pop(swap.absorption.site, None) is not None:
-            layer, how = swap.absorption.site, "took in the norm after it"
-            changes.append(
-                Change(layer.paths, "weight", layer.name, layer.name, how, swap.exact, partner=swap.site.path)
-            )
+    for layer, norms in taken.items():
+        how, exact = "; ".join(_TOOK_IN[place] for place, _ in norms), all(norm.exact for _, norm in norms)
+        partner = norms[0][1].site.path
+        changes.append(Change(layer.paths, "weight", layer.name, layer.name, how, exact, partner=partner))
     return changes
 
 

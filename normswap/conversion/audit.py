@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from normswap.analysis.drift import layer_drifts, output_drift
 from normswap.analysis.running import run_model
@@ -16,6 +17,7 @@ from normswap.errors import ModelError, NormswapError
 from normswap.report.report import Drift
 from normswap.targets.options import Options
 
+_NUDGE = 16  # times the rounding of an input, by which it is moved to see what that does
 _EXACT = 1e5  # times the rounding of the coarsest parameter: more than any chain of layers adds up to
 
 
@@ -56,10 +58,26 @@ def measure_drift(model: nn.Module, plan: Plan, evidence: Evidence, request: Req
     return replace(drift, layers=tuple(layer_drifts(before, after.sketches)))
 
 
+def is_steady(model: nn.Module, evidence: Evidence) -> bool:
+    """Whether the output of `model`, as it was before, hardly moves with its inputs: then a larger move tells."""
+
+    def nudged(tensor: Tensor) -> Tensor:
+        return tensor * (1 + _NUDGE * torch.finfo(tensor.dtype).eps) if tensor.is_floating_point() else tensor
+
+    inputs = pytree.tree_map_only(Tensor, nudged, evidence.inputs)
+    drift = output_drift(evidence.output, run_model(model, inputs).output, evidence.inputs_name)
+    return drift.relative_l2 is not None and not _is_moved(model, drift)
+
+
+def _is_moved(model: nn.Module, drift: Drift) -> bool:
+    """Whether the output moved by more than rounding."""
+    rounding = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+    return drift.relative_l2 is not None and drift.relative_l2 > _EXACT * rounding
+
+
 def _check_exact(model: nn.Module, drift: Drift) -> None:
     """Raise `ModelError` where the output of an exact conversion moved by more than rounding."""
-    rounding = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
-    if drift.relative_l2 is not None and drift.relative_l2 > _EXACT * rounding:
+    if _is_moved(model, drift):
         raise ModelError(
             f"this conversion should be exact, but on {drift.probe} the output moved by {drift.relative_l2:.2g} "
             "(relative L2): the forward does something that could not be seen; leave the layers concerned with "

@@ -57,7 +57,10 @@ def survey_model(model: nn.Module, request: Request) -> Survey:
     chosen, excluded = map(frozenset, select(sites, request.options.include, request.options.exclude))
     request.begin(Phase.TRACE)
     flow = find_flow(model, sites)
-    flow = flow if request.folds_in_parts else flow.without(flow.in_parts)
+    if not request.folds_in_parts:
+        flow = flow.doubting(
+            flow.in_parts, "only its block could be traced, and folded there the output moves on noise"
+        )
     hidden, notices = hidden_layers(model)
     names, elements, shared = class_names(model), count_elements(model), shared_tensors(model)
     return Survey(model, sites, chosen, excluded, flow, shared, hidden, notices, names, elements)
@@ -134,7 +137,7 @@ def _folds_in_parts(survey: Survey, request: Request) -> bool:
     if not folds or any(p.is_meta for p in survey.model.parameters()):
         return False
     norms = [site for site in survey.chosen if site.path in survey.flow.in_parts and site.kind == "norm"]
-    return any(survey.flow.feeder(norm.path)[0] and (not plain or norm.base in RUNNING_NORMS) for norm in norms)
+    return any(survey.flow.feeders(norm.path)[0] and (not plain or norm.base in RUNNING_NORMS) for norm in norms)
 
 
 def _run_before(survey: Survey, request: Request, inputs: Any, limit: float | None) -> Observed:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from normswap.analysis.selection import check_model, copy_of
-from normswap.conversion.audit import measure_drift, prove_nothing_missed
+from normswap.conversion.audit import is_steady, measure_drift, prove_nothing_missed
 from normswap.conversion.calibrate import calibrate, keep_original
 from normswap.conversion.evidence import gather_evidence, survey_model
 from normswap.conversion.planning import plan_conversion
@@ -66,6 +66,8 @@ def run(model: nn.Module, request: Request) -> Conversion:
     except ModelError:
         if request.inplace or not (evidence.made_up and request.folds_in_parts and survey.flow.in_parts):
             raise
-        return run(model, replace(request, folds_in_parts=False))
+        if is_steady(model, evidence):
+            return run(model, replace(request, folds_in_parts=False))
+        drift = None  # noise tells nothing of a model that selects by small differences, as detectors do
     register_if_imported()
     return Conversion(work, make_report(survey, plan, calibration, drift, request))

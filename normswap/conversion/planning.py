@@ -1,5 +1,6 @@
 """Decide, before anything moves: for each norm and weight layer its replacement, built, or why it is left."""
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from normswap.conversion.evidence import Evidence, Survey
 from normswap.conversion.request import Phase, Request
 from normswap.errors import ModelError, OptionError
 from normswap.report.report import Change, Left
-from normswap.targets.context import Context, Swap
+from normswap.targets.context import Absorption, Context, Swap
 from normswap.targets.groups import share_channels
 from normswap.targets.options import parse_groups
 from normswap.targets.target import PLAIN_TARGET, Target, plan_norm, plan_weight
@@ -44,7 +45,7 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
     options, sites = request.options, survey.sites
     context = Context(
         options=options,
-        flow=survey.flow.without(evidence.outside),
+        flow=survey.flow.doubting(evidence.outside, "is used outside of the block that was traced, as a run shows"),
         sites={site.path: site for site in sites},
         shared=survey.shared,
         excluded=survey.excluded,
@@ -78,8 +79,7 @@ def plan_sites(
     for site in sites:
         if site.kind == "norm" and site in chosen:
             plans[site] = plan_norm(site, target, context)
-    absorbed = [swap.absorption for swap in plans.values() if isinstance(swap, Swap) and swap.absorption]
-    context = replace(context, folded_scales={into.site.path: into.affine.scale for into in absorbed})
+    context = replace(context, folded=_foldings(plans))
     for site in sites:
         if site.kind == "weight" and site in chosen:
             swap = plans[site] = plan_weight(site, target, context)
@@ -88,12 +88,26 @@ def plan_sites(
     swaps = [plan for plan in plans.values() if isinstance(plan, Swap)]
     left = []
     for site, reason in plans.items():
-        taken_in = site.path in context.folded_scales
+        taken_in = site.path in context.folded
         if isinstance(reason, str) and not taken_in and is_reported(site, context.options.reported_layers):
             left += [Left(path, site.kind, site.name, reason) for path in site.paths]
     unheld = "is a function call that no module holds"
     left += [Left(where, "norm", name, unheld) for where, name in context.flow.functional.items()]
     return swaps, left
+
+
+def _foldings(plans: dict[Site, Swap | str]) -> dict[str, list[Absorption]]:
+    """By the path of a layer, what it takes in. A norm in `plans` that needs others in its layer stays without them."""
+    folded: dict[str, list[Absorption]] = defaultdict(list)
+    swaps = {site: plan for site, plan in plans.items() if isinstance(plan, Swap)}
+    into = {site.path: {absorption.site.path for absorption in swap.absorptions} for site, swap in swaps.items()}
+    for site, swap in swaps.items():
+        for absorption in swap.absorptions:
+            if all(into.get(norm) == {absorption.site.path} for norm in absorption.needs):
+                folded[absorption.site.path].append(absorption)
+            else:
+                plans[site] = "no convolution or linear layer directly before it; a norm beside it stays"
+    return dict(folded)
 
 
 def _rescaling(
@@ -102,7 +116,7 @@ def _rescaling(
     """By the path of a norm: how strict standardization multiplies the filters of the convolution before it."""
     found = {}
     for site in sites:
-        into = context.sites.get(context.flow.feeder(site.path)[0] or "") if site.kind == "norm" else None
+        into = context.sites.get(context.flow.feeder(site.path) or "") if site.kind == "norm" else None
         if into is None or not {into, site} <= set(chosen) or share_channels(into, site, context) is False:
             continue
         if isinstance(plan_weight(into, target, context), Swap):

@@ -10,9 +10,10 @@ from normswap.analysis.copies import MODULE_STATE
 from normswap.analysis.known_norms import own_attributes
 from normswap.analysis.sites import Site
 from normswap.conversion.request import Phase, Request
-from normswap.layers.matching import scale_filters_, widen
-from normswap.layers.reparametrized import NORMALIZED, STANDARDIZED, filter_groups
-from normswap.targets.context import Absorption, Swap
+from normswap.layers.matching import constant_response, widen
+from normswap.layers.reparametrized import NORMALIZED, STANDARDIZED
+from normswap.targets.context import Absorption, Place, Swap
+from normswap.targets.folding import apply_to_weight_, in_order
 
 _CONTENTS = {"_parameters", "_buffers", "_modules"}
 _REMEMBERED = {"momentum"}  # of a batch norm, by a norm that has no use for it: the way back finds it
@@ -22,11 +23,11 @@ def replace_layers(swaps: Sequence[Swap], request: Request) -> None:
     """Put built swaps into the model. Nothing here can fail for a reason that planning could have seen."""
     request.begin(Phase.REPLACE)
     with torch.no_grad():
-        for swap in swaps:  # all foldings first: a layer that takes a norm in may be replaced itself
-            if swap.absorption is not None:
-                _scale_layer(swap.absorption)
-                if (weight := swap.absorption.site.module._parameters.get("weight")) is not None:
-                    request.release(weight)
+        # All foldings first: a layer that takes a norm in may be replaced itself.
+        for absorption in in_order(absorption for swap in swaps for absorption in swap.absorptions):
+            _absorb(absorption)
+            if (weight := absorption.site.module._parameters.get("weight")) is not None:
+                request.release(weight)
         for swap in swaps:
             values = [(tensor, value() if callable(value) else value) for tensor, value in swap.writes]
             if swap.module is not swap.site.module:
@@ -35,8 +36,26 @@ def replace_layers(swaps: Sequence[Swap], request: Request) -> None:
                 tensor.copy_(value)
 
 
+def _absorb(absorption: Absorption) -> None:
+    """Change a layer's filters and its bias by the norm that it takes in."""
+    layer: Any = absorption.site.module
+    affine = absorption.affine
+    if layer.bias is None:
+        layer.register_parameter("bias", absorption.bias)
+    if absorption.place is Place.BEFORE:
+        _scale_layer(absorption)
+        layer.bias.copy_(widen(layer.bias) * affine.scale + affine.shift)
+        return
+    groups = getattr(layer, "groups", 1)
+    added = affine.shift
+    if absorption.place is Place.BEHIND:
+        added = constant_response(layer.weight, affine.shift, groups)
+    layer.bias.copy_(widen(layer.bias) + added)
+    apply_to_weight_(absorption, layer.weight)
+
+
 def _scale_layer(absorption: Absorption) -> None:
-    """Multiply a layer's filters by the scale of the norm that it takes in, and move its bias along."""
+    """Multiply a layer's filters by the scale of the norm behind it."""
     layer: Any = absorption.site.module
     affine = absorption.affine
     if absorption.site.base in STANDARDIZED.values():
@@ -45,10 +64,7 @@ def _scale_layer(absorption: Absorption) -> None:
     elif absorption.site.base in NORMALIZED.values():
         layer.weight_g.mul_(affine.scale.view_as(layer.weight_g))
     else:
-        scale_filters_(layer.weight, affine.scale, filter_groups(layer))
-    if layer.bias is None:
-        layer.register_parameter("bias", absorption.bias)
-    layer.bias.copy_(widen(layer.bias) * affine.scale + affine.shift)
+        apply_to_weight_(absorption, layer.weight)
 
 
 def _exchange(site: Site, new: nn.Module) -> None:

@@ -4,7 +4,7 @@ All vectors have one element a channel, shape (C,). They are computed in float64
 has it, and rounded once, by the caller, to the dtype of the tensor that they are written to.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,6 +132,33 @@ def filter_moments(weight: Tensor) -> tuple[Tensor, Tensor]:
         means.append(mean)
         variances.append(torch.linalg.vector_norm(deviations, dim=1).square() / filters.shape[1])
     return torch.cat(means), torch.cat(variances)
+
+
+def scale_inputs_(weight: Tensor, scale: Tensor, groups: int = 1) -> None:
+    """Multiply in place what each filter of a convolution of `groups` groups, or of a linear layer, takes of a channel.
+
+    `weight` is (out, in / groups, *kernel), `scale` (in,).
+    """
+    each = scale.to(weight.dtype).view(groups, 1, -1, *[1] * (weight.dim() - 2))
+    with torch.no_grad():
+        weight.view(groups, -1, *weight.shape[1:]).mul_(each)
+
+
+def constant_response(weight: Tensor, inputs: Tensor, groups: int = 1) -> Tensor:
+    """What a layer gives, (out,), without its bias, where each input channel has one value, of `inputs`, (in,)."""
+    filters = widen(weight).flatten(2).sum(2) if weight.dim() > 2 else widen(weight)
+    return (filters.view(groups, -1, filters.shape[1]) @ inputs.view(groups, -1, 1)).flatten()
+
+
+def add_to_middle_(weight: Tensor, amount: Tensor, groups: int = 1) -> None:
+    """Add to the middle of each filter of a convolution of as many inputs as outputs, where it meets its own channel.
+
+    `weight` is (channels, channels / groups, *kernel) with odd kernels, `amount` (channels,).
+    """
+    channel = torch.arange(len(weight), device=weight.device)
+    at: list[Any] = [channel, channel % (len(weight) // groups), *(size // 2 for size in weight.shape[2:])]
+    with torch.no_grad():
+        weight[tuple(at)] += amount.to(weight.dtype)
 
 
 def scale_filters_(weight: Tensor, scale: Tensor, transposed_groups: int | None = None) -> None:

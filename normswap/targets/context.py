@@ -1,7 +1,8 @@
 """What a target's function reads, the context, and what it gives back, the swap."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 from torch import Tensor, nn
 
@@ -14,16 +15,30 @@ from normswap.layers.recurrent_matching import VectorMoments
 from normswap.targets.options import Options
 
 
+class Place(Enum):
+    """Where a layer stands that takes in a norm."""
+
+    BEFORE = "before"
+    """It feeds the norm: its filters and its bias are multiplied by `scale`, and `shift` is added to the bias."""
+    BEHIND = "behind"
+    """The norm feeds it: its filters' inputs are multiplied, and what they give on `shift` is added to the bias."""
+    BESIDE = "beside"
+    """Both read the same, and their outputs are added: `scale` is added to what a filter sees of its own channel in its
+    middle, and `shift` to the bias."""
+
+
 @dataclass(frozen=True)
 class Absorption:
-    """A norm that goes into the layer before it."""
+    """A norm, or those of its channels that one layer gives, that goes into a layer."""
 
     site: Site
     """The layer."""
     affine: Affine
-    """Its filters are multiplied by `scale`, its bias too, and `shift` is added to the bias."""
     bias: nn.Parameter | None
     """A new bias, where the layer has none."""
+    place: Place = Place.BEFORE
+    needs: tuple[str, ...] = ()
+    """Norms that have to go into the same layer, too."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Swap:
     writes: tuple[tuple[Tensor, Tensor | Callable[[], Tensor]], ...] = ()
     """Tensors of the model that take new values in place, so that optimizers and other holders of a parameter keep it.
     A large value is a function, which is called when its turn comes."""
-    absorption: Absorption | None = None
+    absorptions: tuple[Absorption, ...] = ()
     tied_lengths: Mapping[int, nn.Parameter] = field(default_factory=dict)
     """The lengths of filters that several layers share, by the id of the weight."""
 
@@ -76,8 +91,8 @@ class Context:
     """Told of each large weight that has been read: its memory may be given back."""
     rescaling: Mapping[str, Tensor] = field(default_factory=dict)
     """By the path of a norm: how strict standardization multiplies the filters of the convolution before it."""
-    folded_scales: Mapping[str, Tensor] = field(default_factory=dict)
-    """By the path of a weight layer that a norm is folded into: by how much its filters are multiplied."""
+    folded: Mapping[str, Sequence[Absorption]] = field(default_factory=dict)
+    """By the path of a weight layer: the norms that are folded into it."""
     tied_lengths: Mapping[int, nn.Parameter] = field(default_factory=dict)
     """The lengths of filters that layers planned before share with others, by the id of the weight."""
 

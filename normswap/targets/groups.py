@@ -80,8 +80,9 @@ def spatial_dims_of(site: Site, context: Context) -> int | None:
     return max(1, max(around) - 2) if max(around) > 1 and max(around) - min(around) <= 1 else None
 
 
-def share_channels(layer: Site, norm: Site, context: Context) -> bool | None:
-    """Whether the dimension of the channels that `layer` gives is the one that `norm`, right behind it, takes.
+def share_channels(layer: Site, norm: Site, context: Context, before: bool = True) -> bool | None:
+    """Whether the dimension of the channels that `layer` gives is the one that `norm`, right behind it, takes; or, if
+    the layer is not `before` the norm but reads what the norm gives or reads, of those that it takes.
 
     A linear layer gives them last, a convolution before its spatial dimensions; batch norms take the second dimension.
     None where neither a class nor a shape tells: a linear layer may read (N, C, L), a convolution (C, L).
@@ -94,4 +95,6 @@ def share_channels(layer: Site, norm: Site, context: Context) -> bool | None:
         return True
     seen, ranks = context.seen.get(norm.path), context.flow.ranks.get(norm.path, set())
     ranks = ranks if seen is None else {seen.dims}
+    if before:  # and nothing but one element a channel is flattened, where the norm has as many channels
+        ranks = context.flow.flattened.get(norm.path, ranks)
     return dims + 2 in ranks if len(ranks) == 1 or dims + 2 not in ranks else None

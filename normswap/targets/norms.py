@@ -11,18 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS, INSTANCE_NORM_BY_DIMS, eps_of
-from normswap.analysis.obstacles import why_not_like_base
 from normswap.analysis.sites import Site
 from normswap.errors import OptionError
-from normswap.layers.matching import Statistics, as_affine, match_output
+from normswap.layers.matching import Statistics, match_output
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 from normswap.layers.reparametrized import retyped
-from normswap.layers.subclasses import as_plain
-from normswap.targets.context import Absorption, Context, Swap, join_notes
-from normswap.targets.groups import LEAST_ELEMENTS, choose_groups, elements_of, share_channels, spatial_dims_of
+from normswap.targets.context import Context, Swap, join_notes
+from normswap.targets.folding import NO_STATISTICS
+from normswap.targets.groups import LEAST_ELEMENTS, choose_groups, elements_of, spatial_dims_of
 from normswap.targets.parameters import example_tensor, is_trained, read_statistics, successor, swap_with_affine
-
-NO_STATISTICS = "has no running statistics: they need data (calibrate)"
 
 
 def to_group_norm(site: Site, context: Context) -> Swap | str:
@@ -221,58 +218,6 @@ def _why_they_follow(site: Site, new: EstimatedBatchNorm) -> str:
 def _statistics_writes(site: Site, stats: Statistics) -> list[tuple[Tensor, Tensor]]:
     norm: Any = site.module
     return [(norm.running_mean, stats.mean), (norm.running_var, stats.var)]
-
-
-def to_folded(site: Site, context: Context) -> Swap | str:
-    """No norm: its scale and shift go into the layer before it (Ioffe & Szegedy 2015, section 3.1)."""
-    stats = read_statistics(site, context)
-    if stats is None:
-        return NO_STATISTICS
-    feeder, why = context.flow.feeder(site.path)
-    if feeder is None:
-        return why
-    into = context.sites[feeder]
-    if problem := _cannot_absorb(into, site, context):
-        return f"the layer before it {problem}"
-    layer: Any = into.module
-    bias = None
-    if layer.bias is None:
-        like: Tensor = layer.weight
-        zeros = torch.zeros(site.channels, dtype=like.dtype, device=like.device)
-        bias = nn.Parameter(zeros, requires_grad=is_trained(site, "bias"))
-    exact = site.form == "data" and context.options.transfer != "reset" and site.path not in context.rescaling
-    how = "folded into the layer before it"
-    # Batch norms take (C, L) for (N, C), which a convolution may give where its input has no batch dimension.
-    note = "for inputs with a batch dimension" if share_channels(into, site, context) is None else ""
-    absorption = Absorption(into, as_affine(stats), bias)
-    return Swap(site, nn.Identity(), "Identity", how, exact, note, absorption=absorption)
-
-
-def _cannot_absorb(into: Site, norm: Site, context: Context) -> str:
-    layer = into.module
-    if into.obstacle:
-        return into.obstacle
-    if into in context.excluded:
-        return "is excluded"
-    if into.channels != norm.channels:
-        return "has another number of channels"
-    if into.path in context.flow.touched:
-        return "has a weight that is also read directly"
-    if any(id(p) in context.shared for p in layer._parameters.values()):
-        return "shares its weight with another layer"
-    if layer._forward_hooks or layer._forward_pre_hooks or norm.module._forward_pre_hooks:
-        return "has a forward hook, which would see other values"
-    if layer.bias is None and (why := why_not_like_base(as_plain(layer), with_bias=True)):
-        return f"has a forward of its own, which {why}"
-    shared = share_channels(into, norm, context)
-    if shared is None and into.layer_kind == "linear":
-        return (
-            "may give its channels in another dimension than the norm takes: nothing shows how many dimensions there "
-            "are, which example_inputs do"
-        )
-    if shared is False:
-        return "gives its channels in another dimension than the norm takes"
-    return ""
 
 
 def rescale_statistics(site: Site, context: Context) -> Swap | str:

@@ -24,7 +24,7 @@ def read_statistics(site: Site, context: Context) -> Statistics | None:
     scale = context.rescaling.get(site.path)
     if stats is None or scale is None or context.options.transfer != "match":
         return stats
-    feeder: Any = context.sites[str(context.flow.feeder(site.path)[0])].module
+    feeder: Any = context.sites[str(context.flow.feeder(site.path))].module
     return matching.rescale_input(stats, scale, feeder.bias)
 
 

@@ -14,8 +14,8 @@ from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import NORMALIZED, PLAIN, retyped, weight_names
 from normswap.layers.subclasses import plain_class
 from normswap.targets.context import Context, Swap
+from normswap.targets.folding import to_folded
 from normswap.targets.groups import spatial_dims_of
-from normswap.targets.norms import to_folded
 
 
 def to_plain_norm(site: Site, context: Context) -> Swap | str:

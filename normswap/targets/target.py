@@ -12,7 +12,7 @@ from normswap.errors import OptionError
 from normswap.layers.matching import widen
 from normswap.layers.norms import ACTIVATED
 from normswap.target_table import PLAIN_FORM, TARGET_FORMS, Form
-from normswap.targets import norms, plain, weights
+from normswap.targets import folding, norms, plain, weights
 from normswap.targets.context import Context, Swap
 
 PlanFunction = Callable[[Site, Context], Swap | str]
@@ -26,7 +26,7 @@ NORM_FUNCTIONS: Mapping[str, PlanFunction] = {
     "bcn": norms.to_batch_channel,
     "bn": norms.to_batch_norm,
     "frozen": norms.to_frozen,
-    "fold": norms.to_folded,
+    "fold": folding.to_folded,
     "plain": plain.to_plain_norm,
 }
 """What builds the swap of a norm, by the name of the form that it becomes."""

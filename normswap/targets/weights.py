@@ -28,6 +28,7 @@ from normswap.layers.reparametrized import (
 )
 from normswap.layers.subclasses import form_for
 from normswap.targets.context import Context, Swap, join_notes
+from normswap.targets.folding import folded_weight
 
 
 def to_standardized(site: Site, context: Context) -> Swap | str:
@@ -38,16 +39,14 @@ def to_standardized(site: Site, context: Context) -> Swap | str:
     buffers: dict[str, Tensor] = {}
     constant = total = 0
     for name in weight_names(site.module):
-        weight = getattr(site.module, name)
+        weight = folded_weight(site, getattr(site.module, name), context)
         filters = as_filters(weight, filter_groups(site.module))
         if filters.shape[1] < 2:
             return "has a fan-in of 1: nothing to standardize over"
         gain, shift = torch.ones(len(filters), device=weight.device), torch.zeros(len(filters), device=weight.device)
         if not strict:
             shift, variance = filter_moments(filters)
-            context.release(weight)
-            if (scale := context.folded_scales.get(site.path)) is not None:
-                shift, variance = shift * scale, variance * scale.square()
+            context.release(getattr(site.module, name))
             gain = (variance + STANDARDIZE_EPS).sqrt()
             if not variance.is_meta:
                 constant, total = constant + int((variance == 0).sum()), total + len(variance)
@@ -90,10 +89,8 @@ def to_normalized(site: Site, context: Context) -> Swap | str:
         if parameter is None or name not in weight_names(old):
             parameters[name] = parameter
             continue
-        length = torch.linalg.vector_norm(widen(as_filters(parameter, groups)), dim=1)
+        length = torch.linalg.vector_norm(widen(as_filters(folded_weight(site, parameter, context), groups)), dim=1)
         context.release(parameter)
-        if (scale := context.folded_scales.get(site.path)) is not None:
-            length = length * scale.abs()
         g = nn.Parameter(length.to(parameter.dtype).view(gain_shape(parameter, groups)), parameter.requires_grad)
         if id(parameter) in context.shared:  # layers that are tied share their lengths too
             g = tied[id(parameter)] = {**context.tied_lengths, **tied}.get(id(parameter), g)

@@ -17,7 +17,7 @@ def flow_of(model: nn.Module) -> Flow:
 
 
 def test_feeder() -> None:
-    assert flow_of(conv_norm()).feeder("norm") == ("conv", "")
+    assert flow_of(conv_norm()).feeders("norm") == (("conv",), "")
     for name in (
         "convolution with two norms",
         "convolution beside its norm",
@@ -25,7 +25,7 @@ def test_feeder() -> None:
         "branches on data",
     ):
         flow = flow_of(QUIRKS[name].make())
-        assert {flow.feeder(path)[0] for path in flow.writers} == {None}, name
+        assert {flow.feeder(path) for path in flow.writers} == {None}, name
 
 
 def test_normed_through_add_cat_activation_and_pooling() -> None:
@@ -48,7 +48,7 @@ def test_order_of_registration_does_not_matter() -> None:
         lambda self, x: self.z(self.norm(self.a(x))), norm=nn.BatchNorm2d(4), z=nn.Conv2d(4, 4, 1), a=nn.Conv2d(3, 4, 1)
     )
     flow = flow_of(model)
-    assert flow.normed == {"a"} and flow.feeder("norm")[0] == "a"
+    assert flow.normed == {"a"} and flow.feeder("norm") == "a"
 
 
 def test_assertions_and_checks_of_shape_do_not_stop_the_trace() -> None:
@@ -61,7 +61,7 @@ def test_assertions_and_checks_of_shape_do_not_stop_the_trace() -> None:
             x = x * 2
         return self.norm(self.conv(x))
 
-    assert flow_of(Forward(run, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4))).feeder("norm")[0] == "conv"
+    assert flow_of(Forward(run, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4))).feeder("norm") == "conv"
 
 
 def test_loops_over_data_end() -> None:
@@ -70,7 +70,7 @@ def test_loops_over_data_end() -> None:
             x = x - 1
         return self.norm(self.conv(x))
 
-    assert flow_of(Forward(run, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4))).feeder("norm")[0] == "conv"
+    assert flow_of(Forward(run, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4))).feeder("norm") == "conv"
 
 
 def test_lists_of_maps() -> None:
@@ -78,7 +78,7 @@ def test_lists_of_maps() -> None:
     model = Forward(
         lambda self, xs: [self.norm(self.conv(x)) for x in xs], conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4)
     )
-    assert flow_of(model).feeder("norm")[0] == "conv"
+    assert flow_of(model).feeder("norm") == "conv"
 
 
 def test_train_mode_counts() -> None:
@@ -89,7 +89,7 @@ def test_train_mode_counts() -> None:
         return (self.norm(x), x) if self.training else self.norm(x)
 
     model = Forward(run, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4)).eval()
-    assert flow_of(model).feeder("norm") == (None, "the layer before it has other readers")
+    assert flow_of(model).feeders("norm") == ((), "the layer before it has other readers")
 
 
 def test_tracing_leaves_the_model_alone() -> None:
@@ -137,7 +137,7 @@ class Regulated(nn.Module):
 def test_autocast_and_constructors_hide_nothing() -> None:
     model, real = Regulated(), torch.autocast.__init__
     flow = flow_of(model)
-    assert flow.complete == {"parts.0", "parts.1"} and flow.feeder("parts.1") == ("parts.0", "")
+    assert flow.complete == {"parts.0", "parts.1"} and flow.feeders("parts.1") == (("parts.0",), "")
     assert torch.autocast.__init__ is real
 
 
@@ -158,5 +158,58 @@ def test_modes_are_traced_where_a_forward_asks_for_them() -> None:
     for kind, graphs in kinds.items():
         model = ByMode() if kind is ByMode else conv_norm()
         assert len(trace(model, lambda m: type(m) in (nn.Conv2d, nn.BatchNorm2d)).graphs) == graphs
-    assert flow_of(ByMode()).feeder("norm")[0] is None
+    assert flow_of(ByMode()).feeder("norm") is None
     assert "training" not in vars(nn.Module) and ByMode().training
+
+
+class ByWidth(nn.Module):
+    """Asks for a width twice, in two spellings, as PointNet does: an input takes both of these branches or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.an, self.b, self.bn = nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8), nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, wide, _ = x.size()
+        if wide > 3:
+            more = x[:, 3:]
+            x = x[:, :3]
+        y = self.an(self.a(x))
+        if not wide <= 3:
+            y = torch.cat([y, more], 1)[:, :8]
+        return self.bn(self.b(y))
+
+
+def test_a_shape_has_one_answer() -> None:
+    flow = flow_of(ByWidth())
+    assert not flow.problems and flow.feeders("an") == (("a",), "") and flow.feeders("bn") == (("b",), "")
+
+
+def test_values_may_answer_otherwise_each_time() -> None:
+    """Another value, one that was changed in place, or one of which more than the shape is asked."""
+
+    def other_value(self: nn.Module, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if x.shape[1] > 3:
+            y = y * 2
+        x = x.flatten(1)
+        return self.norm(y) if x.shape[1] > 3 else y
+
+    def in_place(self: nn.Module, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if x.shape[1] > 3:
+            y = y * 2
+        x.transpose_(1, 2)
+        return self.norm(y) if x.shape[1] > 3 else y
+
+    def of_content(self: nn.Module, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if x.sum() > 3:
+            y = y * 2
+        x.add_(1)
+        return self.norm(y) if x.sum() > 3 else y
+
+    for run in (other_value, in_place, of_content):
+        model = Forward(run, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4))
+        assert len(trace(model, lambda m: type(m) in (nn.Conv2d, nn.BatchNorm2d)).graphs) == 4, run.__name__
+    assert len(trace(ByWidth(), lambda m: type(m) in (nn.Conv1d, nn.BatchNorm1d)).graphs) == 2

@@ -365,8 +365,8 @@ def test_a_norm_over_tokens_stays_behind_a_linear_layer() -> None:
     model = randomize(nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16))).double().eval()
     tokens, rows = torch.randn(3, 16, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     for options, reason in (
-        ({}, "may give its channels in another"),
-        ({"example_inputs": tokens}, "gives its channels"),
+        ({}, "may have its channels in another"),
+        ({"example_inputs": tokens}, "has its channels"),
     ):
         with pytest.raises(normswap.ModelError, match=reason):
             normswap.convert(model, "fold", **options)
@@ -387,7 +387,7 @@ def test_a_norm_stays_behind_a_convolution_without_a_batch() -> None:
 def test_norms_over_maps_behind_a_linear_layer() -> None:
     """BatchNorm2d says that there are maps: groups are as for maps, and nothing is folded."""
     model = randomize(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm2d(8)))
-    with pytest.raises(normswap.ModelError, match="gives its channels in another dimension"):
+    with pytest.raises(normswap.ModelError, match="has its channels in another dimension"):
         normswap.convert(model, "fold")
     assert normswap.convert(model, "gn", groups=8).model[1].num_groups == 8
     assert type(normswap.convert(model, "in").model[1]) is nn.InstanceNorm2d

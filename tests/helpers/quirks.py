@@ -331,7 +331,7 @@ QUIRKS: dict[str, Quirk] = {
     "1×1 maps": Quirk(lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 32, 1), B(32))),
     "channel counts": Quirk(lambda: chain(1, 3, 7, 58), norms=4, pn=3, ws=4),
     "pre-activation": Quirk(PreActivation, norms=3, fold=1, ws=3),
-    "concatenation": Quirk(Concatenation, fold=0, ws=2),
+    "concatenation": Quirk(Concatenation, ws=2),
     "depthwise": Quirk(lambda: conv_norm(conv=lambda: nn.Conv2d(3, 6, 3, groups=3), norm=B(6))),
     "depthwise 1×1": Quirk(lambda: conv_norm(conv=lambda: nn.Conv2d(3, 6, 1, groups=3), norm=B(6)), ws=0, wn=1),
     "padding reflect": Quirk(lambda: conv_norm(conv=lambda: nn.Conv2d(3, 8, 3, padding=2, padding_mode="reflect"))),

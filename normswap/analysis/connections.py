@@ -1,0 +1,168 @@
+"""Which norms and weight layers stand next to each other in one traced graph, as far as folding a norm goes."""
+
+import operator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from normswap.analysis import operations
+from normswap.analysis.traced_part import TracedPart
+from normswap.analysis.tracing import TracedGraph
+
+_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
+
+class Branch(NamedTuple):
+    """A layer that reads what a norm reads, and whose output is added to the norm's, by addition alone."""
+
+    layer: str
+    norms: tuple[str, ...]
+    """The norms between the layer and the sum."""
+
+
+class Connections:
+    """What stands next to each norm and weight layer of a graph.
+
+    Seen through, as they hand on what they read: identities, dropouts where they are off in eval mode, and flattenings
+    of (N, C, 1, 1) to (N, C), which is what a layer's channels tell where the norm behind has as many.
+    """
+
+    def __init__(self, run: TracedGraph, part: TracedPart):
+        self.run, self.part = run, part
+
+    # ---- a norm behind layers ----
+
+    def writers(self, norm: fx.Node) -> tuple[str, ...] | None:
+        """The layers whose outputs, laid behind each other along the channels, a norm reads; None for anything else."""
+        source = self._source(norm, flattened=True)
+        if source is None or source.op == "placeholder":
+            return None
+        if not operations.concatenates_channels(source):
+            return self._layers([source])
+        parts: Any = source.args[0] if source.args else source.kwargs.get("tensors")
+        read = [self._seen_through(part, flattened=False) for part in parts]
+        return self._layers(read)
+
+    def flattened(self, norm: fx.Node) -> fx.Node | None:
+        """What a norm reads flattened; None where nothing flattens it."""
+        source, whole = self._source(norm, flattened=False), self._source(norm, flattened=True)
+        return None if whole is source else whole
+
+    def _layers(self, nodes: list[fx.Node]) -> tuple[str, ...] | None:
+        sites = [self.part.site_of(node) for node in nodes]
+        paths = tuple(site.path for site in sites if site is not None and site.kind == "weight")
+        return paths if len(paths) == len(nodes) == len(set(paths)) else None
+
+    def readers(self, node: fx.Node) -> Iterator[str | None]:
+        """The norm behind each use of a layer's output; None for every other use."""
+        if node in self.run.left_behind:
+            yield None
+        for user in node.users:
+            through = self._hands_on(user) or self._flattens(user) or operations.concatenates_channels(user)
+            if through:
+                yield from self.readers(user)
+            elif not operations.reads_shape_only(user):
+                site = self.part.site_of(user)
+                alone = site is not None and site.kind == "norm" and operations.input_of(user) is node
+                yield site.path if alone and site else None
+
+    # ---- a norm before layers ----
+
+    def followers(self, node: fx.Node) -> Iterator[str | None]:
+        """The layer behind each use of a norm's output; None for every other use."""
+        if node in self.run.left_behind:
+            yield None
+        for user in node.users:
+            if self._hands_on(user):
+                yield from self.followers(user)
+            elif not operations.reads_shape_only(user):
+                site = self.part.site_of(user)
+                alone = site is not None and site.kind == "weight" and user.all_input_nodes == [node]
+                yield site.path if alone and site else None
+
+    def norm_before(self, layer: fx.Node) -> str | None:
+        """The norm whose output a layer reads; None where it reads anything else."""
+        source = self._source(layer, flattened=False)
+        site = None if source is None else self.part.site_of(source)
+        return site.path if site is not None and site.kind == "norm" else None
+
+    # ---- a norm beside layers ----
+
+    def beside(self, norm: fx.Node) -> frozenset[Branch]:
+        """The layers of branches that are parallel to a norm."""
+        source, total = self._source(norm, flattened=False), self._sum_of(norm)
+        if source is None or total is None or total[1] or any(self._may_write(user) for user in source.users):
+            return frozenset()
+        readers = [node for node in source.users if node is not norm and self._source(node, flattened=False) is source]
+        branches = set()
+        for node in readers:
+            site, reached = self.part.site_of(node), self._sum_of(node)
+            if site is not None and site.kind == "weight" and reached is not None and reached[0] is total[0]:
+                branches.add(Branch(site.path, reached[1]))
+        return frozenset(branches)
+
+    def _sum_of(self, node: fx.Node) -> tuple[fx.Node, tuple[str, ...]] | None:
+        """The last of the additions that a value goes into and nothing else, and the norms on the way there."""
+        norms: list[str] = []
+        total = None
+        while (user := self._only_user(node)) is not None:
+            site = self.part.site_of(user)
+            if operations.input_of(user) is node and site is not None and site.kind == "norm" and total is None:
+                norms.append(site.path)
+            elif _adds(user):
+                total = user
+            elif not self._hands_on(user):
+                break
+            node = user
+        return None if total is None else (total, tuple(norms))
+
+    def _only_user(self, node: fx.Node) -> fx.Node | None:
+        users = [user for user in node.users if not operations.reads_shape_only(user)]
+        return users[0] if len(users) == 1 and node not in self.run.left_behind else None
+
+    def _may_write(self, user: fx.Node) -> bool:
+        """Whether a node may write into what it reads, so that two that read it need not read the same."""
+        module = self.part.module_of(user)
+        if module is not None:
+            known = self.part.site_of(user) is not None or type(module).__module__.startswith("torch.nn.modules.")
+            return not known or bool(getattr(module, "inplace", False))
+        return not operations.reads_shape_only(user) and user.target not in (operator.add, torch.add, "add")
+
+    # ---- what hands values on ----
+
+    def _source(self, node: fx.Node, flattened: bool) -> fx.Node | None:
+        """What a node reads, seen through what hands it on; `flattened` says whether flattenings are."""
+        source = operations.input_of(node)
+        return None if source is None else self._seen_through(source, flattened)
+
+    def _seen_through(self, node: fx.Node, flattened: bool) -> fx.Node:
+        while self._hands_on(node) or (flattened and self._flattens(node)):
+            source = operations.input_of(node)
+            if source is None:
+                break
+            node = source
+        return node
+
+    def _hands_on(self, node: fx.Node) -> bool:
+        """Whether a node gives what it reads, in eval mode."""
+        module = self.part.module_of(node)
+        if module is not None:
+            known = type(module) is nn.Identity or type(module).__module__ == "torch.nn.modules.dropout"
+            return known and id(module) not in self.part.hooked
+        same = node.op == "call_method" and node.target == "contiguous"
+        return same or operations.is_idle_dropout(node, self.run.by_mode)
+
+    def _flattens(self, node: fx.Node) -> bool:
+        """Whether a node makes (N, C * H * W) of (N, C, H, W)."""
+        module = self.part.module_of(node)
+        if isinstance(module, nn.Flatten):
+            return (module.start_dim, module.end_dim) == (1, -1) and id(module) not in self.part.hooked
+        return module is None and operations.flattens_samples(node)
+
+
+def _adds(node: fx.Node) -> bool:
+    """Whether a node adds two values, or a value and zero."""
+    plain = node.target in _ADDITIONS and len(node.args) == 2 and not node.kwargs
+    return plain and node.args[0] is not node.args[1] and all(isinstance(a, fx.Node) or a == 0 for a in node.args)

@@ -1,0 +1,213 @@
+"""No norm: what it multiplies and adds goes into the layers around it (Ioffe & Szegedy 2015, section 3.1).
+
+Into the layers before it; else into those behind it; else into one beside it, whose output is added to the norm's.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.analysis.obstacles import why_not_like_base
+from normswap.analysis.sites import Site
+from normswap.analysis.statistics import is_untrained
+from normswap.layers.matching import Affine, add_to_middle_, as_affine, scale_filters_, scale_inputs_
+from normswap.layers.reparametrized import CONVOLUTIONS, PLAIN, filter_groups
+from normswap.layers.subclasses import as_plain
+from normswap.targets.context import Absorption, Context, Place, Swap
+from normswap.targets.groups import share_channels
+from normswap.targets.parameters import is_trained, read_statistics
+
+NO_STATISTICS = "has no running statistics: they need data (calibrate)"
+
+
+def to_folded(site: Site, context: Context) -> Swap | str:
+    """No norm, or why it stays: `torch.nn.Identity` is left in its place."""
+    stats = read_statistics(site, context)
+    if stats is None:
+        return NO_STATISTICS
+    affine = as_affine(stats)
+    absorptions = _into_layers_before(site, affine, context)
+    strict = bool(
+        context.rescaling
+    )  # standardized strictly, layers lose what a norm gives them but in the layer before
+    if isinstance(absorptions, str) and site.form == "data" and not strict and _is_bare(site):
+        behind = _into_layers_behind(site, affine, context)
+        beside = [] if isinstance(behind, list) and behind else _into_a_layer_beside(site, affine, context)
+        reason = f"{absorptions}; {behind}" if behind and isinstance(behind, str) else absorptions
+        absorptions = (behind if isinstance(behind, list) else []) or beside or reason
+    if isinstance(absorptions, str):
+        return absorptions
+    exact = site.form == "data" and context.options.transfer != "reset" and not strict
+    place, several = absorptions[0].place, len(absorptions) > 1
+    how = f"folded into the {f'{len(absorptions)} layers' if several else 'layer'} {place.value} it"
+    # Batch norms take (C, L) for (N, C), which a convolution may give where its input has no batch dimension.
+    before = place is Place.BEFORE
+    unsure = any(share_channels(absorption.site, site, context, before) is None for absorption in absorptions)
+    note = "for inputs with a batch dimension" if unsure else ""
+    return Swap(site, nn.Identity(), "Identity", how, exact, note, absorptions=tuple(absorptions))
+
+
+def in_order(absorptions: Iterable[Absorption]) -> list[Absorption]:
+    """Those first that multiply a layer's output: a branch beside it is added to the product."""
+    return sorted(absorptions, key=lambda absorption: absorption.place is Place.BESIDE)
+
+
+def apply_to_weight_(absorption: Absorption, weight: Tensor) -> None:
+    """What an absorption does to the weight of its layer, done to `weight`, of the same shape."""
+    layer: Any = absorption.site.module
+    scale, groups = absorption.affine.scale, getattr(layer, "groups", 1)
+    if absorption.place is Place.BEFORE:
+        scale_filters_(weight, scale, filter_groups(layer))
+    elif absorption.place is Place.BEHIND:
+        scale_inputs_(weight, scale, groups)
+    else:
+        add_to_middle_(weight, scale, groups)
+
+
+def folded_weight(site: Site, weight: Tensor, context: Context) -> Tensor:
+    """The weight of a layer as it is when norms have gone into it; `weight` itself where none does."""
+    absorptions = context.folded.get(site.path, ())
+    if not absorptions:
+        return weight
+    with torch.no_grad():
+        folded = weight.detach().clone()
+        for absorption in in_order(absorptions):
+            apply_to_weight_(absorption, folded)
+    return folded
+
+
+def _absorption(into: Site, norm: Site, affine: Affine, place: Place, needs: tuple[str, ...] = ()) -> Absorption:
+    """The absorption, with a bias where the layer has none."""
+    layer: Any = into.module
+    bias = None
+    if layer.bias is None:
+        like: Tensor = layer.weight
+        zeros = torch.zeros(into.channels, dtype=like.dtype, device=like.device)
+        bias = nn.Parameter(zeros, requires_grad=is_trained(norm, "bias"))
+    return Absorption(into, affine, bias, place, needs)
+
+
+def _is_bare(norm: Site) -> bool:
+    """Whether a norm gives what it computes: no activation and no hook behind it."""
+    hooked = norm.module._forward_hooks or norm.module._forward_pre_hooks
+    inner = [child for child in norm.module.modules() if child is not norm.module]
+    idle = all(type(m) is nn.Identity or type(m).__module__ == "torch.nn.modules.dropout" for m in inner)
+    return not hooked and idle
+
+
+# ---- into the layers before it ----
+
+
+def _into_layers_before(norm: Site, affine: Affine, context: Context) -> list[Absorption] | str:
+    """Each filter is multiplied, and its bias moved, by what the norm does to its channel."""
+    layers, why = context.flow.feeders(norm.path)
+    if why:
+        return why
+    into = [context.sites[path] for path in layers]
+    for layer in into:
+        if problem := _cannot_absorb(layer, norm, context, Place.BEFORE):
+            return f"the layer before it {problem}"
+        if len(into) > 1 and layer.layer_kind != "conv":
+            return "the layers before it are concatenated, and not all are convolutions"
+    widths = [layer.channels for layer in into]
+    if sum(widths) != norm.channels:
+        return "the layer before it has another number of channels"
+    parts = zip(torch.split(affine.scale, widths), torch.split(affine.shift, widths), strict=True)
+    return [_absorption(layer, norm, Affine(*part), Place.BEFORE) for layer, part in zip(into, parts, strict=True)]
+
+
+def _cannot_absorb(into: Site, norm: Site, context: Context, place: Place) -> str:
+    layer = into.module
+    if into.obstacle:
+        return into.obstacle
+    if into in context.excluded:
+        return "is excluded"
+    if into.path in context.flow.touched:
+        return "has a weight that is also read directly"
+    if any(id(p) in context.shared for p in layer._parameters.values()):
+        return "shares its weight with another layer"
+    if layer._forward_hooks or layer._forward_pre_hooks or norm.module._forward_pre_hooks:
+        return "has a forward hook, which would see other values"
+    if layer.bias is None and (why := why_not_like_base(as_plain(layer), with_bias=True)):
+        return f"has a forward of its own, which {why}"
+    shared = share_channels(into, norm, context, place is Place.BEFORE)
+    if shared is None and into.layer_kind == "linear":
+        return (
+            "may have its channels in another dimension than the norm takes: nothing shows how many dimensions there "
+            "are, which example_inputs do"
+        )
+    return "has its channels in another dimension than the norm takes" if shared is False else ""
+
+
+# ---- into the layers behind it ----
+
+
+def _into_layers_behind(norm: Site, affine: Affine, context: Context) -> list[Absorption] | str:
+    """What each filter multiplies of a channel is multiplied, and its bias takes in what the norm adds.
+
+    A layer that pads with zeros does so behind the norm, so that these do not have what the norm adds to all else: it
+    takes in a norm that adds nothing.
+    """
+    into = [context.sites[path] for path in sorted(context.flow.behind(norm.path))]
+    unknown = affine.shift.is_meta or is_untrained(norm.module)
+    adds = norm.path not in context.recorded_folds if unknown else bool(affine.shift.any())
+    for layer in into:
+        if (problem := _cannot_absorb(layer, norm, context, Place.BEHIND)) or (
+            problem := _cannot_take_inputs(layer, norm, context)
+        ):
+            return f"the layer behind it {problem}"
+        if adds and _pads_with_zeros(layer):
+            return "the layer behind it pads with zeros, which the norm would change"
+    return [_absorption(layer, norm, affine, Place.BEHIND) for layer in into]
+
+
+def _cannot_take_inputs(into: Site, norm: Site, context: Context) -> str:
+    layer: Any = into.module
+    if into.base in PLAIN:
+        return "has a weight that is computed: fold it first (normswap.fold)"
+    if getattr(layer, "in_channels", getattr(layer, "in_features", None)) != norm.channels:
+        return "has another number of channels"
+    return "" if into.layer_kind in ("conv", "linear") else "is recurrent"
+
+
+def _pads_with_zeros(into: Site) -> bool:
+    layer: Any = into.module
+    if into.layer_kind == "linear":
+        return False
+    if into.base not in CONVOLUTIONS or type(layer).forward is not into.base.forward:
+        return True  # a transposed convolution sees zeros around its input; any other forward may pad by itself
+    pointwise = all(size == 1 for size in layer.kernel_size)
+    none = layer.padding == "valid" or (pointwise if layer.padding == "same" else not any(layer.padding))
+    return layer.padding_mode == "zeros" and not none
+
+
+# ---- into a layer beside it ----
+
+
+def _into_a_layer_beside(norm: Site, affine: Affine, context: Context) -> list[Absorption]:
+    """A convolution that reads what the norm reads, and whose output is added to the norm's, as in RepVGG.
+
+    At its centre it sees the element that the norm multiplies; it takes in all but the element itself, which the
+    identity that is left goes on adding. Source: Ding et al. 2021, "RepVGG", section 3.3.
+    """
+    for branch in sorted(context.flow.parallel(norm.path)):
+        into = context.sites[branch.layer]
+        bare = all(_is_bare(context.sites[path]) for path in branch.norms)
+        if bare and not _cannot_absorb(into, norm, context, Place.BESIDE) and _keeps_elements(into, norm):
+            beside = affine._replace(scale=affine.scale - 1)
+            return [_absorption(into, norm, beside, Place.BESIDE, branch.norms)]
+    return []
+
+
+def _keeps_elements(into: Site, norm: Site) -> bool:
+    """Whether a convolution gives as many elements as it reads, each with the one at its own place in the middle."""
+    layer: Any = into.module
+    if into.base not in CONVOLUTIONS or type(layer).forward is not into.base.forward:
+        return False
+    sizes = list(zip(layer.kernel_size, layer.dilation, strict=True))
+    middle = tuple((size - 1) * step // 2 for size, step in sizes)
+    padded = layer.padding in (middle, "same") or (layer.padding == "valid" and not any(middle))
+    odd, steps = all(size % 2 for size, _ in sizes), all(step == 1 for step in layer.stride)
+    return layer.in_channels == layer.out_channels == norm.channels and odd and steps and padded
