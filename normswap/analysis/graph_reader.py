@@ -37,7 +37,7 @@ class GraphReader:
     def _layer(self, node: fx.Node) -> ranks.Layer:
         """What a node calls, as far as that is the layer alone and not what hooks, or its own forward, make of it."""
         module = self._module(node)
-        more = id(module) in self.part.hooked or self._norms_in(node)
+        more = id(module) in self.part.hooked or self.part.norms_in(node)
         return ranks.Layer(None, None) if more else ranks.Layer(module, self._site(node))
 
     def _is_identity(self, node: fx.Node) -> bool:
