@@ -81,8 +81,8 @@ def uses_of(module: nn.Module) -> Uses:
     opened: set[str] = set()
     handled: set[str] = set()
     chooses, lists, walks = False, 0, False
-    for code, selfs in _reached(module):
-        steps = _steps(code)
+    for code, selfs, _ in reached_code(module):
+        steps = steps_of(code)
         walks = walks or "vars" in code.co_names
         for before, step, after in _attributes(steps):
             name, of_self = step.argval, _loads(before, selfs)
@@ -117,7 +117,7 @@ def _is_asked_for(after: list[dis.Instruction]) -> bool:
     return condition or compared or first.opname in ("UNARY_NOT", "TO_BOOL")
 
 
-def _steps(code: types.CodeType) -> list[dis.Instruction]:
+def steps_of(code: types.CodeType) -> list[dis.Instruction]:
     """The instructions of a code, without those that do nothing to values."""
     return [i for i in dis.get_instructions(code) if i.opname not in _BESIDE]
 
@@ -163,8 +163,12 @@ def _makers_of_arguments(steps: list[dis.Instruction]) -> list[list[dis.Instruct
     return made
 
 
-def _reached(module: nn.Module) -> list[tuple[types.CodeType, frozenset[str]]]:
-    """The code that the forward of a module may run, each with the names that `self` has in it.
+ReachedCode = tuple[types.CodeType, frozenset[str], types.FunctionType]
+"""A code, the names that `self` has in it, and the function that it is in."""
+
+
+def reached_code(module: nn.Module) -> list[ReachedCode]:
+    """The code that the forward of a module may run.
 
     The forward's own, and that of methods, of functions that the module holds, and of functions of the same package,
     whose names occur in what it may run. All of the class's code where it may choose a method by a string.
@@ -174,7 +178,7 @@ def _reached(module: nn.Module) -> list[tuple[types.CodeType, frozenset[str]]]:
     held = [(name, value) for owner in owners for name, value in vars(owner).items()]
     held += [(name, value) for name, value in vars(module).items() if callable(value) or name == "forward"]
     methods = [(name, f, _self_names(value, f)) for name, value in held for f in _functions(value)]
-    called, reached = {"forward"}, list[tuple[types.CodeType, frozenset[str]]]()
+    called, reached = {"forward"}, list[ReachedCode]()
     seen: set[types.FunctionType] = set()
     computed = False
     pending = [entry for entry in methods if entry[0] in called]
@@ -182,8 +186,8 @@ def _reached(module: nn.Module) -> list[tuple[types.CodeType, frozenset[str]]]:
         for _, function, selfs in pending:
             seen.add(function)
             found = list(_codes(function.__code__))
-            reached += [(code, selfs) for code in found]
-            steps = [_steps(code) for code in found]
+            reached += [(code, selfs, function) for code in found]
+            steps = [steps_of(code) for code in found]
             asked = {name for code in steps for _, name in _asked_by_string(code)}
             called |= asked | {step.argval for code in steps for _, step, _ in _attributes(code)}
             computed = computed or "" in asked

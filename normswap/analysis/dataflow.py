@@ -13,6 +13,7 @@ from normswap.analysis.graph_reader import GraphReader
 from normswap.analysis.sites import Site
 from normswap.analysis.traced_part import TracedPart
 from normswap.analysis.tracing import trace
+from normswap.analysis.type_tests import find_type_tests
 
 
 def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
@@ -21,7 +22,7 @@ def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
     try:
         bones = skeleton(model)
     except Exception as error:  # an attribute of the model that cannot be copied: no dataflow, and the report says so
-        return Flow(problems={"": f"cannot be copied for tracing: {error}"})
+        return Flow(problems={"": f"cannot be copied for tracing: {error}"}, type_tests=find_type_tests(model))
     copies = dict(bones.named_modules(remove_duplicate=False))
     hooked = frozenset(
         id(copies[path])
@@ -66,6 +67,7 @@ def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
     }
     _doubt_unreached(flow, sites)
     _guess_unseen(flow, sites)
+    flow.type_tests = find_type_tests(model)
     return flow
 
 

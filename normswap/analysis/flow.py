@@ -6,7 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
+from torch import nn
+
 from normswap.analysis.connections import Branch
+from normswap.analysis.type_tests import TypeTest
 
 
 @dataclass
@@ -60,6 +63,8 @@ class Flow:
     """Sites of which a run has shown more than traces of parts had told, and what."""
     functional: dict[str, str] = field(default_factory=dict)
     """Norms that no module holds: by the path of the module that calls it, the name of the function."""
+    type_tests: dict[str, tuple[TypeTest, ...]] = field(default_factory=dict)
+    """By the path of a module, what its forward may ask of the classes of layers in it."""
     problems: dict[str, str] = field(default_factory=dict)
     """What stood in the way of tracing, by the path of the module."""
 
@@ -95,6 +100,11 @@ class Flow:
         """The same, where of `sites` not all uses are known after all, as a run has shown."""
         parts = {path: parts for path, parts in self.parts.items() if path not in sites}
         return replace(self, parts=parts, doubts={**self.doubts, **dict.fromkeys(sites, why)})
+
+    def who_tells_apart(self, path: str, old: type[nn.Module], new: type[nn.Module]) -> str:
+        """The function around the layer at `path` that would go another way were it of the class `new`; "": none."""
+        around = (tests for owner, tests in self.type_tests.items() if f"{path}.".startswith(f"{owner}.".lstrip(".")))
+        return next((test.where for tests in around for test in tests if test.tells_apart(old, new)), "")
 
     def seen(self, path: str) -> bool:
         """Whether a trace reached a site."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from normswap.analysis.selection import check_model, copy_of
-from normswap.conversion.audit import is_steady, measure_drift, prove_nothing_missed
+from normswap.conversion.audit import check_exact_half, is_steady, measure_drift, prove_nothing_missed
 from normswap.conversion.calibrate import calibrate, keep_original
 from normswap.conversion.evidence import gather_evidence, survey_model
 from normswap.conversion.planning import plan_conversion
@@ -58,10 +58,15 @@ def run(model: nn.Module, request: Request) -> Conversion:
     evidence = gather_evidence(survey, request)
     plan = plan_conversion(survey, evidence, request)
     original, plan = keep_original(model, plan, request)
-    replace_layers(plan.swaps, request)
-    prove_nothing_missed(work, plan, request.options)
-    calibration = calibrate(original, work, plan, evidence, request)
+    request.begin(Phase.REPLACE)
+    exact, others = plan.halves()
+    replace_layers(exact, request)
+    if exact and others and evidence.inputs is not None and not evidence.problem:
+        check_exact_half(work, model, evidence)
     try:
+        replace_layers(others, request)
+        prove_nothing_missed(work, plan, request.options)
+        calibration = calibrate(original, work, plan, evidence, request)
         drift = measure_drift(work, plan, evidence, request)
     except ModelError:
         if request.inplace or not (evidence.made_up and request.folds_in_parts and survey.flow.in_parts):

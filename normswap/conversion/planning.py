@@ -38,6 +38,13 @@ class Plan:
         sites = [swap.site for swap in self.swaps if not swap.exact]
         return [site.path for site in sites if site.kind == "norm" or site.layer_kind == "rnn"]
 
+    def halves(self) -> tuple[list[Swap], list[Swap]]:
+        """What is exact, and the rest, to be put in after it; all at once where a norm goes into a layer."""
+        if any(swap.absorptions for swap in self.swaps):
+            return [], list(self.swaps)
+        exact = [swap for swap in self.swaps if swap.exact]
+        return exact, [swap for swap in self.swaps if not swap.exact]
+
 
 def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Plan:
     """Build the replacements. Raises `ModelError` for nothing to convert, `OptionError` for too many groups."""
@@ -53,7 +60,8 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
         measured=evidence.measured,
         vectors=evidence.vectors,
         recorded_groups=request.recorded.groups,
-        recorded_folds=request.recorded.folds,
+        recorded_changes=request.recorded.changes,
+        measured_exact=evidence.inputs is not None and not evidence.problem and not evidence.made_up,
         release=request.release,
     )
     swaps, left = plan_sites(sites, survey.chosen, request.target, context)
@@ -78,11 +86,11 @@ def plan_sites(
     plans: dict[Site, Swap | str] = dict.fromkeys(sites, "not selected")
     for site in sites:
         if site.kind == "norm" and site in chosen:
-            plans[site] = plan_norm(site, target, context)
+            plans[site] = _unless_told_apart(plan_norm(site, target, context), target, context)
     context = replace(context, folded=_foldings(plans))
     for site in sites:
         if site.kind == "weight" and site in chosen:
-            swap = plans[site] = plan_weight(site, target, context)
+            swap = plans[site] = _unless_told_apart(plan_weight(site, target, context), target, context)
             if isinstance(swap, Swap) and swap.tied_lengths:
                 context = replace(context, tied_lengths={**context.tied_lengths, **swap.tied_lengths})
     swaps = [plan for plan in plans.values() if isinstance(plan, Swap)]
@@ -108,6 +116,21 @@ def _foldings(plans: dict[Site, Swap | str]) -> dict[str, list[Absorption]]:
             else:
                 plans[site] = "no convolution or linear layer directly before it; a norm beside it stays"
     return dict(folded)
+
+
+def _unless_told_apart(swap: Swap | str, target: Target, context: Context) -> Swap | str:
+    """`swap`, or why the layer is left: a forward asks for its class, and nothing measures what comes of that."""
+    if isinstance(swap, str) or target is PLAIN_TARGET or swap.site.path in context.recorded_changes:
+        return swap
+    if swap.exact and context.measured_exact:
+        return swap
+    old, new = type(swap.site.module), type(swap.module)
+    who = next((who for path in swap.site.paths if (who := context.flow.who_tells_apart(path, old, new))), "")
+    return (
+        f"{who} asks for the type of its layers, as in type(m) is {old.__name__}: it would go another way"
+        if who
+        else swap
+    )
 
 
 def _rescaling(

@@ -9,7 +9,7 @@ from torch import nn
 from normswap.analysis.copies import MODULE_STATE
 from normswap.analysis.known_norms import own_attributes
 from normswap.analysis.sites import Site
-from normswap.conversion.request import Phase, Request
+from normswap.conversion.request import Request
 from normswap.layers.matching import constant_response, widen
 from normswap.layers.reparametrized import NORMALIZED, STANDARDIZED
 from normswap.targets.context import Absorption, Place, Swap
@@ -21,7 +21,6 @@ _REMEMBERED = {"momentum"}  # of a batch norm, by a norm that has no use for it:
 
 def replace_layers(swaps: Sequence[Swap], request: Request) -> None:
     """Put built swaps into the model. Nothing here can fail for a reason that planning could have seen."""
-    request.begin(Phase.REPLACE)
     with torch.no_grad():
         # All foldings first: a layer that takes a norm in may be replaced itself.
         for absorption in in_order(absorption for swap in swaps for absorption in swap.absorptions):

@@ -117,8 +117,7 @@ def replay(model: nn.Module, recipe: Recipe, where: object) -> nn.Module:
     options = Options(ws_scope="all", layers=tuple(LAYERS), recurrent=recurrent, include=lambda path, _: path in layers)
     sizes = _stand_in_sizes(recipe, target, layers, sites)
     moments = _stand_in_moments(model, sites, sizes) if recipe.on_data else {}
-    folds = frozenset(layers) if target.norm is not None and target.norm.name == "fold" else frozenset()
-    recorded = Recorded(groups, folds, moments, sizes)
+    recorded = Recorded(groups, frozenset(layers), moments, sizes)
     converted, report = run(model, Request(target, options, inplace=True, may_be_idle=True, recorded=recorded))
     _check_outcome(layers, report, where)
     return fold(converted).model if recipe.folded else converted

@@ -77,7 +77,7 @@ def examine(
     progress("trying the targets")
     by_path = {site.path: site for site in sites}
     proven = {} if probe_only else seen  # what noise of a guessed shape shows is no proof of what the model reads
-    context = Context(Options(), flow, by_path, shared_tensors(model), seen=proven)
+    context = Context(Options(), flow, by_path, shared_tensors(model), seen=proven, measured_exact=bool(proven))
     outcomes = tuple(_try_target(TARGETS[form], sites, context) for form in (*NORM_FORMS, *WEIGHT_FORMS))
     statistics = {layer.paths[0]: layer.statistics for layer in layers}
     findings = tuple(find_problems(model, Observations(sites, flow, statistics)))

@@ -85,8 +85,10 @@ class Context:
     """What calibration data showed of recurrent layers, by path and vector."""
     recorded_groups: Mapping[str, int] = field(default_factory=dict)
     """The groups of norms that the recipe of a converted file tells, by path."""
-    recorded_folds: frozenset[str] = frozenset()
-    """The norms that the recipe of a converted file tells to have gone into the layers before them, by path."""
+    recorded_changes: frozenset[str] = frozenset()
+    """The layers that the recipe of a converted file tells to have changed, by path."""
+    measured_exact: bool = False
+    """Whether a run on the user's inputs shows afterwards whether what should be exact is."""
     release: Callable[[Tensor], None] = lambda tensor: None
     """Told of each large weight that has been read: its memory may be given back."""
     rescaling: Mapping[str, Tensor] = field(default_factory=dict)

@@ -152,7 +152,7 @@ def _into_layers_behind(norm: Site, affine: Affine, context: Context) -> list[Ab
     """
     into = [context.sites[path] for path in sorted(context.flow.behind(norm.path))]
     unknown = affine.shift.is_meta or is_untrained(norm.module)
-    adds = norm.path not in context.recorded_folds if unknown else bool(affine.shift.any())
+    adds = norm.path not in context.recorded_changes if unknown else bool(affine.shift.any())
     for layer in into:
         if (problem := _cannot_absorb(layer, norm, context, Place.BEHIND)) or (
             problem := _cannot_take_inputs(layer, norm, context)

@@ -91,7 +91,7 @@ def share_channels(layer: Site, norm: Site, context: Context, before: bool = Tru
     dims = 0 if layer.layer_kind == "linear" else len(module.kernel_size)
     if norm.base in INSTANCE_NORM_BY_DIMS.values():  # which takes (C, L) as convolutions do
         return norm.spatial_dims == dims
-    if norm.form == "last" or norm.path in context.recorded_folds:
+    if norm.form == "last" or norm.path in context.recorded_changes:
         return True
     seen, ranks = context.seen.get(norm.path), context.flow.ranks.get(norm.path, set())
     ranks = ranks if seen is None else {seen.dims}

@@ -1,0 +1,118 @@
+"""Forwards that ask for the class of their layers, which a conversion changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.checks import distance
+from helpers.nets import randomize
+from torch import Tensor, nn
+
+import normswap
+from normswap.analysis.type_tests import find_type_tests
+
+KINDS = (nn.Conv1d, nn.Conv2d)
+BY_KIND = {nn.Conv2d: 2.0}
+
+
+class Asking(nn.Module):
+    """Doubles what the layers give that `test` finds."""
+
+    kinds = (nn.Conv2d,)
+
+    def __init__(self, test: Callable[[nn.Module, nn.Module], Any]):
+        super().__init__()
+        self.test = test
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) * (2 if self.test(self, layer) else 1)
+        return x
+
+
+def is_conv(layer: nn.Module) -> bool:
+    return type(layer) is nn.Conv2d
+
+
+def by_case(self: nn.Module, layer: nn.Module) -> bool:
+    match layer:
+        case nn.BatchNorm2d():
+            return True
+    return False
+
+
+def in_two_steps(self: nn.Module, layer: nn.Module) -> bool:
+    kind = type(layer)
+    return kind in (
+        nn.Linear,
+        nn.Conv2d,
+    )
+
+
+TESTS: dict[str, tuple[Callable[[nn.Module, nn.Module], Any], str]] = {
+    "is": (lambda self, layer: type(layer) is nn.Conv2d, "conv"),
+    "equals": (
+        lambda self, layer: nn.Conv2d == type(layer),  # noqa: E721
+        "conv",
+    ),
+    "__class__": (lambda self, layer: layer.__class__ is not nn.Conv2d, "conv"),
+    "one of a global": (lambda self, layer: type(layer) in KINDS, "conv"),
+    "one of the class's own": (lambda self, layer: type(layer) in self.kinds, "conv"),
+    "a table": (lambda self, layer: BY_KIND.get(type(layer)), "conv"),
+    "in two steps": (in_two_steps, "conv"),
+    "a helper": (lambda self, layer: is_conv(layer), "conv"),
+    "its name": (lambda self, layer: type(layer).__name__ == "Conv2d", "conv"),
+    "the start of its name": (lambda self, layer: layer.__class__.__name__.startswith("Conv"), "conv"),
+    "a part of its name": (lambda self, layer: "BatchNorm" in layer._get_name(), "norm"),
+    "isinstance of a norm": (lambda self, layer: isinstance(layer, (nn.BatchNorm2d, nn.Linear)), "norm"),
+    "a case": (by_case, "norm"),
+    "isinstance of a convolution": (lambda self, layer: isinstance(layer, nn.Conv2d), ""),
+    "of another class": (lambda self, layer: type(layer) is nn.Linear, ""),
+    "of a value": (lambda self, layer: type(self.training) is bool, ""),
+}
+"""A question, and which layer gn-ws must leave for it."""
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_what_is_asked_for_is_left(name: str) -> None:
+    test, kept = TESTS[name]
+    torch.manual_seed(0)
+    model = randomize(Asking(test)).double().eval()
+    report = normswap.convert(model, "gn-ws").report
+    found = {left.kind for left in report.left if "asks for the type of its layers" in left.reason}
+    assert found == {"conv": {"weight"}, "norm": {"norm"}, "": set()}[kept]
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    for target in ("ws", "wn"):
+        try:
+            converted = normswap.convert(model, target).model
+        except normswap.ModelError as error:
+            assert "asks for the type" in str(error) and kept == "conv"
+            continue
+        assert distance(model(x), converted(x)) < 1e-12
+
+
+@pytest.mark.parametrize("target", ["ws", "gn-ws", "gn-wn"])
+def test_with_inputs_the_exact_half_is_measured(target: str) -> None:
+    """What no code shows: the class is asked for by a way that is computed."""
+    model = randomize(
+        Asking(lambda self, layer: vars(nn).get("Conv" + "2d") is getattr(layer, "__cl" + "ass__"))
+    ).eval()
+    assert not find_type_tests(model)
+    with pytest.raises(normswap.ModelError, match="should be exact"):
+        normswap.convert(model, target, example_inputs=torch.randn(2, 3, 6, 6))
+    assert normswap.convert(model, "gn", example_inputs=torch.randn(2, 3, 6, 6)).report.totals.norms_changed == 1
+
+
+def test_a_measured_conversion_is_loaded_again(tmp_path: Path) -> None:
+    """The recipe decides then, though the code may ask."""
+    model = randomize(Asking(lambda self, layer: type(layer) is nn.Conv2d and x is None)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    converted, report = normswap.convert(model, "ws", example_inputs=x)
+    normswap.save(converted, tmp_path / "m.safetensors", report=report)
+    loaded = normswap.load(tmp_path / "m.safetensors", model=lambda: Asking(model.test)).eval()
+    torch.testing.assert_close(loaded(x), model(x))
