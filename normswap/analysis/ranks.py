@@ -224,7 +224,7 @@ def _shape(node: fx.Node, layer: Layer, given: list[list[_Size]]) -> list[_Size]
         return _together(given)
     if (dims_pooled := _pooled_dims(node)) is not None:
         return _spread(shape, dims_pooled, lambda size, i: None)
-    if node.target is operator.getitem:
+    if node.target is operator.getitem and _is_sliced(node.args[1]):
         parts: Any = node.args[1]
         return [size if i >= len(parts) or parts[i] == slice(None) else None for i, size in enumerate(shape)]
     return [None] * len(shape)  # padded or resampled

@@ -106,3 +106,9 @@ def test_a_layer_with_a_hook_tells_nothing() -> None:
 def test_dimensions_that_are_counted_from_the_end() -> None:
     net = Forward(lambda self, x: self.body(x.transpose(-3, -1)), body=widths(4, 8))
     assert find_flow(net, find_sites(net)).ranks["body.1"] == {3}
+
+
+def test_an_element_of_a_value_that_it_is_put_together_with() -> None:
+    """Of a list of values it is; a trace cannot tell that from a tensor."""
+    model = Forward(lambda self, x: self.norm(torch.cat([x[0], x], 1)), norm=nn.BatchNorm2d(8))
+    assert find_flow(model, find_sites(model)).ranks == {"norm": {4}}
