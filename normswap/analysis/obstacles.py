@@ -16,7 +16,7 @@ def obstacle_of(module: nn.Module, base: type[nn.Module]) -> str:
     own = _own_method(module, base)
     if own and (base not in WITH_FORMS or own != own_forward(type(module)) or own in vars(module)):
         return f"has a {own} of its own, so it may do more than {base.__name__}"
-    if (problem := _obstacle_in_state(module, base)) or not own:
+    if (problem := obstacle_in_state(module, base)) or not own:
         return problem
     problem = why_not_like_base(module, with_bias=module.bias is not None)
     return problem and f"has a {own} of its own, which {problem}"
@@ -41,7 +41,7 @@ def _own_method(module: nn.Module, base: type[nn.Module]) -> str:
     return ""
 
 
-def _obstacle_in_state(module: nn.Module, base: type[nn.Module]) -> str:
+def obstacle_in_state(module: nn.Module, base: type[nn.Module]) -> str:
     """The obstacles beside methods that run."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "belongs to an attention layer, which reads its weight directly"

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS, eps_of
+from normswap.analysis.obstacles import obstacle_in_state
 from normswap.analysis.sites import Site
+from normswap.analysis.standardizing import class_without_standardization, computed_weight
 from normswap.layers.norms import ACTIVATED, RUNNING_NORMS, BatchChannelNorm, PositionNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import NORMALIZED, PLAIN, retyped, weight_names
@@ -56,6 +58,20 @@ def _channel_half(norm: BatchChannelNorm) -> nn.GroupNorm:
         spread = parameter.detach().repeat_interleave(each)
         new.register_parameter(name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
     return new
+
+
+def to_baked_weight(site: Site, context: Context) -> Swap | str:
+    """A library's convolution that standardizes its weight by itself, with that weight baked in."""
+    old: Any = site.module
+    cls = class_without_standardization(old)
+    if cls is None or site.base is None or obstacle_in_state(old, site.base) or site.path in context.flow.touched:
+        return site.obstacle
+    weight, note = old.weight, ""
+    if id(weight) in context.shared:
+        weight, note = nn.Parameter(weight.detach().clone(), weight.requires_grad), "weight no longer shared"
+    new = retyped(old, cls, parameters={"weight": weight, "bias": old.bias})
+    baked = partial(computed_weight, old)
+    return Swap(site, new, cls.__name__, "standardized weight baked in", True, note, writes=((weight, baked),))
 
 
 def to_plain_weight(site: Site, context: Context) -> Swap | str:

@@ -143,5 +143,5 @@ def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:
     if site.layer_kind not in options.layers and target is not PLAIN_TARGET:
         return f"is not among the layers to change: {', '.join(options.layers)}"
     if site.obstacle:
-        return site.obstacle
+        return plain.to_baked_weight(site, context) if target is PLAIN_TARGET else site.obstacle
     return WEIGHT_FUNCTIONS[target.weight.name](site, context)
