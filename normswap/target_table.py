@@ -37,8 +37,8 @@ class Form:
     """How a user knows whether to want it."""
     slowdown: Slowdown | None = None
     """What it costs in training; None where that is no more than BatchNorm does."""
-    takes_groups: bool = False
-    """Whether the option `groups` decides how many groups it has."""
+    options: tuple[str, ...] = ()
+    """The options of a conversion that are of use for such forms alone."""
     compares_groups: bool = False
     """Whether numbers of groups are compared on calibration data."""
     on_tensors_alone: bool = False
@@ -60,7 +60,7 @@ def _by_name(*forms: Form) -> dict[str, Form]:
 # fmt: off
 NORM_FORMS = _by_name(
     Form("gn", "GroupNorm", _MATCHED, "Wu & He 2018", "small batches, private or federated training",
-         takes_groups=True, compares_groups=True, on_tensors_alone=True),
+         options=("groups",), compares_groups=True, on_tensors_alone=True),
     Form("ln", "GroupNorm with one group", _MATCHED, "Ba et al. 2016", "the most of the function before training",
          on_tensors_alone=True),
     Form("in", "InstanceNorm", _MATCHED, "Ulyanov et al. 2016", "style transfer, contrast that should not matter",
@@ -71,7 +71,7 @@ NORM_FORMS = _by_name(
     Form("est", "EstimatedBatchNorm", "exact", "Qiao et al. 2019", "batch 1 without another norm",
          Slowdown(1.1, 1.3, _FOLD), on_tensors_alone=True),
     Form("bcn", "BatchChannelNorm", _MATCHED, "Qiao et al. 2019", "batch 1 and 2, best with ws",
-         Slowdown(1.2, 1.5, _LAYOUT), takes_groups=True, compares_groups=True, on_tensors_alone=True),
+         Slowdown(1.2, 1.5, _LAYOUT), options=("groups",), compares_groups=True, on_tensors_alone=True),
     Form("bn", "BatchNorm", _DATA, "Ioffe & Szegedy 2015", "large batches, speed; the way back",
          class_by_dimension=True),
     Form("frozen", "FrozenBatchNorm", "exact", "He et al. 2017", "short fine-tuning near the original data",
@@ -81,7 +81,7 @@ NORM_FORMS = _by_name(
 )
 WEIGHT_FORMS = _by_name(
     Form("ws", "Standardized Conv, Linear, RNN", "exact; approximate with ws=strict", "Qiao et al. 2019",
-         "GroupNorm at batch 1 and 2", Slowdown(1.1, 1.2, _FOLD)),
+         "GroupNorm at batch 1 and 2", Slowdown(1.1, 1.2, _FOLD), options=("ws", "ws_scope")),
     Form("wn", "Normalized Conv, Linear, RNN", "exact", "Salimans & Kingma 2016",
          "recurrent nets, training without norms (fold-wn)", Slowdown(1.0, 1.2, _FOLD)),
 )

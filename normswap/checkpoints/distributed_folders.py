@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from normswap.checkpoints.contents import SavedBytes
 from normswap.checkpoints.mapped_memory import release, scratch_tensor
+from normswap.checkpoints.pickle_files import text_problem
 from normswap.errors import FileError, UnsafeFileError, first_line
 
 # "No processes but this one": newer torch needs to be told.
@@ -106,6 +107,9 @@ def read_metadata(path: Path) -> descriptions.Metadata:
     file = path / ".metadata"
     try:
         with file.open("rb") as stream:
+            if problem := text_problem(stream.read(512)):
+                raise FileError(f"{file}: {problem}")
+            stream.seek(0)
             metadata = _MetadataUnpickler(stream).load()
         if not isinstance(metadata, descriptions.Metadata):
             raise FileError(f"{file}: does not describe a distributed checkpoint")
@@ -129,6 +133,9 @@ def _check_claims(path: Path, metadata: descriptions.Metadata) -> None:
             raise FileError(f"{path}: its .metadata names the file {name!r}, which is outside the folder")
         if not (path / name).is_file():
             raise FileError(f"{path}: {name} is missing; the checkpoint is incomplete")
+        with (path / name).open("rb") as shard:
+            if problem := text_problem(shard.read(512)):
+                raise FileError(f"{path / name}: {problem}")
     held = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     claimed = 0
     for name, entry in metadata.state_dict_metadata.items():

@@ -21,6 +21,7 @@ from normswap.errors import FileError, UnsafeFileError, first_line
 
 _REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed global|whose module \S+ is blocked)")
 _CHECKS = ("_check_set_item_target", "_check_append_target")  # torch's own, of what a pickle fills
+_HEAD, _SHOWN = 512, 40  # bytes at the beginning that tell the kind of a file; characters in a message
 _ONE_AT_A_TIME = threading.Lock()  # what is allowed is so for all threads
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -145,7 +146,7 @@ def _load(path: Path, *, weights_only: bool, mmap: bool) -> Any:
 def check_kind(path: Path) -> bool:
     """Whether the file is a zip archive of `torch.save`; raises for every other kind but torch's older one."""
     with path.open("rb") as file:
-        head = file.read(512)
+        head = file.read(_HEAD)
     zipped, problem = head.startswith(b"PK\x03\x04"), ""
     if not head:
         problem = "is empty"
@@ -154,18 +155,28 @@ def check_kind(path: Path) -> bool:
     elif path.suffix == ".onnx":
         problem = "is an ONNX file, whose layers are compiled; convert the torch model that it was exported from"
     elif not head.startswith(_PICKLES):
-        problem = f"is {'a text file' if _is_text(head) else 'of another kind'}, not one that torch.save wrote"
+        problem = text_problem(head) or "is of another kind, not one that torch.save wrote"
     if problem:
         raise FileError(f"{path}: {problem}")
     return zipped
 
 
-def _is_text(head: bytes) -> bool:
+def text_problem(head: bytes) -> str:
+    """What a text file that begins with `head` is instead of a model, and what to do; "" where it is no text."""
     try:
-        head[:-4].decode() if len(head) == 512 else head.decode()
+        text = head.decode() if len(head) < _HEAD else head[:-4].decode()
     except UnicodeDecodeError:
-        return False
-    return b"\x00" not in head
+        return ""
+    if "\x00" in text:
+        return ""
+    start = text.lstrip("\ufeff \t\r\n").lower()
+    if start.startswith("version https://git-lfs."):
+        return "is a pointer of git-lfs, which stands for the file: fetch that with git lfs pull, or download it anew"
+    if start.startswith(("<!doctype html", "<html", "<?xml", "<error")):
+        return "is a web page or a server's answer, not the model: open its address in a browser, and download it anew"
+    if start.startswith(("{", "[")):
+        return "is a text file of JSON, such as a configuration; give the file with the weights"
+    return f"is a text file, not one that torch.save wrote; it begins with {text.strip()[:_SHOWN]!r}"
 
 
 def _archive_problem(path: Path) -> str:

@@ -19,6 +19,9 @@ Ws = Enum("Ws", {"preserve": "preserve", "strict": "strict"}, type=str)
 WsScope = Enum("WsScope", {"normed": "normed", "all": "all"}, type=str)
 
 
+_WITH_GROUPS = " and ".join(form.name for form in NORM_FORMS.values() if "groups" in form.options)
+
+
 def _option(panel: str, help: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
@@ -40,7 +43,7 @@ To = Annotated[str, _option(CONVERSION,
     "A norm, a weight form, or both with a hyphen: gn, ws, gn-ws. [bold]normswap targets[/] lists them.",
     "--to", metavar="TARGET", autocompletion=_targets)]
 Groups = Annotated[str, _option(CONVERSION,
-    f"Groups of {' and '.join(form.name for form in NORM_FORMS.values() if form.takes_groups)}: "
+    f"Groups of {_WITH_GROUPS}: "
     "auto (at most 8, of at least 4 channels), their number (32), or channels in each (16c).",
     metavar="auto|N|Nc")]
 TransferChoice = Annotated[TransferRule, _option(CONVERSION,

@@ -10,7 +10,7 @@ from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS
 from normswap.report.report import Change, Left
 from normswap.targets.context import Place, Swap
-from normswap.targets.target import Target
+from normswap.targets.target import PLAIN_TARGET, Target
 
 _TOOK_IN = {
     Place.BEFORE: "took in the norm after it", Place.BEHIND: "took in the norm before it",
@@ -61,6 +61,8 @@ def why_nothing_to_convert(target: Target, left: Sequence[Left]) -> str:
         return "the model has no normalization and no convolution: there is nothing to convert"
     reasons = Counter((entry.module, entry.reason) for entry in left)
     listed = "; ".join(f"{count} {module}: {reason}" for (module, reason), count in reasons.most_common(4))
+    if target is PLAIN_TARGET:
+        return f"nothing to fold: {listed}; the target fold takes batch norms into the layers before them"
     return f"nothing to convert to {target.name}: {listed}"
 
 

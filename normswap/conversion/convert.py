@@ -14,7 +14,7 @@ from normswap.checkpoints import stored_recipes
 from normswap.conversion.pipeline import Conversion, run
 from normswap.conversion.request import Request
 from normswap.targets.options import Options, Transfer, WeightScope, WeightStart
-from normswap.targets.target import PLAIN_TARGET, parse_target
+from normswap.targets.target import PLAIN_TARGET, check_options, parse_target
 
 
 def convert(
@@ -66,7 +66,7 @@ def convert(
         the report, as a change or with the reason why it was left.
 
     Raises:
-        OptionError: an unknown target or option, or a pattern that matches no layer.
+        OptionError: an unknown target or option, one that is of no use for the target, a pattern that matches no layer.
         ModelError: nothing to convert, a lazy module without weights, a distributed wrapper.
     """
     batches = None
@@ -74,7 +74,9 @@ def convert(
         share = math.ceil(MOST_SAMPLES / processes.world_size())  # at least one sample of each process
         batches = processes.gather_batches(input_batches(calibrate, limit=share))
     options = Options(groups, transfer, ws, ws_scope, layers, recurrent, include, exclude, batches, calibrate_seconds)
-    request = Request(parse_target(to), options, example_inputs=example_inputs, inplace=inplace, on_all_processes=True)
+    target = parse_target(to)
+    check_options(target, options)
+    request = Request(target, options, example_inputs=example_inputs, inplace=inplace, on_all_processes=True)
     previous = stored_recipes.stored_recipe(model)
     converted, report = run(model, request)
     recipe = report.recipe | ({} if previous is None else {"previous": previous})

@@ -67,10 +67,13 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
     swaps, left = plan_sites(sites, survey.chosen, request.target, context)
     left += survey.hidden
     if not swaps and not request.may_be_idle:
-        unasked = unasked_layers(sites, options.layers, options.recurrent)
+        plain = request.target is PLAIN_TARGET
+        unasked = "" if plain else unasked_layers(sites, options.layers, options.recurrent)
         raise ModelError(why_nothing_to_convert(request.target, left) + unasked)
     _check_groups(request.target, swaps, options.groups)
     notices = [*survey.notices, *_notices(survey, request, swaps)]
+    if request.target is PLAIN_TARGET and not swaps:
+        notices.append(why_nothing_to_convert(request.target, left))
     return Plan(swaps, changes_of(swaps), sorted(left, key=lambda entry: entry.path), notices)
 
 
@@ -150,7 +153,7 @@ def _rescaling(
 def _check_groups(target: Target, swaps: Sequence[Swap], groups: str | int) -> None:
     _, number = parse_groups(groups)
     widths = [swap.site.channels for swap in swaps if swap.site.kind == "norm"]
-    if target.norm and target.norm.takes_groups and widths and number > max(widths):
+    if target.norm and "groups" in target.norm.options and widths and number > max(widths):
         raise OptionError(f"groups: {groups} is more than the {max(widths)} channels of the widest layer")
 
 
@@ -165,6 +168,10 @@ def _notices(survey: Survey, request: Request, swaps: Sequence[Swap]) -> list[st
     batch_norms = [site.module for site in survey.sites if site in survey.chosen and site.is_batch_norm]
     if batch_norms and all(is_untrained(norm) for norm in batch_norms):
         notices.append("the running statistics were never trained: there is no function to keep")
+    if options.recurrent and not any(site.layer_kind == "rnn" for site in survey.sites):
+        notices.append(f"recurrent={options.recurrent} changed nothing: the model has no recurrent layer")
+    if target.weight is None and target is not PLAIN_TARGET and set(options.layers) != {"conv"}:
+        notices.append(f"layers={','.join(options.layers)}: {target.name} changes no weights, whatever the layer")
     if target.weight and target is not PLAIN_TARGET and swaps and "weight" not in kinds:
         unasked = unasked_layers(survey.sites, options.layers, options.recurrent)
         notices.append(f"no weight was changed{unasked}; see what was left")

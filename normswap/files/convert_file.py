@@ -19,7 +19,7 @@ from normswap.files import inputs, model_specs, one_model, paths, recipe
 from normswap.files.file_request import ConvertedEntry, FileRequest
 from normswap.report.report import Change, Cost, Report
 from normswap.targets.options import Options
-from normswap.targets.target import Target, parse_target
+from normswap.targets.target import Target, check_options, parse_target
 from normswap.training import optimizer_states, optimizers, parameter_numbers
 
 
@@ -63,13 +63,13 @@ def convert_file(
         NormswapError: with nothing written.
     """
     started = time.monotonic()
-    asked, target = Options(**options), to if isinstance(to, Target) else parse_target(to)
+    asked, target = Options(calibrate=calibrate, **options), to if isinstance(to, Target) else parse_target(to)
+    check_options(target, asked)
     out = paths.default_output(path, target.name, format) if out is None else Path(out)
     format = format or paths.format_by_ending(out)
     _check_paths(path, out, format, None if dry_run else overwrite)
     spec = next((str(s) for s in (path, model) if isinstance(s, str) and model_specs.is_spec(s)), None)
     pictures = {"input_size": input_size, "mean": mean, "std": std}
-    asked = replace(asked, calibrate=_read_data(calibrate, spec, weights, pictures, progress))
     request = FileRequest(target, asked, model, model_args or {}, eps, input_shape, example_inputs, fold, progress)
     progress(f"reading {path}")
     found = inputs.read_input(
@@ -77,7 +77,9 @@ def convert_file(
         trust=trust, allow=allow, scratch=None if dry_run else out.resolve().parent
     )  # fmt: skip
     with inputs.errors_name(path):
-        converted, report = _convert_models(found, key, request)
+        one_model.check_request(contents.find_entries(found.content, key, found.path), found.path, request)
+        asked = replace(asked, calibrate=_read_data(calibrate, spec, weights, pictures, progress))
+        converted, report = _convert_models(found, key, replace(request, options=asked))
     if not dry_run:
         progress(f"writing {out}")
         _write(converted, out, format, key, overwrite)

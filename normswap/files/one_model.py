@@ -16,7 +16,7 @@ from normswap.files import model_specs, norms_by_keys
 from normswap.files.file_request import ConvertedEntry, FileRequest
 from normswap.files.model_for_state import find_source, models_on_tensors, parameters_of_model, parameters_of_state
 from normswap.files.recipe import with_origin
-from normswap.files.tensors_alone import convert_tensors_alone
+from normswap.files.tensors_alone import check_without_model, convert_tensors_alone
 from normswap.report.report import Left, Node, Report
 from normswap.targets.target import PLAIN_TARGET
 
@@ -27,12 +27,22 @@ def convert_entry(entry: contents.Entry, where: Path, request: FileRequest) -> C
     """The model at `entry` of the file `where`, converted in the way that what is there allows."""
     if isinstance(entry.value, nn.Module):
         return _convert_whole_module(entry.value, where, request)
-    plain = request.target is PLAIN_TARGET
-    if request.model is None and not plain:
+    if _goes_alone(entry, request):
         return convert_tensors_alone(entry.value, where, request)
-    if request.eps is not None and not plain:
+    if request.eps is not None and request.target is not PLAIN_TARGET:
         raise OptionError("--eps is for files without their model; the one that --model makes has its own")
     return _convert_state_dict(entry, where, request)
+
+
+def check_request(entries: Sequence[contents.Entry], where: Path, request: FileRequest) -> None:
+    """Raise `OptionError`, before any data is read, where tensors are without the model that `request` needs."""
+    if any(_goes_alone(entry, request) for entry in entries):
+        check_without_model(request, where)
+
+
+def _goes_alone(entry: contents.Entry, request: FileRequest) -> bool:
+    """Whether an entry is converted on its tensors alone."""
+    return not isinstance(entry.value, nn.Module) and request.model is None and request.target is not PLAIN_TARGET
 
 
 def _convert_whole_module(model: nn.Module, where: Path, request: FileRequest) -> ConvertedEntry:
@@ -92,14 +102,15 @@ def _with_what_stays_beside(report: Report, state: Mapping[str, Any], keys: Sequ
 
 def _convert_in_place(model: nn.Module, request: FileRequest) -> Conversion:
     """`model` itself converted, and folded if asked; run on noise where there are no inputs."""
+    previous = stored_recipes.stored_recipe(model)
     if request.target is PLAIN_TARGET:
-        return run(model, Request(PLAIN_TARGET, may_be_idle=True, inplace=True, release=mapped_memory.release))
+        idle = previous is not None  # what was converted may have left nothing to fold
+        return run(model, Request(PLAIN_TARGET, may_be_idle=idle, inplace=True, release=mapped_memory.release))
     inputs, name = request.example_inputs, "example inputs"
     made_up = inputs is None and request.options.calibrate is None
     drift_only = made_up and request.input_shape is None
     if made_up:
         inputs, name = noise_for(model, request.input_shape)
-    previous = stored_recipes.stored_recipe(model)
     asked = Request(
         request.target, request.options, inputs, name, drift_only,
         inplace=True, progress=request.progress, release=mapped_memory.release
@@ -127,7 +138,11 @@ def _with_folding(report: Report, folding: Report) -> Report:
     before = {node.path: node.before for node in report.modules}
     after = {node.path: node.after for node in folding.modules}
     modules = [Node(path, before.get(path, ""), after.get(path, "")) for path in {**before, **after}]
-    return replace(report, changes=tuple(changes), totals=replace(report.totals, **sizes), modules=tuple(modules))
+    idle = () if folding.changes else ("--fold had nothing to do: the result consists of torch's own layers already",)
+    return replace(
+        report, changes=tuple(changes), totals=replace(report.totals, **sizes), modules=tuple(modules),
+        warnings=(*report.warnings, *idle),
+    )  # fmt: skip
 
 
 def noise_for(model: nn.Module, shape: Sequence[int] | None) -> tuple[Any, str]:

@@ -23,7 +23,7 @@ def convert_tensors_alone(state: Mapping[str, Any], where: Path, request: FileRe
 
     Raises `OptionError` for a target that needs the model.
     """
-    _check_target(request, where)
+    check_without_model(request, where)
     eps = norms_by_keys.DEFAULT_EPS if request.eps is None else request.eps
     if not (math.isfinite(eps) and eps >= 0):
         raise OptionError(f"--eps {eps}: must be 0 or more, and finite")
@@ -46,13 +46,22 @@ def convert_tensors_alone(state: Mapping[str, Any], where: Path, request: FileRe
     return ConvertedEntry(value, report, ((before, after), (under(state, before), under(state, after))))
 
 
-def _check_target(request: FileRequest, where: Path) -> None:
-    norm, recurrent = request.target.norm, request.options.recurrent
-    if norm is None or not norm.on_tensors_alone or request.target.weight or recurrent:
-        needs = "--recurrent" if recurrent else request.target.name
+def check_without_model(request: FileRequest, where: Path) -> None:
+    """Raise `OptionError` for a target or an option that needs the model of the tensors in the file `where`."""
+    norm, options = request.target.norm, request.options
+    needs = {
+        request.target.name: norm is None or not norm.on_tensors_alone or request.target.weight is not None,
+        "--recurrent": options.recurrent is not None,
+        "--calibrate": options.calibrate is not None,
+        "--input-shape": request.input_shape is not None or request.example_inputs is not None,
+        "--fold": request.fold,
+        "--model-arg": bool(request.model_args),
+    }
+    needing = next((name for name, needed in needs.items() if needed), None)
+    if needing is not None:
         able = ", ".join(form.name for form in NORM_FORMS.values() if form.on_tensors_alone)
         raise OptionError(
-            f"{where}: holds tensors without their model, which {needs} needs: give it with --model "
+            f"{where}: holds tensors without their model, which {needing} needs: give it with --model "
             f"(torchvision:NAME, timm:NAME or file.py:factory). {able} work without"
         )
 

@@ -11,9 +11,10 @@ from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.layers.matching import widen
 from normswap.layers.norms import ACTIVATED
-from normswap.target_table import PLAIN_FORM, TARGET_FORMS, Form
+from normswap.target_table import NORM_FORMS, PLAIN_FORM, TARGET_FORMS, WEIGHT_FORMS, Form
 from normswap.targets import folding, norms, plain, weights
 from normswap.targets.context import Context, Swap
+from normswap.targets.options import Options
 
 PlanFunction = Callable[[Site, Context], Swap | str]
 
@@ -65,6 +66,21 @@ def parse_target(name: str) -> Target:
     near = [n for n in (asked, turned) if n in TARGETS] or difflib.get_close_matches(asked, TARGETS, 1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise OptionError(f"unknown target {name!r}{hint}; the known ones are {', '.join(TARGETS)}")
+
+
+def check_options(target: Target, options: Options) -> None:
+    """Raise `OptionError` for an option that was given, other than its default, and that `target` has no use for."""
+    of_forms = {name for form in (target.norm, target.weight) if form is not None for name in form.options}
+    forms = (*NORM_FORMS.values(), *WEIGHT_FORMS.values())
+    for option in dict.fromkeys(name for form in forms for name in form.options):
+        if option not in of_forms and getattr(options, option) != getattr(Options(), option):
+            able = ", ".join(form.name for form in forms if option in form.options)
+            raise OptionError(f"{option}: the target {target.name} has no use for it; those with {able} have")
+    rescales = options.ws == "strict" or options.recurrent is not None
+    if target.norm is None and not rescales and options.transfer != Options().transfer:
+        raise OptionError(f"transfer: the target {target.name} has no use for it: it changes no norms")
+    if options.calibrate is None and options.calibrate_seconds != Options().calibrate_seconds:
+        raise OptionError("calibrate_seconds: is of no use without data; give calibrate")
 
 
 def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:

@@ -53,7 +53,8 @@ def fresh(norm: str, seed: int) -> nn.Module:
         layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     target = NORMS[norm]
-    return net if target is None else normswap.convert(net, target, ws="strict", transfer="copy").model
+    strict = {"ws": "strict"} if target and target.endswith("ws") else {}
+    return net if target is None else normswap.convert(net, target, transfer="copy", **strict).model
 
 
 def train(net: nn.Module, images: Tensor, labels: Tensor, rate: float, batch: int, epochs: int, seed: int) -> None:

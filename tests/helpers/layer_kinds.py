@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -133,3 +134,8 @@ KINDS: dict[str, Kind] = {
     "LSTMCell": Kind("batch", lambda: nn.BatchNorm1d(WIDTH), lambda: Recurrent(nn.LSTMCell(3, WIDTH)), (3, 6), False),
     "GRUCell": Kind("batch", lambda: nn.BatchNorm1d(WIDTH), lambda: Recurrent(nn.GRUCell(3, WIDTH)), (3, 6), False),
 }
+
+
+def all_weights(target: str) -> dict[str, Any]:
+    """The options with which `target` changes the weights of every layer."""
+    return {"layers": ("conv", "linear", "rnn")} | ({"ws_scope": "all"} if target.endswith("ws") else {})

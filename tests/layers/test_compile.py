@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.layer_kinds import KINDS
+from helpers.layer_kinds import KINDS, all_weights
 from helpers.torch_versions import skip_where_torch_cannot
 from torch import fx, nn
 from torchvision import models
@@ -16,7 +16,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import normswap
 
-OPTIONS = {"layers": ("conv", "linear", "rnn"), "ws_scope": "all"}
 TARGETS = ("ws", "wn", "gn-ws", "bcn-wn", "est-ws", "frozen-wn", "fold-wn")
 NAMES = (
     "Conv1d, BatchNorm1d",
@@ -41,7 +40,7 @@ CASES = [(name, form) for name in NAMES for form in ("ws", "wn")] + [("Conv2d, B
 def test_a_graph_without_breaks(name: str, target: str) -> None:
     """Forward and gradients as in eager mode, in train mode too."""
     skip_where_torch_cannot(name)
-    model = normswap.convert(KINDS[name].make(), target, **OPTIONS).model
+    model = normswap.convert(KINDS[name].make(), target, **all_weights(target)).model
     x = KINDS[name].data()[0]
     for training in (False, True):
         model.train(training)
@@ -62,7 +61,7 @@ def test_a_graph_without_breaks(name: str, target: str) -> None:
 @pytest.mark.parametrize(("name", "target"), CASES)
 def test_export_copy_and_pickle(name: str, target: str) -> None:
     skip_where_torch_cannot(name)
-    model = normswap.convert(KINDS[name].make(), target, **OPTIONS).model.eval()
+    model = normswap.convert(KINDS[name].make(), target, **all_weights(target)).model.eval()
     x = KINDS[name].data()[0]
     with torch.no_grad():
         wanted = model(x)
@@ -78,7 +77,7 @@ def test_export_copy_and_pickle(name: str, target: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "LSTMCell"])
 def test_a_symbolic_trace(name: str, target: str) -> None:
     """By torch.fx, on which feature extractors and quantization are built; weights are still the graph's parameters."""
-    model = normswap.convert(KINDS[name].make(), target, **OPTIONS).model.eval()
+    model = normswap.convert(KINDS[name].make(), target, **all_weights(target)).model.eval()
     traced, x = fx.symbolic_trace(model), KINDS[name].data()[0]
     torch.testing.assert_close(traced(x), model(x))
     traced(x).sum().backward()
@@ -101,7 +100,7 @@ def test_features_of_a_backbone(target: str) -> None:
 def test_recurrent_layers(name: str, form: str) -> None:
     skip_where_torch_cannot(name)
     torch.manual_seed(0)
-    model = normswap.convert(RECURRENT[name]().double().eval(), form, **OPTIONS).model
+    model = normswap.convert(RECURRENT[name]().double().eval(), form, **all_weights(form)).model
     x = torch.randn(5, 2, 3, dtype=torch.float64)
     with torch.no_grad():
         wanted = model(x)[0]
@@ -116,7 +115,7 @@ def test_recurrent_layers(name: str, form: str) -> None:
 @pytest.mark.parametrize("name", RECURRENT)
 def test_functional_call(name: str, form: str) -> None:
     """With other parameters, the weights that run are computed from these."""
-    model = normswap.convert(RECURRENT[name]().double(), form, **OPTIONS).model
+    model = normswap.convert(RECURRENT[name]().double(), form, **all_weights(form)).model
     others = {key: value.detach() * 1.5 + 0.1 for key, value in model.named_parameters()}
     x = torch.randn(5, 2, 3, dtype=torch.float64)
     got = torch.func.functional_call(model, others, (x,))[0]

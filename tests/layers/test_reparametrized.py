@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checks import distance
+from helpers.layer_kinds import all_weights
 from helpers.nets import conv_norm, randomize
 from torch import nn
 from torch.autograd import forward_ad
@@ -64,7 +65,7 @@ def first(output: object) -> torch.Tensor:
 def converted(layer: nn.Module, form: str) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return normswap.convert(layer, form, layers=("conv", "linear", "rnn"), ws_scope="all").model
+        return normswap.convert(layer, form, **all_weights(form)).model
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -330,8 +331,7 @@ def test_a_training_step_is_that_of_the_paper(form: str) -> None:
     plain = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 9, 4)).double()
     x, y = torch.randn(8, 3, 5, 5, dtype=torch.float64), torch.randint(0, 4, (8,))
     target, _, ws = form.partition(" ")
-    options = {"ws": ws or "preserve", "ws_scope": "all", "layers": ("conv", "linear")}
-    model = normswap.convert(plain, target, **options).model
+    model = normswap.convert(plain, target, ws=ws or "preserve", **all_weights(target)).model
 
     def by_paper(tensors: dict[str, torch.Tensor], index: int) -> torch.Tensor:
         if target == "wn":
@@ -356,15 +356,6 @@ def test_a_training_step_is_that_of_the_paper(form: str) -> None:
     optimizer.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), wanted[name].detach(), rtol=1e-7, atol=1e-9)
-
-
-def test_strict_is_for_standardization_alone() -> None:
-    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).double().eval()
-    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
-    for target in ("wn", "est-wn", "frozen-wn", "fold-wn"):
-        model_, report = normswap.convert(model, target, ws="strict")
-        assert report.exact
-        torch.testing.assert_close(model_(x), model(x))
 
 
 class ReadsItsWeight(nn.Module):

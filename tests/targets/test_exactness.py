@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.checks import distance
-from helpers.layer_kinds import KINDS, Kind
+from helpers.layer_kinds import KINDS, Kind, all_weights
 from helpers.quirks import SINGLE_FORMS
 
 import normswap
@@ -56,7 +56,7 @@ def test_table(name: str, target: str) -> None:
     kind = KINDS[name]
     model, data = kind.make(), kind.data()
     of_norm, of_weight = wanted(kind, target)
-    options = {"layers": ("conv", "linear", "rnn"), "ws_scope": "all", "calibrate": data, "calibrate_seconds": 0}
+    options = all_weights(target) | {"calibrate": data, "calibrate_seconds": 0}
     if of_norm == of_weight == LEFT:
         with pytest.raises(normswap.ModelError, match="nothing to convert"):
             normswap.convert(model, target, **options)
