@@ -71,7 +71,7 @@ def _load(
     def prepare(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         while copied:
             release(copied.pop())
-        for name, slot in _saved_slots(module):
+        for name, slot in saved_slots(module):
             value = state.get(prefix + name)
             if isinstance(value, Tensor):
                 taken[prefix + name] = value
@@ -90,7 +90,7 @@ def _load(
     finally:
         for handle in handles:
             handle.remove()
-    slots = {prefix + name: id(slot) for prefix, module in _prefixes(model) for name, slot in _saved_slots(module)}
+    slots = {prefix + name: id(slot) for prefix, module in _prefixes(model) for name, slot in saved_slots(module)}
     filled = {slots[name] for name in taken if name in slots}
     missing = [n for n in missing if slots.get(n) not in filled and not n.endswith("num_batches_tracked")]
     return taken, missing, list(unexpected)
@@ -101,7 +101,7 @@ def _prefixes(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((f"{path}." if path else "", module) for path, module in named)
 
 
-def _saved_slots(module: nn.Module) -> list[tuple[str, Tensor]]:
+def saved_slots(module: nn.Module) -> list[tuple[str, Tensor]]:
     """The tensors of a module that its state dict holds, by name."""
     buffers = {n: t for n, t in module._buffers.items() if n not in module._non_persistent_buffers_set}
     return [(name, slot) for name, slot in {**module._parameters, **buffers}.items() if slot is not None]
@@ -154,7 +154,7 @@ def _check(model: nn.Module, wanted: Mapping[str, Any], where: object) -> None:
     for name, value in model.state_dict().items():
         given = wanted.get(name)
         if isinstance(value, Tensor) and isinstance(given, Tensor):
-            if not _same_bits(value, given):
+            if not same_bits(value, given):
                 raise FileError(
                     f"{where}: {name} is not in the model as it is in the file: the model computes it, or keeps it as "
                     "one with another tensor whose values the file has differently"
@@ -168,7 +168,8 @@ def _check(model: nn.Module, wanted: Mapping[str, Any], where: object) -> None:
         )
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same in shape, dtype and each bit."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.numel() or a.layout is not torch.strided or a.is_quantized:

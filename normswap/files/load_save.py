@@ -43,6 +43,7 @@ def load(
 
     Raises:
         FileError: no such file, a broken one, or one whose tensors or recipe do not fit the model.
+        ModelError: the model reads tensors that no file has: on meta, or drawn anew by its factory each time.
         UnsafeFileError: a class that is not allowed, by name.
     """
     path = Path(path)
@@ -57,7 +58,7 @@ def load(
     source, arguments = model_for_state.find_source(value, model, model_args, path)
     try:
         with inputs.errors_name(path):
-            filled = model_for_state.models_on_tensors(value, source, arguments, path)
+            filled = model_for_state.models_on_tensors(value, source, arguments, path, to_run=True)
     except OptionError as error:
         if model is not None:
             raise

@@ -14,6 +14,7 @@ from normswap.checkpoints import state_keys, stored_recipes
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.files import model_specs
 from normswap.files.filling import bind_by_loading, fill
+from normswap.files.random_numbers import check_nothing_is_drawn
 from normswap.files.recipe import parse_recipe, replay
 from normswap.training.parameter_numbers import Parameter
 
@@ -76,12 +77,20 @@ def _check_size(state: Mapping[str, Any], spec: str, arguments: Mapping[str, Any
 
 
 def models_on_tensors(
-    state: Mapping[str, Any], source: model_specs.ModelSource, arguments: Mapping[str, Any], where: object
+    state: Mapping[str, Any],
+    source: model_specs.ModelSource,
+    arguments: Mapping[str, Any],
+    where: object,
+    *,
+    to_run: bool = False,
 ) -> list[tuple[state_keys.Binding, nn.Module]]:
     """The model on the tensors of `state`, with where they stand there; several where `state` holds copies of it.
 
-    A converted state dict gets a converted model, which holds its recipe. Raises `FileError` where the tensors do not
-    fit.
+    A converted state dict gets a converted model, which holds its recipe.
+
+    Raises:
+        FileError: the tensors do not fit.
+        ModelError: `to_run`, and the model holds random numbers that no file has.
     """
 
     def build() -> nn.Module:
@@ -107,7 +116,14 @@ def models_on_tensors(
     models = [model, *(build() for _ in bindings[1:])]
     for binding, model in zip(bindings, models, strict=True):
         fill(model, state, binding, where)
+    if to_run:
+        check_nothing_is_drawn(models[0], lambda: _filled(build(), state, bindings[0], where), where)
     return list(zip(bindings, models, strict=True))
+
+
+def _filled(model: nn.Module, state: Mapping[str, Any], binding: state_keys.Binding, where: object) -> nn.Module:
+    fill(model, state, binding, where)
+    return model
 
 
 def parameters_of_model(model: nn.Module) -> tuple[Parameter, ...]:

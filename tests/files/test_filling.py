@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from helpers.nets import randomize
@@ -206,6 +207,64 @@ def test_what_stays_on_meta_is_named(tmp_path: Path) -> None:
     for cls, name in ((InContainers, "held"), (InClosure, "reader"), (InPartial, "reader")):
         with pytest.raises(ModelError, match=f"on meta that the file does not hold: {name}"):
             normswap.load(path, model=lambda cls=cls: on_meta(cls))
+
+
+# ---- what no file has ----
+
+
+class Drawn(Net):
+    """Reads random numbers that its state dict does not hold."""
+
+    draw: Callable[[nn.Parameter], object]
+
+    def hold(self) -> None:
+        self.held = type(self).draw(self.scale)
+
+    def read(self) -> Tensor:
+        value = self.held() if callable(self.held) else self.held
+        return torch.as_tensor(value).float().view(-1, 1, 1) * self.scale
+
+
+def from_numpy() -> Tensor:
+    return torch.from_numpy(numpy.random.rand(4))
+
+
+DRAWS: dict[str, Callable[[nn.Parameter], object]] = {
+    "a plain tensor": lambda scale: torch.randn(4),
+    "an order": lambda scale: torch.randperm(4),
+    "in a closure": lambda scale, drawn=None: (lambda made: lambda: made)(torch.rand(4)),
+    "from first values": lambda scale: scale.detach() ** 2,
+    "by numpy": lambda scale: from_numpy(),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_random_numbers_that_no_file_has_are_named(draw: str, tmp_path: Path) -> None:
+    cls = type("Drawing", (Drawn,), {"draw": staticmethod(DRAWS[draw])})
+
+    def seeded() -> nn.Module:
+        torch.manual_seed(5)
+        numpy.random.seed(5)
+        return cls()
+
+    model = randomize(seeded()).eval()
+    path = saved(model, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"random numbers that the file does not have: held; give a factory .* same"):
+        normswap.load(path, model=cls)
+    torch.testing.assert_close(output(normswap.load(path, model=seeded)), output(model))
+    torch.testing.assert_close(output(normswap.load(path, model=model)), output(model))
+    assert normswap.convert_file(path, "frozen", model=cls).totals.norms_changed == 1  # the file goes on without them
+
+
+def test_what_is_only_not_written_yet_is_no_random_number(tmp_path: Path) -> None:
+    class Caching(Net):
+        def hold(self) -> None:
+            self.register_buffer("cache", torch.empty(1 << 16), persistent=False)
+            self.other = torch.empty(100, 100)
+            self.constant = torch.arange(3)
+
+    path = saved(randomize(Caching()).eval(), tmp_path / "w.pt")
+    assert torch.equal(normswap.load(path, model=Caching).scale, torch.load(path)["scale"])
 
 
 # ---- the model's own loading ----
