@@ -1,7 +1,8 @@
 """The tensors of a state dict into a model, in place, so that whatever else holds the model's tensors sees them too."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +52,23 @@ def bind_by_loading(model: nn.Module, state: State, where: object) -> state_keys
             names = {name: saved[id(value)] for name, value in taken.items() if id(value) in saved}
             return state_keys.Binding(names, prefix, {n: outer for n, outer in part.items() if n not in unexpected})
     return None
+
+
+def with_what_loading_makes(
+    model: nn.Module, state: State, binding: state_keys.Binding, beside: Sequence[str], where: object
+) -> state_keys.Binding:
+    """`binding` with those of the saved keys `beside` that the model makes tensors of only as it is loaded.
+
+    So the normalizers of diffusion policies learn in loading what they hold.
+    """
+    keys = {state_keys.without_wrappers(key).removeprefix(binding.prefix): key for key in beside}
+    extra = {name: key for name, key in keys.items() if isinstance(state[key], Tensor)}
+    if not extra:
+        return binding
+    part = OrderedDict((name, state[outer]) for name, outer in {**extra, **binding.names}.items())
+    _load(model, part, _metadata(model, state, binding), where)
+    made = {name: extra[name] for name in model.state_dict() if name in extra}
+    return replace(binding, names={**binding.names, **made})
 
 
 def _metadata(model: nn.Module, state: State, binding: state_keys.Binding) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from normswap.analysis.copies import clone
 from normswap.checkpoints import state_keys, stored_recipes
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.files import model_specs
-from normswap.files.filling import bind_by_loading, fill
+from normswap.files.filling import bind_by_loading, fill, with_what_loading_makes
 from normswap.files.random_numbers import check_nothing_is_drawn
 from normswap.files.recipe import parse_recipe, replay
 from normswap.training.parameter_numbers import Parameter
@@ -114,6 +114,11 @@ def models_on_tensors(
             raise misfit from None
         bindings = [found]
     models = [model, *(build() for _ in bindings[1:])]
+    beside = [state_keys.keys_beside(state, bindings, binding.prefix) for binding in bindings]
+    bindings = [
+        with_what_loading_makes(model, state, binding, keys, where)
+        for binding, model, keys in zip(bindings, models, beside, strict=True)
+    ]
     for binding, model in zip(bindings, models, strict=True):
         fill(model, state, binding, where)
     if to_run:

@@ -119,11 +119,14 @@ def convolution_paths(state: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _buffer_keys(state: Mapping[str, Any]) -> set[str]:
-    """The keys of statistics, of batch norms or else."""
+def _buffer_keys(state: Mapping[str, Any], of_norms: bool = False) -> set[str]:
+    """The keys of statistics, `of_norms` alone or of whatever else too."""
+    of_any_norm = {key for key in state if key.rpartition(".")[2] in _BUFFERS}
+    if of_norms:
+        return of_any_norm
     others = [f"{path}." if path else "" for path in statistics_that_are_no_norm(state)]
     names = {name for names in (*_OTHER_STATISTICS, _COUNTS) for name in names}
-    return {key for key in state if key.rpartition(".")[2] in _BUFFERS} | {p + name for p in others for name in names}
+    return of_any_norm | {prefix + name for prefix in others for name in names}
 
 
 def count_elements_by_keys(state: Mapping[str, Any]) -> tuple[int, int]:
@@ -133,10 +136,13 @@ def count_elements_by_keys(state: Mapping[str, Any]) -> tuple[int, int]:
     return sum(value.numel() for value in tensors.values()) - buffers, buffers
 
 
-def parameters_by_keys(state: Mapping[str, Any]) -> tuple[Parameter, ...]:
-    """The parameters of a state dict, as far as keys tell: all but statistics and whole numbers; tied ones once."""
+def parameters_by_keys(state: Mapping[str, Any], with_statistics: bool = False) -> tuple[Parameter, ...]:
+    """The parameters of a state dict, as far as keys tell: all but statistics and whole numbers; tied ones once.
+
+    `with_statistics`: those that are no norm's count as parameters, which some normalizers keep them as.
+    """
     seen: set[Any] = set()
-    found, buffers = [], _buffer_keys(state)
+    found, buffers = [], _buffer_keys(state, of_norms=with_statistics)
     for name, value in state.items():
         if isinstance(value, Tensor) and value.is_floating_point() and name not in buffers:
             memory = (value.data_ptr(), tuple(value.shape), value.stride())

@@ -41,9 +41,10 @@ def convert_tensors_alone(state: Mapping[str, Any], where: Path, request: FileRe
     stored_recipes.store_recipe(value, recipe)
     report = replace(_of_whole_state(report, state, value, left, eps), recipe=recipe)
     # An optimizer was made for all parameters, or for those of the model and not for what a script has beside it.
-    before, after = map(norms_by_keys.parameters_by_keys, (state, value))
-    under = norms_by_keys.under_the_norms_prefix
-    return ConvertedEntry(value, report, ((before, after), (under(state, before), under(state, after))))
+    by_keys, under = norms_by_keys.parameters_by_keys, norms_by_keys.under_the_norms_prefix
+    pairs = [(by_keys(state, both), by_keys(value, both)) for both in (False, True)]
+    pairs.insert(1, (under(state, pairs[0][0]), under(state, pairs[0][1])))
+    return ConvertedEntry(value, report, tuple(pairs))
 
 
 def check_without_model(request: FileRequest, where: Path) -> None:

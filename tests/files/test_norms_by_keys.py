@@ -63,4 +63,6 @@ def test_statistics_are_no_parameters_of_an_optimizer() -> None:
     state = {f"obs.{name}": value for name, value in NO_NORMS["observations"][0].items()} | net.state_dict()
     found = norms_by_keys.parameters_by_keys(state)
     assert [p.name for p in found] == [name for name, _ in net.named_parameters()]
+    as_parameters = norms_by_keys.parameters_by_keys(state, with_statistics=True)
+    assert [p.name for p in as_parameters] == ["obs.count", *(p.name for p in found)]
     assert norms_by_keys.count_elements_by_keys(state) == (7 * 8 + 8 + 16, 15 + 17)

@@ -21,9 +21,30 @@ CAMERAS = torch.randn(4, 2, 3, 32, 32)
 ACTIONS = torch.randn(4, 6, 8)
 
 
+class Normalizer(nn.Module):
+    """As `LinearNormalizer`, which is empty when it is made, and holds whatever is loaded into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params_dict = nn.ParameterDict()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        found = nn.ParameterDict()
+        for key, value in state_dict.items():
+            if key.startswith(f"{prefix}params_dict."):
+                _, field, name = key.removeprefix(prefix).split(".")
+                found.setdefault(field, nn.ParameterDict())[name] = value.clone()
+        self.params_dict = found.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        action = self.params_dict["action"]
+        return x * action["scale"][:, None] + action["offset"][:, None]
+
+
 class Policy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.normalizer = Normalizer()
         encoder = resnet18()
         encoder.fc = nn.Identity()
         self.obs_encoder = nn.ModuleDict({"front": encoder, "wrist": encoder})
@@ -32,7 +53,7 @@ class Policy(nn.Module):
 
     def forward(self, cameras: Tensor, actions: Tensor) -> Tensor:
         seen = torch.cat([encoder(cameras[:, i]) for i, encoder in enumerate(self.obs_encoder.values())], 1)
-        return self.model(actions + self.condition(seen)[..., None])
+        return self.model(self.normalizer(actions) + self.condition(seen)[..., None])
 
 
 def make_optimizer(policy: Policy) -> torch.optim.Optimizer:
@@ -42,6 +63,8 @@ def make_optimizer(policy: Policy) -> torch.optim.Optimizer:
 def trained(steps: int = 2) -> tuple[Policy, Policy, torch.optim.Optimizer]:
     torch.manual_seed(0)
     policy = randomize(Policy()).train()
+    fitted = {"scale": torch.rand(6) + 0.5, "offset": torch.randn(6), "mean": torch.randn(6), "std": torch.rand(6)}
+    policy.normalizer.load_state_dict({f"params_dict.action.{name}": value for name, value in fitted.items()})
     average, optimizer = copy.deepcopy(policy), make_optimizer(policy)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -77,8 +100,12 @@ def test_a_workspace_resumes_converted(tmp_path: Path, to: str, key: str | None)
             assert torch.equal(resumed(CAMERAS, ACTIONS), output) and torch.equal(loaded(CAMERAS, ACTIONS), output)
     new = make_optimizer(resumed)
     new.load_state_dict(got["state_dicts"]["optimizer"])
-    old = {name: optimizer.state[p]["exp_avg"] for name, p in policy.named_parameters()}
-    assert all(torch.equal(new.state[p]["exp_avg"], old[name]) for name, p in resumed.named_parameters())
+    old = {name: optimizer.state[p]["exp_avg"] for name, p in policy.named_parameters() if p.requires_grad}
+    assert all(torch.equal(new.state[p]["exp_avg"], old[n]) for n, p in resumed.named_parameters() if p.requires_grad)
+    alone = normswap.convert_file(tmp_path / "latest.ckpt", to, tmp_path / "alone.ckpt", key=key)
+    states = torch.load(tmp_path / "alone.ckpt")["state_dicts"]
+    assert all(torch.equal(states["model"][name], v) for name, v in got["state_dicts"]["model"].items())
+    assert len(states["optimizer"]["state"]) == len(old) and not any("dropped" in line for line in alone.warnings)
     assert [c.paths for c in report.changes if c.kind == "copy"] == [("state_dicts.ema_model",)]
 
 
