@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from normswap.layers.torch_normalization import normalized_by_torch, without_normalization
+
 MODULE_STATE = frozenset(vars(nn.Module()))
 """The attributes that torch gives every module."""
 _HOOKS = frozenset(name for name in MODULE_STATE if "_hooks" in name)
@@ -47,6 +49,8 @@ def clone(model: nn.Module) -> nn.Module:
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of `model` to trace: the same tensors, no hooks (they are made for tensors, not for proxies).
 
+    Weights that torch normalizes are parameters in it, so that a forward is seen to read them.
+
     Attributes are copied as in `clone`, since a forward may change them; raises what they raise.
     """
     modules = list(model.modules())
@@ -60,6 +64,13 @@ def skeleton(model: nn.Module) -> nn.Module:
                 vars(copied)[name] = {key: None if child is None else memo[id(child)] for key, child in value.items()}
             else:
                 vars(copied)[name] = OrderedDict() if name in _HOOKS else _copied(value, memo)
+        if normalized := normalized_by_torch(module):
+            plain = without_normalization(module)
+            copied.__class__ = type(plain)
+            kept = {name: value for name, value in vars(copied).items() if name not in normalized}
+            children = {name: child for name, child in copied._modules.items() if name in plain._modules}
+            tensors = {"_parameters": dict(plain._parameters), "_buffers": dict(plain._buffers)}
+            copied.__dict__ = {**kept, **tensors, "_modules": children}
     return copies[0]
 
 

@@ -14,6 +14,7 @@ from normswap.analysis.sites import Site
 from normswap.analysis.traced_part import TracedPart
 from normswap.analysis.tracing import trace
 from normswap.analysis.type_tests import find_type_tests
+from normswap.layers.torch_normalization import is_torchs_hook
 
 
 def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
@@ -27,7 +28,7 @@ def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
     hooked = frozenset(
         id(copies[path])
         for path, module in model.named_modules(remove_duplicate=False)
-        if path and (module._forward_hooks or module._forward_pre_hooks)
+        if path and (module._forward_hooks or not all(map(is_torchs_hook, module._forward_pre_hooks.values())))
     )
     leaves = hooked | {id(copies[path]) for path in by_path}  # what hooks do to a value is not in any forward
     below = _paths_below(by_path)

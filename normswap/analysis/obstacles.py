@@ -8,7 +8,8 @@ from normswap.analysis.holders import held_norms, why_not_one_call
 from normswap.analysis.known_norms import known_forwards
 from normswap.analysis.trials import own_forward, why_not_linear
 from normswap.layers.reparametrized import PLAIN
-from normswap.layers.subclasses import WITH_FORMS, is_form
+from normswap.layers.subclasses import WITH_FORMS, as_plain, is_form
+from normswap.layers.torch_normalization import normalized_by_torch
 
 
 def obstacle_of(module: nn.Module, base: type[nn.Module]) -> str:
@@ -18,7 +19,7 @@ def obstacle_of(module: nn.Module, base: type[nn.Module]) -> str:
         return f"has a {own} of its own, so it may do more than {base.__name__}"
     if (problem := obstacle_in_state(module, base)) or not own:
         return problem
-    problem = why_not_like_base(module, with_bias=module.bias is not None)
+    problem = why_not_like_base(as_plain(module), with_bias=module.bias is not None)
     return problem and f"has a {own} of its own, which {problem}"
 
 
@@ -57,18 +58,15 @@ def obstacle_in_state(module: nn.Module, base: type[nn.Module]) -> str:
             return "was made in inference mode, so its tensors cannot be changed"
         if tensor is not None and torch._debug_has_internal_overlap(tensor) == 1:
             return "has a tensor whose elements share memory (expand)"
-    if parametrize.is_parametrized(module):
-        normalized = any("WeightNorm" in type(p).__name__ for ps in module.parametrizations.values() for p in ps)  # type: ignore[union-attr, operator]
-        by_torch = "is weight-normalized already, by torch's parametrization"
-        return by_torch if normalized else "has a parametrization on it"
-    if any("WeightNorm" in type(hook).__name__ for hook in module._forward_pre_hooks.values()):
-        return "is weight-normalized already, by torch's old weight_norm"
+    by_torch = normalized_by_torch(module)
+    if parametrize.is_parametrized(module) and not by_torch:
+        return "has a parametrization on it"
     if base in PLAIN:
         return ""
-    for name in ("weight", "bias"):
+    for name in {"weight", "bias"} - by_torch.keys():
         held = name in module._parameters or name in module._buffers
         if not held and isinstance(getattr(module, name, None), torch.Tensor):
-            return f"has a {name} that is computed (weight_norm, spectral_norm or a pruning mask)"
+            return f"has a {name} that is computed (a pruning mask or the like)"
     return ""
 
 

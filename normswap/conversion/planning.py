@@ -12,6 +12,7 @@ from normswap.conversion.accounting import changes_of, is_reported, unasked_laye
 from normswap.conversion.evidence import Evidence, Survey
 from normswap.conversion.request import Phase, Request
 from normswap.errors import ModelError, OptionError
+from normswap.layers.torch_normalization import normalized_by_torch
 from normswap.report.report import Change, Left
 from normswap.targets.context import Absorption, Context, Swap
 from normswap.targets.groups import share_channels
@@ -92,7 +93,7 @@ def plan_sites(
             plans[site] = _unless_told_apart(plan_norm(site, target, context), target, context)
     context = replace(context, folded=_foldings(plans))
     for site in sites:
-        if site.kind == "weight" and site in chosen:
+        if site.kind == "weight" and (site in chosen or _must_be_plain(site, context)):
             swap = plans[site] = _unless_told_apart(plan_weight(site, target, context), target, context)
             if isinstance(swap, Swap) and swap.tied_lengths:
                 context = replace(context, tied_lengths={**context.tied_lengths, **swap.tied_lengths})
@@ -134,6 +135,11 @@ def _unless_told_apart(swap: Swap | str, target: Target, context: Context) -> Sw
         if who
         else swap
     )
+
+
+def _must_be_plain(site: Site, context: Context) -> bool:
+    """Whether a norm is folded into a layer that it can go into only when torch's normalization is gone."""
+    return site.path in context.folded and bool(normalized_by_torch(site.module))
 
 
 def _rescaling(

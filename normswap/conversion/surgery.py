@@ -22,17 +22,25 @@ _REMEMBERED = {"momentum"}  # of a batch norm, by a norm that has no use for it:
 def replace_layers(swaps: Sequence[Swap], request: Request) -> None:
     """Put built swaps into the model. Nothing here can fail for a reason that planning could have seen."""
     with torch.no_grad():
-        # All foldings first: a layer that takes a norm in may be replaced itself.
+        for swap in swaps:
+            if swap.first:
+                _carry_out(swap)
+        # All foldings before other swaps: a layer that takes a norm in may be replaced itself.
         for absorption in in_order(absorption for swap in swaps for absorption in swap.absorptions):
             _absorb(absorption)
             if (weight := absorption.site.module._parameters.get("weight")) is not None:
                 request.release(weight)
         for swap in swaps:
-            values = [(tensor, value() if callable(value) else value) for tensor, value in swap.writes]
-            if swap.module is not swap.site.module:
-                _exchange(swap.site, swap.module)
-            for tensor, value in values:
-                tensor.copy_(value)
+            if not swap.first:
+                _carry_out(swap)
+
+
+def _carry_out(swap: Swap) -> None:
+    values = [(tensor, value() if callable(value) else value) for tensor, value in swap.writes]
+    if swap.module is not swap.site.module:
+        _exchange(swap.site, swap.module)
+    for tensor, value in values:
+        tensor.copy_(value)
 
 
 def _absorb(absorption: Absorption) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from normswap.layers.reparametrized import CONVOLUTIONS, NORMALIZED, PLAIN, STANDARDIZED, TRANSPOSED
+from normswap.layers.torch_normalization import normalized_by_torch, without_normalization
 
 WITH_FORMS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 """Layers of whose subclasses there are forms."""
@@ -69,6 +70,8 @@ def with_weight(layer: nn.Module, cls: type[nn.Module], weight: Any) -> nn.Modul
 
 def as_plain(layer: nn.Module) -> nn.Module:
     """A re-parametrized layer as an instance of the class that it was made from, on the same tensors; others as is."""
+    if normalized_by_torch(layer):
+        return without_normalization(layer)
     cls = plain_class(type(layer))
     if cls is type(layer):
         return layer

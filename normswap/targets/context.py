@@ -61,6 +61,8 @@ class Swap:
     """Tensors of the model that take new values in place, so that optimizers and other holders of a parameter keep it.
     A large value is a function, which is called when its turn comes."""
     absorptions: tuple[Absorption, ...] = ()
+    first: bool = False
+    """Whether it comes before any norm is folded: the layer is one that a norm can go into only then."""
     tied_lengths: Mapping[int, nn.Parameter] = field(default_factory=dict)
     """The lengths of filters that several layers share, by the id of the weight."""
 

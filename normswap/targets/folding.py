@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from normswap.analysis.obstacles import why_not_like_base
 from normswap.analysis.sites import Site
 from normswap.analysis.statistics import is_untrained
+from normswap.analysis.trials import own_forward
 from normswap.layers.matching import Affine, add_to_middle_, as_affine, scale_filters_, scale_inputs_
 from normswap.layers.reparametrized import CONVOLUTIONS, PLAIN, filter_groups
 from normswap.layers.subclasses import as_plain
+from normswap.layers.torch_normalization import is_torchs_hook, kind_of_normalization
 from normswap.targets.context import Absorption, Context, Place, Swap
 from normswap.targets.groups import share_channels
 from normswap.targets.parameters import is_trained, read_statistics
@@ -83,7 +85,7 @@ def _absorption(into: Site, norm: Site, affine: Affine, place: Place, needs: tup
     layer: Any = into.module
     bias = None
     if layer.bias is None:
-        like: Tensor = layer.weight
+        like: Tensor = next(layer.parameters())
         zeros = torch.zeros(into.channels, dtype=like.dtype, device=like.device)
         bias = nn.Parameter(zeros, requires_grad=is_trained(norm, "bias"))
     return Absorption(into, affine, bias, place, needs)
@@ -126,10 +128,15 @@ def _cannot_absorb(into: Site, norm: Site, context: Context, place: Place) -> st
         return "is excluded"
     if into.path in context.flow.touched:
         return "has a weight that is also read directly"
-    if any(id(p) in context.shared for p in layer._parameters.values()):
+    if any(id(p) in context.shared for p in layer.parameters()):
         return "shares its weight with another layer"
-    if layer._forward_hooks or layer._forward_pre_hooks or norm.module._forward_pre_hooks:
+    normalized_alone = all(map(is_torchs_hook, layer._forward_pre_hooks.values()))
+    if layer._forward_hooks or not normalized_alone or norm.module._forward_pre_hooks:
         return "has a forward hook, which would see other values"
+    if by_torch := kind_of_normalization(layer):  # it takes a norm in as a plain layer only
+        old, new = type(layer), type(as_plain(layer))
+        if any(context.flow.who_tells_apart(path, old, new) for path in into.paths):
+            return f"is normalized by torch's {by_torch}, and a forward asks for its type"
     if layer.bias is None and (why := why_not_like_base(as_plain(layer), with_bias=True)):
         return f"has a forward of its own, which {why}"
     shared = share_channels(into, norm, context, place is Place.BEFORE)
@@ -169,6 +176,8 @@ def _cannot_take_inputs(into: Site, norm: Site, context: Context) -> str:
         return "has a weight that is computed: fold it first (normswap.fold)"
     if getattr(layer, "in_channels", getattr(layer, "in_features", None)) != norm.channels:
         return "has another number of channels"
+    if own := own_forward(type(layer)):
+        return f"has a {own} of its own, which may do more to its input"
     return "" if into.layer_kind in ("conv", "linear") else "is recurrent"
 
 
@@ -176,8 +185,8 @@ def _pads_with_zeros(into: Site) -> bool:
     layer: Any = into.module
     if into.layer_kind == "linear":
         return False
-    if into.base not in CONVOLUTIONS or type(layer).forward is not into.base.forward:
-        return True  # a transposed convolution sees zeros around its input; any other forward may pad by itself
+    if into.base not in CONVOLUTIONS:
+        return True  # a transposed convolution sees zeros around its input
     pointwise = all(size == 1 for size in layer.kernel_size)
     none = layer.padding == "valid" or (pointwise if layer.padding == "same" else not any(layer.padding))
     return layer.padding_mode == "zeros" and not none
@@ -204,7 +213,7 @@ def _into_a_layer_beside(norm: Site, affine: Affine, context: Context) -> list[A
 def _keeps_elements(into: Site, norm: Site) -> bool:
     """Whether a convolution gives as many elements as it reads, each with the one at its own place in the middle."""
     layer: Any = into.module
-    if into.base not in CONVOLUTIONS or type(layer).forward is not into.base.forward:
+    if into.base not in CONVOLUTIONS or own_forward(type(layer)):
         return False
     sizes = list(zip(layer.kernel_size, layer.dilation, strict=True))
     middle = tuple((size - 1) * step // 2 for size, step in sizes)

@@ -15,6 +15,12 @@ from normswap.layers.norms import ACTIVATED, RUNNING_NORMS, BatchChannelNorm, Po
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import NORMALIZED, PLAIN, retyped, weight_names
 from normswap.layers.subclasses import plain_class
+from normswap.layers.torch_normalization import (
+    computed_by_torch,
+    kind_of_normalization,
+    normalized_by_torch,
+    without_normalization,
+)
 from normswap.targets.context import Context, Swap
 from normswap.targets.folding import to_folded
 from normswap.targets.groups import spatial_dims_of
@@ -101,3 +107,18 @@ def to_plain_weight(site: Site, context: Context) -> Swap | str:
             new._buffers.pop(buffer, None)
     form = "normalized" if normalized else "standardized"
     return Swap(site, new, type(new).__name__, f"{form} weight baked in", True, note, writes=tuple(writes))
+
+
+def without_torchs_normalization(site: Site, context: Context) -> Swap:
+    """A layer that torch's own `weight_norm` or `spectral_norm` normalizes as a plain one, its weights baked in."""
+    old, new = site.module, without_normalization(site.module)
+    writes: list[tuple[Tensor, Any]] = []
+    note = ""
+    for name in normalized_by_torch(old):
+        held: Any = new._parameters[name]
+        if id(held) in context.shared:
+            note = "weight no longer shared with another layer"
+            held = new._parameters[name] = nn.Parameter(held.detach().clone(), requires_grad=held.requires_grad)
+        writes.append((held, partial(computed_by_torch, old, name)))
+    how = f"torch's {kind_of_normalization(old)} baked in"
+    return Swap(site, new, type(new).__name__, how, True, note, writes=tuple(writes), first=True)

@@ -11,6 +11,7 @@ from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.layers.matching import widen
 from normswap.layers.norms import ACTIVATED
+from normswap.layers.torch_normalization import kind_of_normalization
 from normswap.target_table import NORM_FORMS, PLAIN_FORM, TARGET_FORMS, WEIGHT_FORMS, Form
 from normswap.targets import folding, norms, plain, weights
 from normswap.targets.context import Context, Swap
@@ -150,6 +151,16 @@ def _misplaced(site: Site, context: Context) -> str:
 def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:
     """The swap of a weight layer, or why it is left."""
     options = context.options
+    folds = target is PLAIN_TARGET or (
+        target.norm is not None and NORM_FUNCTIONS[target.norm.name] is folding.to_folded
+    )
+    if site.base is not None and not site.obstacle and (by_torch := kind_of_normalization(site.module)):
+        if folds:
+            baked = plain.without_torchs_normalization(site, context)
+            form = target.weight if target is not PLAIN_TARGET else None
+            return baked if form is None else replace(baked, note=f"for {form.name}, convert once more")
+        if target.weight is not None or options.recurrent:
+            return f"is normalized already, by torch's {by_torch}"
     if options.recurrent and site.layer_kind == "rnn" and site.base is not None and target is not PLAIN_TARGET:
         swap = site.obstacle or RECURRENT_FUNCTIONS[options.recurrent](site, context)
         if isinstance(swap, Swap) or target.weight is None or "rnn" not in options.layers:

@@ -65,7 +65,8 @@ def test_quirk(name: str, target: str) -> None:
     assert (report.totals.norms_changed, report.totals.weights_changed) == (norms, weights)
     assert same(fingerprint(model), before), "the caller's model was touched"
     check_named(converted, report)
-    check_kept(model, converted)
+    if not (quirk.normalized and target.startswith("fold")):
+        check_kept(model, converted)
     result = output(converted, quirk)
     assert result.dtype == known.dtype and result.shape == known.shape
     assert result.isfinite().all()

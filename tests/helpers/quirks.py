@@ -35,6 +35,7 @@ class Quirk:
     bn: int = 0
     dtype: torch.dtype = torch.float32
     warns: bool = False
+    normalized: bool = False  # by torch, whose hooks and parametrizations a fold takes away
 
     def expected(self, target: str) -> tuple[int, int]:
         """(norms, weights) that `target` changes; a fold changes the layer that takes the norm in as well."""
@@ -348,13 +349,13 @@ QUIRKS: dict[str, Quirk] = {
     "hook on the convolution": Quirk(
         lambda: touched(conv_norm(), lambda m: m.conv.register_forward_hook(_notes)), fold=0
     ),
-    "spectral_norm": Quirk(lambda: conv_norm(conv=lambda: spectral_norm(nn.Conv2d(3, 8, 3))), fold=0, ws=0),
+    "spectral_norm": Quirk(lambda: conv_norm(conv=lambda: spectral_norm(nn.Conv2d(3, 8, 3))), ws=0, normalized=True),
     "spectral_norm parametrization": Quirk(
-        lambda: conv_norm(conv=lambda: parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))), fold=0, ws=0
+        lambda: conv_norm(conv=lambda: parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))), ws=0, normalized=True
     ),
-    "weight_norm": Quirk(lambda: conv_norm(conv=_old_weight_norm), fold=0, ws=0),
+    "weight_norm": Quirk(lambda: conv_norm(conv=_old_weight_norm), ws=0, normalized=True),
     "weight_norm parametrization": Quirk(
-        lambda: conv_norm(conv=lambda: parametrizations.weight_norm(nn.Conv2d(3, 8, 3))), fold=0, ws=0
+        lambda: conv_norm(conv=lambda: parametrizations.weight_norm(nn.Conv2d(3, 8, 3))), ws=0, normalized=True
     ),
     "pruned": Quirk(
         lambda: conv_norm(conv=lambda: prune.l1_unstructured(nn.Conv2d(3, 8, 3), "weight", 0.3)), fold=0, ws=0

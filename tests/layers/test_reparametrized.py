@@ -181,7 +181,7 @@ def test_torchs_weight_norm_is_recognized() -> None:
     new = conv_norm(conv=lambda: parametrizations.weight_norm(nn.Conv2d(3, 8, 3)))
     for model in (old, new):
         report = normswap.convert(model, "gn-wn").report
-        assert [left.reason.split(",")[0] for left in report.left] == ["is weight-normalized already"]
+        assert [left.reason.split(",")[0] for left in report.left] == ["is normalized already"]
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3, groups=2), nn.Linear(3, 4)])
