@@ -11,6 +11,7 @@ from normswap.analysis.copies import skeleton
 from normswap.analysis.flow import Flow
 from normswap.analysis.graph_reader import GraphReader
 from normswap.analysis.sites import Site
+from normswap.analysis.time_axis import named_so
 from normswap.analysis.traced_part import TracedPart
 from normswap.analysis.tracing import trace
 from normswap.analysis.type_tests import find_type_tests
@@ -69,6 +70,7 @@ def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
     _doubt_unreached(flow, sites)
     _guess_unseen(flow, sites)
     flow.type_tests = find_type_tests(model)
+    flow.along_time = {**named_so(model, sites, flow.ranks), **flow.along_time}
     return flow
 
 

@@ -63,6 +63,8 @@ class Flow:
     """Sites of which a run has shown more than traces of parts had told, and what."""
     functional: dict[str, str] = field(default_factory=dict)
     """Norms that no module holds: by the path of the module that calls it, the name of the function."""
+    along_time: dict[str, str] = field(default_factory=dict)
+    """Norms that no norm over positions can stand in for without reaching along time or into padding, and where."""
     type_tests: dict[str, tuple[TypeTest, ...]] = field(default_factory=dict)
     """By the path of a module, what its forward may ask of the classes of layers in it."""
     problems: dict[str, str] = field(default_factory=dict)
@@ -81,6 +83,7 @@ class Flow:
             for path, ranks in getattr(other, name).items():
                 getattr(self, name)[path] |= ranks
         self.calls |= other.calls  # the greater count of each
+        self.along_time.update(other.along_time)
         self.functional.update(other.functional)
         self.parts.update(other.parts)
         self.doubts.update(other.doubts)

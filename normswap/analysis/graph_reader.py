@@ -4,7 +4,7 @@ from collections import Counter
 
 from torch import fx, nn
 
-from normswap.analysis import operations, ranks
+from normswap.analysis import operations, ranks, time_axis
 from normswap.analysis.connections import Connections
 from normswap.analysis.flow import Flow
 from normswap.analysis.sites import Site
@@ -61,7 +61,7 @@ class GraphReader:
         """What the graph tells. `complete` says whether the graphs that were traced are all that the forward can do."""
         flow = Flow()
         norm_ahead, weights_before = self._norm_ahead(), self._weights_before()
-        single = self._single()
+        single, along_time = self._single(), time_axis.near_causal_layers(self.nodes, self._module)
         called = [(node, site) for node in self.nodes if (site := self._site(node)) is not None]
         flow.calls = Counter(site.path for _, site in called)
         for node in self.nodes:
@@ -86,7 +86,10 @@ class GraphReader:
                     flow.flattened[path] |= self.ranks.get(flattened, ranks.ANY_RANK)
                 if (one := single[node]) is not None:
                     (flow.single if one else flow.spatial).add(path)
-                flow.ranks[path] |= self.ranks.get(operations.input_of(node), ranks.ANY_RANK)  # type: ignore[arg-type]
+                possible = self.ranks.get(operations.input_of(node), ranks.ANY_RANK)  # type: ignore[arg-type]
+                flow.ranks[path] |= possible
+                if node in along_time and possible != {2} and site.form in time_axis.APART:
+                    flow.along_time[path] = time_axis.CAUSAL
             else:
                 flow.readers[path] += self.connections.readers(node)
                 flow.norms_before[path].append(self.connections.norm_before(node))

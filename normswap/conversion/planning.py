@@ -13,6 +13,7 @@ from normswap.conversion.evidence import Evidence, Survey
 from normswap.conversion.request import Phase, Request
 from normswap.errors import ModelError, OptionError
 from normswap.layers.torch_normalization import normalized_by_torch
+from normswap.report.path_patterns import summarize_paths
 from normswap.report.report import Change, Left
 from normswap.targets.context import Absorption, Context, Swap
 from normswap.targets.groups import share_channels
@@ -181,4 +182,18 @@ def _notices(survey: Survey, request: Request, swaps: Sequence[Swap]) -> list[st
     if target.weight and target is not PLAIN_TARGET and swaps and "weight" not in kinds:
         unasked = unasked_layers(survey.sites, options.layers, options.recurrent)
         notices.append(f"no weight was changed{unasked}; see what was left")
+    if target.norm and target.norm.over_positions:
+        notices += _reaching_along_time(survey, swaps, target.norm.name)
     return notices
+
+
+def _reaching_along_time(survey: Survey, swaps: Sequence[Swap], form: str) -> list[str]:
+    """Norms that took each position by itself, in nets where that counts, and do no longer."""
+    along_time = survey.flow.along_time
+    alone = [swap.site.path for swap in swaps if swap.site.path in along_time]
+    return [
+        f"{summarize_paths(paths)}: in {what}, and {form} takes statistics along time: outputs will depend on later "
+        "positions and on padding; pn, frozen and est keep positions apart"
+        for what in dict.fromkeys(along_time.values())
+        if (paths := [path for path in alone if along_time[path] == what])
+    ]

@@ -19,6 +19,7 @@ class Facts:
     outcomes: Mapping[str, Outcome]  # by target
     batch_norms: Sequence[Layer]
     recurrent: Sequence[Layer]  # those that can have layer norm inside
+    along_time: Sequence[str]  # paths of norms where positions have to stay apart
     repeated: Sequence[str]  # paths of norms that one forward calls more than once
 
 
@@ -52,6 +53,13 @@ def recurrence(facts: Facts) -> Advice | None:
     return None
 
 
+def sequences(facts: Facts) -> Advice | None:
+    if not facts.along_time:
+        return None
+    why = "gn, ln, in and bcn take statistics along time: outputs would depend on later positions and on padding"
+    return Advice("causal, streamed, padded or masked sequences", "pn, frozen or est", why)
+
+
 def mobile(facts: Facts) -> Advice | None:
     depthwise = [c for c in facts.layers if c.kind == "weight" and (c.groups or 0) > 1 and c.groups == c.channels]
     if not depthwise or not facts.batch_norms:
@@ -81,7 +89,7 @@ FOR_BATCH_NORM = (
            "a few hundred samples without labels keep most of what gn, ln, bcn lose"),
 )  # fmt: skip
 """For every model with batch norms."""
-ADVICE_RULES: tuple[Callable[[Facts], Advice | None], ...] = (recurrence, mobile, pointlike, deployment)
+ADVICE_RULES: tuple[Callable[[Facts], Advice | None], ...] = (sequences, recurrence, mobile, pointlike, deployment)
 
 
 def advise(facts: Facts) -> tuple[Advice, ...]:

@@ -91,6 +91,7 @@ def _facts(sites: Sequence[Site], layers: Sequence[Layer], outcomes: Sequence[Ou
         {outcome.target: outcome for outcome in outcomes},
         [layer for layer, site in zip(layers, sites, strict=True) if isinstance(site.module, _BatchNorm)],
         [layer for layer, site in zip(layers, sites, strict=True) if site.base in LAYER_NORMALIZED],
+        [site.path for site in sites if site.path in flow.along_time],
         [site.path for site in sites if site.kind == "norm" and flow.calls.get(site.path, 0) > 1],
     )
 

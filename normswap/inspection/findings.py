@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from normswap.analysis.flow import Flow
 from normswap.analysis.sites import Site, hidden_modules
+from normswap.analysis.time_axis import CAUSAL, PADDED
 from normswap.report.inspection import Finding
 
 _FAR_MORE = 3  # times as many norms before the non-linearity as after it make the latter look like slips
@@ -84,6 +85,15 @@ def _dropout(seen: Observations) -> Iterator[Site]:
                 break
 
 
+def _along_time(what: str) -> Rule:
+    """The rule that finds norms of a net where positions have to stay apart."""
+
+    def find(seen: Observations) -> Iterator[Site]:
+        return (site for site in seen.sites if seen.flow.along_time.get(site.path) == what)
+
+    return find
+
+
 PROBLEM_RULES: dict[str, tuple[Rule, str]] = {
     "running statistics that are not finite or negative": (_statistics("not finite", "negative variance"),
         "no target takes these layers; re-estimate them on data in train mode, or look for the step that diverged"),
@@ -101,6 +111,12 @@ PROBLEM_RULES: dict[str, tuple[Rule, str]] = {
     "dropout between norm and convolution": (_dropout,
         "it changes the variance between training and evaluation, which running statistics cannot follow "
         "(Li et al. 2019)"),
+    "norms of a causal network": (_along_time(CAUSAL),
+        "gn, ln, in and bcn take statistics along time, so that the past would depend on the future; pn, frozen and "
+        "est do not"),
+    "norms of sequences that may be padded or masked": (_along_time(PADDED),
+        "gn, ln, in and bcn take statistics along time, so that outputs would depend on the padding; pn, frozen and "
+        "est do not"),
 }  # fmt: skip
 """By what is wrong: where to find it, and what follows."""
 

@@ -238,7 +238,29 @@ class Hidden(Net):
         self.extra = [nn.Conv2d(3, 3, 1)]
 
 
-SPOILT = (NotFinite, Negative, Untrained, Dead, Resting, Bias, After, DropBefore, DropAfter, Functional, Hidden)
+class Causal(Net):
+    problem, where = "norms of a causal network", ("an", "bn", "cn", "dn")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (2, 0)))
+
+
+class Padded(Net):
+    problem, where = "norms of sequences that may be padded or masked", ("lines.1",)
+
+    def spoil(self) -> None:
+        self.lines = nn.Sequential(nn.Conv1d(8, 8, 3, bias=False), nn.BatchNorm1d(8))
+        self.lines[1].num_batches_tracked += 1
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        x = super().forward(x)
+        return self.lines(x.flatten(2)) if "lines" in self._modules else x
+
+
+SPOILT = (
+    NotFinite, Negative, Untrained, Dead, Resting, Bias, After, DropBefore, DropAfter, Causal, Padded, Functional,
+    Hidden,
+)  # fmt: skip
 
 
 def test_a_healthy_net_has_no_findings() -> None:

@@ -1,0 +1,169 @@
+"""Which norms of a model stand where a norm within a sample would reach along time, or into padding.
+
+Behind a causal convolution no output may depend on later positions, and none of a padded batch on the padding. A
+batch norm in eval mode keeps that; a norm that takes its statistics over the positions of a sample does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from normswap.analysis import operations
+from normswap.analysis.sites import Site
+from normswap.layers.reparametrized import LAYERS, PLAIN
+
+APART = ("data", "batch", "position")
+"""The forms of norms that let no position of a sample act on another, in eval mode."""
+CAUSAL, PADDED = "a causal network", "sequences that may be padded"
+_NAMED_CAUSAL = re.compile(r"causal(?!.*att)|chomp|stream", re.IGNORECASE)  # causal attention is another thing
+_NAMED_PADDED = re.compile(r"mask|padding|(^|_)(lengths?|lens?)$|^\w+_len(gth)?s?$", re.IGNORECASE)
+_POINTWISE_MODULES = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
+_POSITIONS = 32  # of the trial of a convolution with a forward of its own; its reach has to be less
+
+ModuleOf = Callable[[fx.Node], nn.Module | None]
+
+
+# ---- in a traced graph ----
+
+
+def near_causal_layers(nodes: Sequence[fx.Node], module_of: ModuleOf) -> set[fx.Node]:
+    """The nodes before and behind convolutions that see no later positions: padded on one side, or cut at the end."""
+    causal = {node for node in nodes if _is_causal(node, module_of)}
+    if not causal:
+        return set()
+    behind, before = set(causal), set(causal)
+    for node in nodes:
+        behind |= {node} if behind & {*node.all_input_nodes} else set()
+    for node in reversed(nodes):
+        before |= {node} if before & {*node.users} else set()
+    return behind | before
+
+
+def _is_causal(node: fx.Node, module_of: ModuleOf) -> bool:
+    module, source = module_of(node), operations.input_of(node)
+    is_function = node.op == "call_function" and node.target in (F.conv1d, F.conv2d, F.conv3d)
+    if not isinstance(module, LAYERS["conv"]) and not is_function:
+        return False
+    if source is not None and (_pads_one_side(source, module_of(source)) or _goes_on(source)):
+        return True
+    if isinstance(module, nn.modules.conv._ConvNd) and type(module).forward is not _plain(module).forward:
+        return sees_no_later_positions(module)
+    return _pads(module) and any(_is_cut(user) for user in _readers(node, module_of))
+
+
+def _plain(module: nn.Module) -> Any:
+    """The known class that a convolution is of."""
+    return next(cls for cls in type(module).__mro__ if cls in PLAIN or cls in LAYERS["conv"])
+
+
+def _pads(module: Any) -> bool:
+    return module is not None and isinstance(module.padding, tuple) and any(size > 0 for size in module.padding)
+
+
+def _pads_one_side(node: fx.Node, module: Any) -> bool:
+    """Whether a value is padded before its first position and not behind its last, along one dimension."""
+    padding: Any
+    if module is not None:
+        padding = module.padding if type(module).__module__ == "torch.nn.modules.padding" else ()
+    else:
+        padding = node.args[1] if node.target is F.pad and len(node.args) > 1 else node.kwargs.get("pad", ())
+    if not isinstance(padding, tuple | list) or not all(type(size) is int for size in padding):
+        return False
+    sides = list(zip(padding[::2], padding[1::2], strict=False))
+    # Along both dimensions of maps it is how strides are evened out.
+    return len([first for first, last in sides if first > 0 and last <= 0]) == 1
+
+
+def _goes_on(node: fx.Node) -> bool:
+    """Whether a value is what a stream had before, kept or handed in, with what is new behind it."""
+    if node.target not in operations.CONCATENATIONS or not isinstance(node.args[0], tuple | list):
+        return False
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    first = node.args[0][0]
+    return dim in (-1, 2) and isinstance(first, fx.Node) and first.op in ("placeholder", "get_attr")
+
+
+def _readers(node: fx.Node, module_of: ModuleOf) -> Iterator[fx.Node]:
+    """What reads a value, past norms and what works on each element."""
+    for user in node.users:
+        yield user
+        module = module_of(user)
+        norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.Identity)
+        if norm or type(module).__module__ in _POINTWISE_MODULES or user.target in operations.POINTWISE:
+            yield from _readers(user, module_of)
+
+
+def _is_cut(node: fx.Node) -> bool:
+    """Whether a value is taken without its last positions: `x[:, :, :-2]`."""
+    index = node.args[1] if node.target is operator.getitem else None
+    parts = index if isinstance(index, tuple) else ()
+    ends = (part.stop for part in parts if isinstance(part, slice) and part.start in (None, 0))
+    return any(type(end) is int and end < 0 for end in ends)
+
+
+def sees_no_later_positions(conv: nn.Module) -> bool:
+    """Whether a convolution with a forward of its own is causal along a dimension: a copy is tried on two inputs."""
+    layer: Any = conv
+    if all(size == 1 for size in layer.kernel_size) or layer.weight.is_meta:
+        return False
+    dims = len(layer.kernel_size)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for axis in range(2, dims + 2):
+                sizes = [_POSITIONS if 2 + i == axis else 8 for i in range(dims)]
+                x = torch.randn(1, layer.in_channels, *sizes).to(layer.weight)
+                later = x.clone()
+                later.narrow(axis, _POSITIONS // 2, _POSITIONS // 2).add_(1)
+                one, two = (copy.deepcopy(layer).eval()(values) for values in (x, later))
+                if layer.kernel_size[axis - 2] > 1 and set(layer.stride) == {1} and one.shape[axis] == _POSITIONS:
+                    half = _POSITIONS // 2
+                    past, moved = (y.narrow(axis, 0, half) for y in (one, two))
+                    if torch.equal(past, moved) and not torch.equal(one, two):
+                        return True
+    except Exception:  # the forward is anybody's code
+        return False
+    return False
+
+
+# ---- by names ----
+
+
+def named_so(model: nn.Module, sites: Sequence[Site], ranks: Mapping[str, Collection[int]]) -> dict[str, str]:
+    """Norms of (N, C, L) near a module that is called causal, or in one whose forward takes a mask or lengths.
+
+    `ranks` has how many dimensions the input of a norm may have.
+    """
+    found: dict[str, str] = {}
+    norms = [site for site in sites if site.kind == "norm" and _is_on_lines(site, ranks.get(site.path, {3}))]
+    for path, module in model.named_modules() if norms else ():
+        if type(module).__module__.startswith("torch.nn."):
+            continue
+        around = path.rpartition(".")[0] if _NAMED_CAUSAL.search(type(module).__name__) else None
+        padded = any(_NAMED_PADDED.search(name) for name in inspect.signature(module.forward).parameters)
+        for norm in norms:
+            if around is not None and _is_in(norm.path, around):
+                found[norm.path] = CAUSAL
+            elif padded and _is_in(norm.path, path):
+                found.setdefault(norm.path, PADDED)
+    return found
+
+
+def _is_on_lines(norm: Site, ranks: Collection[int]) -> bool:
+    """Whether a norm that keeps positions apart may read (N, C, L)."""
+    if norm.form not in APART:
+        return False
+    return 3 in ranks if norm.spatial_dims == 1 else norm.spatial_dims is None and set(ranks) == {3}
+
+
+def _is_in(path: str, owner: str) -> bool:
+    return f"{path}.".startswith(f"{owner}.".lstrip("."))
