@@ -80,6 +80,21 @@ def test_gradients_of_each_sample_are_those_of_a_loop(target: str, options: dict
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
+class Padded(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (1, 0, 1, 0)))
+
+
+@pytest.mark.parametrize("target", ["gn-ws", "gn-wn"])
+def test_convolutions_with_a_forward_of_their_own(target: str) -> None:
+    torch.manual_seed(0)
+    layers = (Padded(3, 8, 3, 2), nn.BatchNorm2d(8), nn.SiLU(), Padded(8, 8, 3), nn.BatchNorm2d(8), nn.Flatten())
+    model = normswap.convert(nn.Sequential(*layers, nn.Linear(72, 5)), target).model
+    ours, wanted = by_opacus(model, X, Y), in_a_loop(model, X, Y)
+    for name, value in wanted.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
 @pytest.mark.parametrize("target", ["gn", "gn-ws"])
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "efficientnet_b0"])
 def test_the_validator_has_nothing_left_to_complain_of(name: str, target: str) -> None:
