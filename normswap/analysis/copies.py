@@ -14,7 +14,11 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+
+from normswap.analysis.reachable import reachable_tensors
 
 from normswap.layers.torch_normalization import normalized_by_torch, without_normalization
 
@@ -38,12 +42,58 @@ def clone(model: nn.Module) -> nn.Module:
     memo = _handles(modules)
     by_hand = any("__deepcopy__" in vars(module) for module in modules)
     if by_hand or not all(_copies_by_attribute(cls) for cls in {type(module) for module in modules}):
-        return copy.deepcopy(model, memo)  # code of its own may look at any other part, which has to be whole by then
+        made = copy.deepcopy(model, memo)  # code of its own may look at any other part, which has to be whole by then
+        _tie_views(model, made)
+        return made
     copies = _empty(modules, memo)
     for module, copied in zip(reversed(modules), reversed(copies), strict=True):  # children first, as in a deep copy
         state = {name: _copied(value, memo) for name, value in module.__getstate__().items()}  # type: ignore[no-untyped-call]
         copied.__setstate__(state)  # type: ignore[no-untyped-call]
+    _tie_views(model, copies[0])
     return copies[0]
+
+
+def _tie_views(model: nn.Module, copied: nn.Module) -> None:
+    """Let what is in attributes of `copied` view its parameters and buffers where it is so in `model`.
+
+    A deep copy gives memory of its own to each parameter, and so to what viewed it.
+    """
+    slots = list(_slots(model))
+    own, held = set(map(id, slots)), list(reachable_tensors(model))
+    beside = [number for number, (_, tensor) in enumerate(held) if id(tensor) not in own]
+    if not beside:
+        return
+    places = [(_memory(slot), *_extent(slot), number) for number, slot in enumerate(slots)]
+    targets, others = list(_slots(copied)), list(reachable_tensors(copied))
+    if [name for name, _ in held] != [name for name, _ in others]:
+        return  # code of its own made another kind of copy
+    for number in beside:
+        view = held[number][1]
+        memory, (first, last) = _memory(view), _extent(view)
+        around = [at for at in places if memory and at[0] == memory and at[1] <= first and last <= at[2]]
+        for _, start, _, slot in around[:1]:
+            offset = targets[slot].storage_offset() + first - start
+            others[number][1].data = targets[slot].data.as_strided(view.size(), view.stride(), offset)
+
+
+def _slots(model: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers of all modules."""
+    for module in model.modules():
+        held = (*module._parameters.values(), *module._buffers.values())
+        yield from (tensor for tensor in held if tensor is not None)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where the storage of a tensor begins; 0 where it has none."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided and not is_lazy(tensor) else 0
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first and the last element of its storage that a tensor reads."""
+    if not _memory(tensor) or not tensor.numel():
+        return 0, -1
+    first = int(tensor.storage_offset())
+    return first, first + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def skeleton(model: nn.Module) -> nn.Module:

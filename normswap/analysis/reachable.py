@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _ENDS = (type, types.ModuleType, types.CodeType, types.FrameType, types.BuiltinFunctionType, str, bytes, int, float)
+_CONTAINERS = (dict, list, tuple, set)
 
 
 def reachable_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -19,6 +20,8 @@ def reachable_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = {id(module) for module in model.modules()}
     for path, module in model.named_modules():
         for attribute, value in vars(module).items():
+            if value is None or isinstance(value, _ENDS) or (isinstance(value, _CONTAINERS) and not value):
+                continue
             named = value.items() if attribute in ("_parameters", "_buffers") else ((attribute, value),)
             for name, held in named:
                 place = f"{path}.{name}" if path else name

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.analysis.copies import clone
+from normswap.analysis.reachable import reachable_tensors
+from normswap.analysis.selection import copy_of
 from normswap.checkpoints import state_keys, stored_recipes
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.files import model_specs
@@ -94,7 +95,7 @@ def models_on_tensors(
     """
 
     def build() -> nn.Module:
-        fresh = clone(source) if isinstance(source, nn.Module) else model_specs.make_model(source, arguments)
+        fresh = _copy(source) if isinstance(source, nn.Module) else model_specs.make_model(source, arguments)
         paths = [path for path, _ in fresh.named_modules(remove_duplicate=False)]
         stored = stored_recipes.recipe_under(state, state_keys.likely_prefix(state, fresh.state_dict()), paths)
         if stored is None:
@@ -124,6 +125,19 @@ def models_on_tensors(
     if to_run:
         check_nothing_is_drawn(models[0], lambda: _filled(build(), state, bindings[0], where), where)
     return list(zip(bindings, models, strict=True))
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` that can be filled. Raises `ModelError` where it would read the original's tensors."""
+    copied = copy_of(model)
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    shared = [name for name, tensor in reachable_tensors(copied) if id(tensor) in own]
+    if shared:
+        raise ModelError(
+            f"a copy of the model that was given would read the tensors of the original in {shared[0]}, a function "
+            "that holds them; give a factory that makes the model"
+        )
+    return copied
 
 
 def _filled(model: nn.Module, state: Mapping[str, Any], binding: state_keys.Binding, where: object) -> nn.Module:

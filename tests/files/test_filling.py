@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import normswap
 from normswap import FileError, ModelError, NormswapError
+from normswap.analysis.copies import clone
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
@@ -140,6 +141,31 @@ def saved(model: nn.Module, path: Path) -> Path:
 def output(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model.eval()(X)
+
+
+@pytest.mark.parametrize("cls", HOLDING)
+def test_a_copy_holds_its_own_tensors_alike(cls: type[Net], tmp_path: Path) -> None:
+    """A module that is given instead of a factory is copied, with what views its parameters."""
+    model, given = randomize(cls()).eval(), cls()
+    before = output(given)
+    path = saved(model, tmp_path / "w.pt")
+    if cls is InClosure:  # a function is not copied with what it holds
+        with pytest.raises(ModelError, match="would read the tensors of the original in reader.*give a factory"):
+            normswap.load(path, model=given)
+        return
+    torch.testing.assert_close(output(normswap.load(path, model=given)), output(model))
+    torch.testing.assert_close(output(given), before)
+
+
+def test_a_view_around_parameters_is_copied_as_it_is() -> None:
+    class Flat(Net):
+        def hold(self) -> None:
+            self.all = torch.rand(8)
+            self.scale = nn.Parameter(self.all[:4].view(4, 1, 1))
+
+    model = Flat()
+    copied = clone(model)
+    assert torch.equal(copied.all, model.all) and copied.all.data_ptr() != model.all.data_ptr()
 
 
 @pytest.mark.parametrize("cls", HOLDING)
