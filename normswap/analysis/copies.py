@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from normswap.analysis.reachable import reachable_tensors
-
 from normswap.layers.torch_normalization import normalized_by_torch, without_normalization
 
 MODULE_STATE = frozenset(vars(nn.Module()))
