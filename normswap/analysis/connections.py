@@ -93,12 +93,14 @@ class Connections:
     def beside(self, norm: fx.Node) -> frozenset[Branch]:
         """The layers of branches that are parallel to a norm."""
         source, total = self._source(norm, flattened=False), self._sum_of(norm)
-        if source is None or total is None or total[1] or any(self._may_write(user) for user in source.users):
+        uses = [] if source is None else list(self._uses(source))
+        if total is None or total[1] or any(self._may_write(user) for user in uses):
             return frozenset()
-        readers = [node for node in source.users if node is not norm and self._source(node, flattened=False) is source]
         branches = set()
-        for node in readers:
-            site, reached = self.part.site_of(node), self._sum_of(node)
+        for node in uses:
+            reads = operations.input_of(node)
+            alone = reads is not None and self._seen_through(reads, flattened=False) is source
+            site, reached = self.part.site_of(node) if alone else None, self._sum_of(node)
             if site is not None and site.kind == "weight" and reached is not None and reached[0] is total[0]:
                 branches.add(Branch(site.path, reached[1]))
         return frozenset(branches)
@@ -121,6 +123,14 @@ class Connections:
     def _only_user(self, node: fx.Node) -> fx.Node | None:
         users = [user for user in node.users if not operations.reads_shape_only(user)]
         return users[0] if len(users) == 1 and node not in self.run.left_behind else None
+
+    def _uses(self, value: fx.Node) -> Iterator[fx.Node]:
+        """The nodes that read a value, seen through what hands it on."""
+        for user in value.users:
+            if self._hands_on(user):
+                yield from self._uses(user)
+            else:
+                yield user
 
     def _may_write(self, user: fx.Node) -> bool:
         """Whether a node may write into what it reads, so that two that read it need not read the same."""

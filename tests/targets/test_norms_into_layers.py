@@ -181,6 +181,17 @@ def test_parallel_branches(groups: int, to: str) -> None:
     assert any("took in the norm beside it" in change.how for change in report.changes)
 
 
+def test_parallel_branches_behind_an_identity() -> None:
+    run = lambda self, x: self.k(y := self.same(x * 2)) + self.norm(self.other(y))  # noqa: E731
+    layers = {
+        "k": nn.Conv2d(4, 4, 3, padding=1),
+        "norm": nn.BatchNorm2d(4),
+        "same": nn.Identity(),
+        "other": nn.Identity(),
+    }
+    check(net(run, **layers), 1)
+
+
 BESIDE: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module]]] = {
     "an activation in the branches": (
         lambda self, x: F.relu(self.kn(self.k(x))) + self.pn(self.p(x)).relu() + self.norm(x), {}
