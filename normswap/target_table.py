@@ -41,6 +41,8 @@ class Form:
     """The options of a conversion that are of use for such forms alone."""
     compares_groups: bool = False
     """Whether numbers of groups are compared on calibration data."""
+    within_sample: bool = False
+    """Whether it takes statistics of each sample by itself."""
     over_positions: bool = False
     """Whether it takes statistics over the positions of a sample, so that they reach along time and into padding."""
     on_tensors_alone: bool = False
@@ -62,19 +64,19 @@ def _by_name(*forms: Form) -> dict[str, Form]:
 # fmt: off
 NORM_FORMS = _by_name(
     Form("gn", "GroupNorm", _MATCHED, "Wu & He 2018", "small batches, private or federated training",
-         over_positions=True, options=("groups",), compares_groups=True, on_tensors_alone=True),
+         within_sample=True, over_positions=True, options=("groups",), compares_groups=True, on_tensors_alone=True),
     Form("ln", "GroupNorm with one group", _MATCHED, "Ba et al. 2016", "the most of the function before training",
-         over_positions=True, on_tensors_alone=True),
+         within_sample=True, over_positions=True, on_tensors_alone=True),
     Form("in", "InstanceNorm", _MATCHED, "Ulyanov et al. 2016", "style transfer, contrast that should not matter",
-         Slowdown(1.1, 1.7, _LAYOUT), over_positions=True, on_tensors_alone=True,
+         Slowdown(1.1, 1.7, _LAYOUT), within_sample=True, over_positions=True, on_tensors_alone=True,
          compares_groups=True),  # where a channel has one element, it becomes a group norm
     Form("pn", "PositionNorm", _MATCHED, "Li et al. 2019", "causal nets, streams, padded sequences",
-         on_tensors_alone=True),
+         within_sample=True, on_tensors_alone=True),
     Form("est", "EstimatedBatchNorm", "exact", "Qiao et al. 2019", "batch 1 without another norm",
          Slowdown(1.1, 1.3, _FOLD), on_tensors_alone=True),
     Form("bcn", "BatchChannelNorm", _MATCHED, "Qiao et al. 2019", "batch 1 and 2, best with ws",
-         Slowdown(1.2, 1.5, _LAYOUT), over_positions=True, options=("groups",), compares_groups=True,
-         on_tensors_alone=True),
+         Slowdown(1.2, 1.5, _LAYOUT), within_sample=True, over_positions=True, options=("groups",),
+         compares_groups=True, on_tensors_alone=True),
     Form("bn", "BatchNorm", _DATA, "Ioffe & Szegedy 2015", "large batches, speed; the way back",
          class_by_dimension=True),
     Form("frozen", "FrozenBatchNorm", "exact", "He et al. 2017", "short fine-tuning near the original data",

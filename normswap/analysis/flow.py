@@ -63,6 +63,8 @@ class Flow:
     """Sites of which a run has shown more than traces of parts had told, and what."""
     functional: dict[str, str] = field(default_factory=dict)
     """Norms that no module holds: by the path of the module that calls it, the name of the function."""
+    mixing: set[str] = field(default_factory=set)
+    """Norms that see several samples in their channels, in some call."""
     along_time: dict[str, str] = field(default_factory=dict)
     """Norms that no norm over positions can stand in for without reaching along time or into padding, and where."""
     type_tests: dict[str, tuple[TypeTest, ...]] = field(default_factory=dict)
@@ -72,7 +74,7 @@ class Flow:
 
     def add(self, other: Flow) -> None:
         """Take in what one more trace tells."""
-        for name in ("normed", "single", "spatial", "first", "touched"):
+        for name in ("normed", "mixing", "single", "spatial", "first", "touched"):
             getattr(self, name).update(getattr(other, name))
         for name in ("readers", "writers", "followers", "norms_before", "beside"):
             for path, found in getattr(other, name).items():

@@ -4,7 +4,7 @@ from collections import Counter
 
 from torch import fx, nn
 
-from normswap.analysis import operations, ranks, time_axis
+from normswap.analysis import batch_axis, operations, ranks, time_axis
 from normswap.analysis.connections import Connections
 from normswap.analysis.flow import Flow
 from normswap.analysis.sites import Site
@@ -88,6 +88,8 @@ class GraphReader:
                     (flow.single if one else flow.spatial).add(path)
                 possible = self.ranks.get(operations.input_of(node), ranks.ANY_RANK)  # type: ignore[arg-type]
                 flow.ranks[path] |= possible
+                if batch_axis.holds_samples_in_channels(operations.input_of(node), site.channels, self._channels):
+                    flow.mixing.add(path)
                 if node in along_time and possible != {2} and site.form in time_axis.APART:
                     flow.along_time[path] = time_axis.CAUSAL
             else:
@@ -135,6 +137,11 @@ class GraphReader:
             source = operations.input_of(source)
         site = None if source is None else self._site(source)
         return (site.path if site else None), tuple(names)
+
+    def _channels(self, node: fx.Node) -> int | None:
+        """How many channels the site before a node gives, where that is the only one."""
+        site = self.part.sites.get(self._between(node)[0] or "")
+        return None if site is None or site.base is None else site.channels
 
     # ---- the shape of values ----
 

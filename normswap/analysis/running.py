@@ -34,6 +34,8 @@ class Seen(NamedTuple):
     """The least number of elements that a channel of a sample had in any call."""
     spatial: tuple[int, ...] = ()
     """The spatial size of the last call."""
+    mixes: bool = False
+    """Whether in some call it had fewer samples than the layer before, and as many times more channels."""
 
 
 class Observed(NamedTuple):
@@ -158,6 +160,7 @@ def run_model(
     seen: dict[str, Seen] = {}
     sketches: Sketches = {}
     started = time.monotonic()
+    before = {"samples": 0, "channels": 0}  # what the last watched layer read, and gave
 
     def watch(site: Site) -> RemovableHandle:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -167,7 +170,12 @@ def run_model(
                 spatial = tuple(args[0].shape[2:])
                 size = math.prod(spatial)
                 least = min(size, seen[site.path].elements if site.path in seen else size)
-                seen[site.path] = Seen(args[0].dim(), least, spatial)
+                samples, channels = args[0].shape[:2]
+                mixes = site.path in seen and seen[site.path].mixes
+                if site.kind == "norm" and samples and before["samples"] > samples:
+                    mixes = mixes or before["samples"] * before["channels"] == samples * channels
+                seen[site.path] = Seen(args[0].dim(), least, spatial, mixes)
+                before.update(samples=samples, channels=site.channels if site.base is not None else 0)
 
         return site.module.register_forward_pre_hook(note)
 

@@ -142,11 +142,10 @@ def _folds_in_parts(survey: Survey, request: Request) -> bool:
 
 def _run_before(survey: Survey, request: Request, inputs: Any, limit: float | None) -> Observed:
     """The output, the sizes that norms saw, and some elements of what the layers put out that the target changes."""
-    # Made-up inputs may make a model run for minutes: every site is watched, so that it is stopped in time.
-    watched = [site for site in survey.sites if limit is not None or site.kind == "norm"]
+    # Every site is watched: made-up inputs may make a model run for minutes, and it is stopped in time.
     kind = "norm" if request.target.norm else "weight"
     tapped = [site.path for site in survey.sites if site.kind == kind]
-    return run_model(survey.model, inputs, watched, limit, taps=tapped)
+    return run_model(survey.model, inputs, survey.sites, limit, taps=tapped)
 
 
 def _measure_norms(survey: Survey, request: Request, batches: Sequence[Any]) -> dict[str, Measured]:

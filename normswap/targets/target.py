@@ -96,6 +96,8 @@ def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:
         return "has tensors that a forward reads directly"
     if problem := _unsound(site) or ("" if target is PLAIN_TARGET else _misplaced(site, context)):
         return problem
+    if target.norm is not None and target.norm.within_sample and _mixes_samples(site, context):
+        return "sees several samples in its channels (a split batch), so that no norm within a sample can stand in"
     if target.norm is not None:
         swap = NORM_FUNCTIONS[target.norm.name](site, context)
         return _with_activation(site, swap, target) if isinstance(swap, Swap) and site.is_activated else swap
@@ -133,6 +135,11 @@ def _unsound(site: Site) -> str:
     if not (widen(mean).isfinite().all() and widen(var).isfinite().all()):
         return "has running statistics that are not finite"
     return "has a negative running variance" if (widen(var) < 0).any() else ""
+
+
+def _mixes_samples(site: Site, context: Context) -> bool:
+    """Whether the code, or a run on the user's inputs, shows a norm that has samples in its channels."""
+    return site.path in context.flow.mixing or (site.path in context.seen and context.seen[site.path].mixes)
 
 
 def _misplaced(site: Site, context: Context) -> str:
