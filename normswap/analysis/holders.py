@@ -7,6 +7,7 @@ in the norm's place.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,6 @@ from normswap.analysis.known_norms import SAMPLE_NORMS, batch_norms
 from normswap.analysis.operations import WEIGHTED_MODULES, function_of
 from normswap.analysis.tracing import Traced, trace
 from normswap.analysis.trials import Unlike, settings_of
-from normswap.layers.norms import FrozenBatchNorm
 from normswap.layers.subclasses import as_plain
 
 _OWN = ("weight", "bias")
@@ -30,15 +30,15 @@ class _Bare(nn.Module):
 
 
 _INSTEAD: tuple[nn.Module, ...] = (
-    _Bare(), nn.Identity(), nn.GroupNorm(1, 1), nn.InstanceNorm2d(1), nn.BatchNorm2d(1), nn.SyncBatchNorm(1),
-    FrozenBatchNorm(1),
+    _Bare(), nn.Identity(), nn.GroupNorm(1, 1), nn.InstanceNorm2d(1), nn.BatchNorm2d(1),
 )  # fmt: skip
-"""What stands in a norm's place by turns: nothing like it, and what it may become."""
+"""What stands in a norm's place by turns: nothing like it, and what of torch's it may become."""
+_COUNTS = {"in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels"}
 
 
 @dataclass(frozen=True)
 class _Holder:
-    """A layer without the values of its tensors. Two are equal whose forwards find the same in them."""
+    """A layer without the values of its tensors. Two are equal that differ in how many channels they have, at most."""
 
     kind: Any
     layer: nn.Module = field(compare=False)
@@ -47,8 +47,12 @@ class _Holder:
 
 def held_norms(layer: nn.Module) -> list[str]:
     """The paths of the norms that a layer holds, also of those that were folded away."""
-    kinds = (*batch_norms(), *SAMPLE_NORMS, nn.Identity)
-    return [path for path, module in layer.named_modules() if path and isinstance(module, kinds)]
+    return [path for path, module in layer.named_modules() if path and _is_norm(module)]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    named = not module._modules and re.search("norm", type(module).__name__, re.IGNORECASE)
+    return bool(named) or isinstance(module, (*batch_norms(), *SAMPLE_NORMS, nn.Identity))
 
 
 def only_called(layer: nn.Module) -> frozenset[str]:
@@ -65,8 +69,11 @@ def only_called(layer: nn.Module) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=1024)
 def _only_called(holder: _Holder) -> frozenset[str]:
-    wanted = _graphs(holder.layer, holder.norms)
-    return frozenset(path for path in holder.norms if wanted and _takes_any(holder, path, wanted))
+    traced = _trace(holder.layer, holder.norms)
+    nodes = [node for run in traced.graphs for node in run.graph.nodes]
+    called = {node.target for node in nodes if node.op == "call_module"} if traced.complete else set()
+    wanted = _in_words(traced)
+    return frozenset(path for path in called.intersection(holder.norms) if _takes_any(holder, path, wanted))
 
 
 def _takes_any(holder: _Holder, path: str, wanted: set[str]) -> bool:
@@ -76,7 +83,7 @@ def _takes_any(holder: _Holder, path: str, wanted: set[str]) -> bool:
     try:
         for instead in _INSTEAD:
             parent._modules[name] = instead  # a trace leaves another dict there
-            if _graphs(holder.layer, holder.norms) != wanted:
+            if _in_words(_trace(holder.layer, holder.norms)) != wanted:
                 return False
     finally:
         parent._modules[name] = norm
@@ -136,7 +143,15 @@ def _without_values(layer: Any, norms: Sequence[str]) -> _Holder:
                 if tensor is not None:
                     empty = torch.empty_like(tensor, device="meta")
                     tensors[name] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    return _Holder((settings_of(copied), layer.bias is None), copied, tuple(norms))
+    inner, outer, groups = (getattr(layer, name, 1) for name in ("in_channels", "out_channels", "groups"))
+    counts = inner == outer, groups == 1, groups == inner, layer.bias is None
+    return _Holder((_without_counts(settings_of(copied)), counts), copied, tuple(norms))
+
+
+def _without_counts(settings: Any) -> Any:
+    cls, attributes, children = settings
+    kept = tuple((name, value) for name, value in attributes if name not in _COUNTS)
+    return cls, kept, tuple((name, child and _without_counts(child)) for name, child in children)
 
 
 def _trace(layer: nn.Module, norms: Sequence[str]) -> Traced:
@@ -144,7 +159,6 @@ def _trace(layer: nn.Module, norms: Sequence[str]) -> Traced:
     return trace(layer, lambda module: id(module) in leaves)
 
 
-def _graphs(layer: nn.Module, norms: Sequence[str]) -> set[str]:
-    """All that a layer's forward does, in words; nothing where that cannot be told."""
-    traced = _trace(layer, norms)
+def _in_words(traced: Traced) -> set[str]:
+    """All that a layer's forward does; nothing where that cannot be told."""
     return {str(run.graph) for run in traced.graphs} if traced.complete else set()
