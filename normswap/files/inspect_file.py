@@ -46,7 +46,7 @@ def inspect_file(
             if model is not None:
                 raise OptionError(f"--model is for files without their model; {path} holds a {type(value).__name__}")
             return _examine_module(value, input_shape, progress)
-        if model is None and stored_recipes.stored_recipe(value) is None:
+        if model is None and not arguments and stored_recipes.stored_recipe(value) is None:
             return _examine_tensors(value, progress)
         source, arguments = model_for_state.find_source(value, model, arguments, path)
         _, built = model_for_state.models_on_tensors(value, source, arguments, path)[0]

@@ -29,10 +29,12 @@ def find_source(
 ) -> tuple[model_specs.ModelSource, Mapping[str, Any]]:
     """What makes the model of a state dict, with arguments: what was given, or what its recipe names in a library.
 
-    Raises `FileError` where there is neither; `where` is the file.
+    Raises `FileError` where there is neither, `OptionError` for arguments alone; `where` is the file.
     """
     if model is not None:
         return model, arguments or {}
+    if arguments:
+        raise OptionError(f"{where}: model_args (--model-arg) are of no use without the model that takes them: --model")
     stored = stored_recipes.stored_recipe(state)
     spec = stored.get("model") if isinstance(stored, Mapping) else None
     if isinstance(spec, str) and model_specs.is_spec(spec):

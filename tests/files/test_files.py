@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checks import distance, listing
+import torch.distributed.checkpoint as dcp
+from helpers.checks import distance, listing, quiet
 from helpers.nets import X, conv_norm, resnet
 from helpers.torchvision_models import SMALL_MODELS, check_they_load_back_safely
 from safetensors import safe_open
@@ -18,7 +19,8 @@ from torch import nn
 import normswap
 from normswap import FileError, UnsafeFileError
 from normswap.checkpoints.checkpoint import RECIPE
-from normswap.files import model_specs
+from normswap.files import inspect_file, model_specs
+from normswap.targets.target import PLAIN_TARGET
 
 
 @pytest.fixture
@@ -165,6 +167,9 @@ def test_hostile_pickles_never_run(tmp_path: Path, attack: str, zipped: bool) ->
     assert sorted(listing(tmp_path)) == ["bad.pt"], "code of the pickle ran, or something was written"
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 102\n"
+
+
 def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
     whole = folder / "whole.pt"
     torch.save(resnet(), whole)
@@ -172,7 +177,10 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
     made = {
         "empty": (b"", "is empty"),
         "truncated": (data[: len(data) // 2], "truncated or damaged"),
-        "text": (("weights, honest\n" * 20).encode(), "is a text file"),
+        "text": (("weights, honest\n" * 20).encode(), "is a text file, .* begins with 'weights, honest"),
+        "lfs.safetensors": (POINTER, "is a pointer of git-lfs, .*git lfs pull"),
+        "page.pth": (b"<!DOCTYPE html><html><title>Quota exceeded</title></html>", "is a web page"),
+        "config.safetensors": (b'{"architectures": ["ResNet"], "depth": 50}', "is a text file of JSON"),
         "other kind": (bytes(range(256)) * 4, "of another kind"),
         "bare pickle": (pickle.dumps([1, 2, 3]), "damaged|cannot be read"),
     }
@@ -294,3 +302,38 @@ def test_safetensors_say_what_framework_they_are_for(tmp_path: Path) -> None:
     path = normswap.save(model, tmp_path / "model.safetensors", report=report)
     with safe_open(path, "pt") as file:
         assert file.metadata()["format"] == "pt" and "normswap_recipe" in file.metadata()
+
+
+def test_arguments_without_their_model(tmp_path: Path) -> None:
+    torch.save(resnet().state_dict(), tmp_path / "w.pt")
+    for call in (normswap.load, inspect_file.inspect_file, lambda path, **o: normswap.convert_file(path, "gn", **o)):
+        with pytest.raises(normswap.OptionError, match="--model"):
+            call(tmp_path / "w.pt", model_args={"num_classes": 10})
+
+
+def test_pointers_of_git_lfs_within_folders(tmp_path: Path) -> None:
+    whole, shards, single = tmp_path / "dcp", tmp_path / "shards", tmp_path / "single"
+    with quiet():
+        dcp.save({"model": resnet().state_dict()}, checkpoint_id=whole)
+    shards.mkdir(), single.mkdir()
+    (whole / "__0_0.distcp").write_bytes(POINTER)
+    (shards / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x.safetensors"}}')
+    for path in (shards / "x.safetensors", single / "model.safetensors"):
+        path.write_bytes(POINTER)
+    for folder in (whole, shards, single):
+        with pytest.raises(FileError, match=r"(distcp|safetensors): is a pointer of git-lfs"):
+            normswap.load(folder, model=resnet)
+
+
+def test_a_fold_that_folds_nothing(saved: Path) -> None:
+    """A plain model is refused; one that was converted, and has nothing to bake in, is written with a word."""
+    with pytest.raises(normswap.ModelError, match=r"nothing to fold: .*BatchNorm2d.*the target fold takes"):
+        normswap.convert_file(saved, PLAIN_TARGET, saved.with_name("plain.pt"))
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+    report = normswap.convert_file(saved, "gn", fold=True)
+    assert any("--fold had nothing to do" in line for line in report.warnings)
+    report = normswap.convert_file(saved.with_name("model.gn.pt"), PLAIN_TARGET, saved.with_name("plain.pt"))
+    assert any("nothing to fold" in line for line in report.warnings)
+    assert any("nothing to fold" in line for line in normswap.fold(resnet()).report.warnings)
+    baked = normswap.convert_file(saved, "gn-ws", saved.with_name("baked.pt"), fold=True)
+    assert not any("fold" in line for line in baked.warnings)

@@ -186,6 +186,24 @@ def test_what_needs_the_model(tmp_path: Path, target: str) -> None:
         normswap.convert_file(tmp_path / "w.pt", target)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("--calibrate", {"calibrate": torch.randn(8, 3, 32, 32)}),
+        ("--calibrate", {"calibrate": "no such folder of pictures"}),
+        ("--fold", {"fold": True}),
+        ("--input-shape", {"input_shape": (1, 3, 32, 32)}),
+        ("--recurrent", {"recurrent": "ln"}),
+        ("--model-arg", {"model_args": {"num_classes": 10}}),
+    ],
+)
+def test_options_that_need_the_model(tmp_path: Path, name: str, options: dict[str, object]) -> None:
+    """Refused before any data are read."""
+    torch.save({"model": trained().state_dict()}, tmp_path / "w.pt")
+    with pytest.raises(OptionError, match=f"tensors without their model, which {name} needs: give it with --model"):
+        normswap.convert_file(tmp_path / "w.pt", "gn", **options)
+
+
 def test_eps(tmp_path: Path) -> None:
     model = randomize(conv_norm(norm=nn.BatchNorm2d(8, eps=0.1))).eval()
     torch.save(model.state_dict(), tmp_path / "w.pt")
