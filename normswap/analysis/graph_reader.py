@@ -32,7 +32,11 @@ class GraphReader:
     def _serves_own_call(self, node: fx.Node) -> bool:
         """Whether a node is a tensor of such a layer that this call alone reads, or what is made of it for the call."""
         made = node.op == "get_attr" or node.target in operations.REPARAMETRIZATIONS
-        return made and all(self.part.is_own_call(user) or self._serves_own_call(user) for user in node.users)
+        return (
+            made
+            and bool(node.users)
+            and all(self.part.is_own_call(user) or self._serves_own_call(user) for user in node.users)
+        )
 
     def _layer(self, node: fx.Node) -> ranks.Layer:
         """What a node calls, as far as that is the layer alone and not what hooks, or its own forward, make of it."""

@@ -139,8 +139,8 @@ def _unless_told_apart(swap: Swap | str, target: Target, context: Context) -> Sw
 
 
 def _must_be_plain(site: Site, context: Context) -> bool:
-    """Whether a norm is folded into a layer that it can go into only when torch's normalization is gone."""
-    return site.path in context.folded and bool(normalized_by_torch(site.module))
+    """Whether a norm is folded into a layer that it can go into only when its weight is baked in."""
+    return site.path in context.folded and bool(normalized_by_torch(site.module) or site.obstacle)
 
 
 def _rescaling(

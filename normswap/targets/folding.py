@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normswap.analysis.obstacles import why_not_like_base
 from normswap.analysis.sites import Site
+from normswap.analysis.standardizing import class_without_standardization
 from normswap.analysis.statistics import is_untrained
 from normswap.analysis.trials import own_forward
 from normswap.layers.matching import Affine, add_to_middle_, as_affine, scale_filters_, scale_inputs_
@@ -122,7 +123,8 @@ def _into_layers_before(norm: Site, affine: Affine, context: Context) -> list[Ab
 
 def _cannot_absorb(into: Site, norm: Site, context: Context, place: Place) -> str:
     layer = into.module
-    if into.obstacle:
+    baked = bool(into.obstacle) and class_without_standardization(layer) is not None  # which is done first
+    if into.obstacle and not baked:
         return into.obstacle
     if into in context.excluded:
         return "is excluded"
@@ -137,7 +139,7 @@ def _cannot_absorb(into: Site, norm: Site, context: Context, place: Place) -> st
         old, new = type(layer), type(as_plain(layer))
         if any(context.flow.who_tells_apart(path, old, new) for path in into.paths):
             return f"is normalized by torch's {by_torch}, and a forward asks for its type"
-    if layer.bias is None and (why := why_not_like_base(as_plain(layer), with_bias=True)):
+    if layer.bias is None and not baked and (why := why_not_like_base(as_plain(layer), with_bias=True)):
         return f"has a forward of its own, which {why}"
     shared = share_channels(into, norm, context, place is Place.BEFORE)
     if shared is None and into.layer_kind == "linear":

@@ -77,7 +77,9 @@ def to_baked_weight(site: Site, context: Context) -> Swap | str:
         weight, note = nn.Parameter(weight.detach().clone(), weight.requires_grad), "weight no longer shared"
     new = retyped(old, cls, parameters={"weight": weight, "bias": old.bias})
     baked = partial(computed_weight, old)
-    return Swap(site, new, cls.__name__, "standardized weight baked in", True, note, writes=((weight, baked),))
+    return Swap(
+        site, new, cls.__name__, "standardized weight baked in", True, note, writes=((weight, baked),), first=True
+    )
 
 
 def to_plain_weight(site: Site, context: Context) -> Swap | str:

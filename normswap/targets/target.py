@@ -161,13 +161,14 @@ def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:
     folds = target is PLAIN_TARGET or (
         target.norm is not None and NORM_FUNCTIONS[target.norm.name] is folding.to_folded
     )
-    if site.base is not None and not site.obstacle and (by_torch := kind_of_normalization(site.module)):
-        if folds:
-            baked = plain.without_torchs_normalization(site, context)
-            form = target.weight if target is not PLAIN_TARGET else None
-            return baked if form is None else replace(baked, note=f"for {form.name}, convert once more")
-        if target.weight is not None or options.recurrent:
-            return f"is normalized already, by torch's {by_torch}"
+    by_torch = kind_of_normalization(site.module) if site.base is not None and not site.obstacle else ""
+    if folds and site.base is not None and (by_torch or site.obstacle):
+        bake = plain.without_torchs_normalization if by_torch else plain.to_baked_weight
+        baked = bake(site, context)
+        form = target.weight if target is not PLAIN_TARGET and isinstance(baked, Swap) else None
+        return baked if form is None else replace(baked, note=f"for {form.name}, convert once more")  # type: ignore[type-var]
+    if by_torch and (target.weight is not None or options.recurrent):
+        return f"is normalized already, by torch's {by_torch}"
     if options.recurrent and site.layer_kind == "rnn" and site.base is not None and target is not PLAIN_TARGET:
         swap = site.obstacle or RECURRENT_FUNCTIONS[options.recurrent](site, context)
         if isinstance(swap, Swap) or target.weight is None or "rnn" not in options.layers:
@@ -177,5 +178,5 @@ def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:
     if site.layer_kind not in options.layers and target is not PLAIN_TARGET:
         return f"is not among the layers to change: {', '.join(options.layers)}"
     if site.obstacle:
-        return plain.to_baked_weight(site, context) if target is PLAIN_TARGET else site.obstacle
+        return site.obstacle
     return WEIGHT_FUNCTIONS[target.weight.name](site, context)
