@@ -26,6 +26,7 @@ _WHOLE_NUMBERS = (f"{sign}Int{bits}" for sign in ("", "U") for bits in (8, 16, 3
 _SAFE_HELPERS = {
     *(f"torch.nn.functional.{f}" for f in ("relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid")),
     *(f"torchvision.models.detection._utils.{name}" for name in _DETECTION),
+    "torch.nn.utils.weight_norm.WeightNorm",  # a hook that computes a weight of the module that has it
     "torch.sigmoid", "functools.partial", "normswap.checkpoints.stored_recipes.recipe_into_metadata",
     "torchvision.models.optical_flow.raft._pass_through_h", "torchvision.ops.boxes.box_iou",
     # What training scripts put beside the weights: plain data, no behaviour of its own. Nothing that makes much of

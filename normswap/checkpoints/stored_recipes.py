@@ -85,9 +85,15 @@ def recipe_into_metadata(module: nn.Module, state: Any, prefix: str, metadata: d
         metadata[RECIPE] = vars(module)[RECIPE]
 
 
-def as_folded(recipe: Any) -> dict[str, Any] | None:
-    """The recipe of a model that was folded since; None for what is none."""
-    return {**recipe, "folded": True} if isinstance(recipe, Mapping) else None
+def as_folded(recipe: Any, folding: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The recipe of a model that was folded since; None for one that was never converted, and that folding left as is.
+
+    `folding` is what the report of that step holds. It stands in for the recipe of a model that was never converted,
+    whose own weight norms were folded.
+    """
+    if isinstance(recipe, Mapping):
+        return {**recipe, "folded": True}
+    return {**folding, "target": "fold", "layers": {}, "folded": True} if folding["layers"] else None
 
 
 def _found(content: Any) -> list[tuple[str, Any]]:

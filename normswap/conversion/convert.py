@@ -87,14 +87,15 @@ def convert(
 def fold(model: nn.Module) -> Conversion:
     """The same function in plain torch layers, for deployment: a copy of `model` that does without normswap.
 
-    Standardized weights are baked in. A `FrozenBatchNorm` goes into the layer before it, or becomes a
-    torch batch norm in eval mode where there is none. A model without either comes back as it is.
+    Standardized and normalized weights are baked in, torch's own `weight_norm` and `spectral_norm` too. A
+    `FrozenBatchNorm` goes into the layer before it, or becomes a torch batch norm in eval mode where there is none. A
+    model without any of these comes back as it is.
     """
     previous = stored_recipes.stored_recipe(model)
     plain, report = run(model, Request(PLAIN_TARGET, may_be_idle=True))
     stored_recipes.drop_recipes(plain)
-    if previous is None:
+    recipe = stored_recipes.as_folded(previous, report.recipe)
+    if recipe is None:
         return Conversion(plain, report)
-    recipe = stored_recipes.as_folded(previous)
     stored_recipes.store_recipe(plain, recipe)
-    return Conversion(plain, replace(report, recipe=recipe or {}))
+    return Conversion(plain, replace(report, recipe=recipe))

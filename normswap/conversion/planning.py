@@ -168,7 +168,7 @@ def _notices(survey: Survey, request: Request, swaps: Sequence[Swap]) -> list[st
     """What a user should know though it is no error: half of the target found nothing, or nothing is there to keep."""
     target, options, notices = request.target, request.options, []
     kinds = {swap.site.kind for swap in swaps}
-    if target.norm and swaps and "norm" not in kinds:
+    if target.norm and target is not PLAIN_TARGET and swaps and "norm" not in kinds:
         notices.append(
             f"no norm was changed: the model has none that {target.norm.name} can replace; see what was left"
         )

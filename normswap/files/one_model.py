@@ -58,8 +58,9 @@ def _convert_whole_module(model: nn.Module, where: Path, request: FileRequest) -
         if isinstance(error, NormswapError) or model_specs.is_spec(str(where)):
             raise
         raise FileError(f"{where}: its module is damaged, or of another version ({first_line(error)})") from error
+    plain = request.target is PLAIN_TARGET
     stored_recipes.store_recipe(
-        converted, stored_recipes.as_folded(previous) if request.target is PLAIN_TARGET else report.recipe
+        converted, stored_recipes.as_folded(previous, report.recipe) if plain else report.recipe
     )
     return ConvertedEntry(converted, report, ((before, parameters_of_model(converted)),))
 
@@ -75,7 +76,8 @@ def _convert_state_dict(entry: contents.Entry, where: Path, request: FileRequest
     value = state_keys.rebuild(state, bindings, [model.state_dict() for _, model, _ in converted])
     binding, model, report = converted[0]
     previous, plain = stored_recipes.stored_recipe(models[0][1]), request.target is PLAIN_TARGET
-    recipe = stored_recipes.as_folded(previous) if plain else with_origin(report.recipe, source, arguments, previous)
+    made = with_origin(report.recipe, source, arguments, None if plain else previous)
+    recipe = stored_recipes.as_folded(previous, made) if plain else made
     stored_recipes.store_recipe(value, recipe)
     report = _with_what_stays_beside(report, state, state_keys.keys_beside(state, bindings))
     report = replace(report, recipe=recipe or report.recipe)

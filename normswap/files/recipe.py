@@ -119,7 +119,7 @@ def replay(model: nn.Module, recipe: Recipe, where: object) -> nn.Module:
     moments = _stand_in_moments(model, sites, sizes) if recipe.on_data else {}
     recorded = Recorded(groups, frozenset(layers), moments, sizes)
     converted, report = run(model, Request(target, options, inplace=True, may_be_idle=True, recorded=recorded))
-    _check_outcome(layers, report, where)
+    _check_outcome(layers, sites, report, where)
     return fold(converted).model if recipe.folded else converted
 
 
@@ -151,14 +151,14 @@ def _check_architecture(layers: Mapping[str, LayerRecipe], sites: Mapping[str, S
             raise FileError(f"{another}: {path} has {site.channels} channels, not a multiple of {layer.groups} groups")
 
 
-def _check_outcome(layers: Mapping[str, LayerRecipe], report: Report, where: object) -> None:
-    """Raise `FileError` where a layer became something else than the recipe tells."""
+def _check_outcome(layers: Mapping[str, LayerRecipe], sites: Mapping[str, Site], report: Report, where: object) -> None:
+    """Raise `FileError` where a layer became something else than the recipe tells, and is not that already."""
     changes = {path: change for change in report.changes for path in change.paths}
     for path, layer in layers.items():
         change = changes.get(path)
         same_groups = change is not None and change.groups is not None and change.groups == layer.groups
-        if change is None or not (same_groups or change.after == layer.to):
-            here = change.after if change else "nothing"
+        here = change.after if change else sites[path].name
+        if not (same_groups or here == layer.to):
             raise FileError(f"{where}: its recipe is for another architecture: {path} became {layer.to}, here {here}")
 
 

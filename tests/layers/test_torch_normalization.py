@@ -185,12 +185,24 @@ def test_other_computed_weights_are_left() -> None:
     ]
 
 
-def test_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fold", [normswap.fold, lambda model: normswap.convert(model, "fold")], ids=["plain", "fold"])
+def test_files(fold: Callable[[nn.Module], normswap.Conversion], tmp_path: Path) -> None:
+    """A folded file meets the model as it was, under either of torch's forms, and the plain one."""
     model = net(BY["parametrization, dim 0"]).eval()
-    folded, report = normswap.convert(model, "fold")
+    folded, report = fold(model)
     normswap.save(folded, tmp_path / "model.safetensors", report=report)
-    for by in ("parametrization, dim 0", "hook, dim 0"):
-        loaded = normswap.load(tmp_path / "model.safetensors", model=partial(net, BY[by]))
+    for make in (partial(net, BY["parametrization, dim 0"]), partial(net, BY["hook, dim 0"]), plain):
+        loaded = normswap.load(tmp_path / "model.safetensors", model=make)
         assert distance(model(X), loaded.eval()(X)) < 1e-12
     normswap.save(folded, tmp_path / "model.pt", report=report)
     assert distance(model(X), torch.load(tmp_path / "model.pt", weights_only=False)(X)) < 1e-12
+
+
+def test_a_whole_module_with_the_hook_is_read(tmp_path: Path) -> None:
+    model = nn.Sequential(hooked_weight_norm(nn.Conv1d(3, 4, 3)), nn.BatchNorm1d(4)).double().eval()
+    with torch.no_grad():
+        wanted = model(X)
+        torch.save(model, tmp_path / "model.pt")
+    report = normswap.convert_file(tmp_path / "model.pt", "fold")
+    assert report.exact and not report.left
+    assert distance(wanted, normswap.load(tmp_path / "model.fold.pt")(X)) < 1e-12
