@@ -92,7 +92,8 @@ class GraphReader:
                     (flow.single if one else flow.spatial).add(path)
                 possible = self.ranks.get(operations.input_of(node), ranks.ANY_RANK)  # type: ignore[arg-type]
                 flow.ranks[path] |= possible
-                if batch_axis.holds_samples_in_channels(operations.input_of(node), site.channels, self._channels):
+                read = operations.input_of(node)
+                if site.has_channels and batch_axis.holds_samples_in_channels(read, site.channels, self._channels):
                     flow.mixing.add(path)
                 if node in along_time and possible != {2} and site.form in time_axis.APART:
                     flow.along_time[path] = time_axis.CAUSAL
@@ -145,7 +146,7 @@ class GraphReader:
     def _channels(self, node: fx.Node) -> int | None:
         """How many channels the site before a node gives, where that is the only one."""
         site = self.part.sites.get(self._between(node)[0] or "")
-        return None if site is None or site.base is None else site.channels
+        return site.channels if site is not None and site.has_channels else None
 
     # ---- the shape of values ----
 

@@ -175,7 +175,7 @@ def run_model(
                 if site.kind == "norm" and samples and before["samples"] > samples:
                     mixes = mixes or before["samples"] * before["channels"] == samples * channels
                 seen[site.path] = Seen(args[0].dim(), least, spatial, mixes)
-                before.update(samples=samples, channels=site.channels if site.base is not None else 0)
+                before.update(samples=samples, channels=site.channels if site.has_channels else 0)
 
         return site.module.register_forward_pre_hook(note)
 

@@ -50,6 +50,11 @@ class Site:
         return type(self.module).__name__
 
     @property
+    def has_channels(self) -> bool:
+        """Whether `channels` is known: it is not of every module that a report names."""
+        return bool(self.form) if self.kind == "norm" else self.base is not None
+
+    @property
     def channels(self) -> int:
         """Channels that a norm normalizes or that a weight layer puts out."""
         for attribute in ("num_features", "out_channels", "out_features", "num_channels", "hidden_size"):
