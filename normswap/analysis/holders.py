@@ -47,7 +47,7 @@ class _Holder:
 
 def held_norms(layer: nn.Module) -> list[str]:
     """The paths of the norms that a layer holds, also of those that were folded away."""
-    return [path for path, module in layer.named_modules() if path and _is_norm(module)]
+    return [path for path, module in as_plain(layer).named_modules() if path and _is_norm(module)]
 
 
 def _is_norm(module: nn.Module) -> bool:
