@@ -51,6 +51,8 @@ def held_norms(layer: nn.Module) -> list[str]:
 
 
 def _is_norm(module: nn.Module) -> bool:
+    if type(module).__module__.startswith("torch.nn.utils."):  # the formula of a parametrization
+        return False
     named = not module._modules and re.search("norm", type(module).__name__, re.IGNORECASE)
     return bool(named) or isinstance(module, (*batch_norms(), *SAMPLE_NORMS, nn.Identity))
 
