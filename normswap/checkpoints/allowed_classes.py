@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from normswap.errors import FileError, UnsafeFileError
 
@@ -34,7 +35,8 @@ _SAFE_HELPERS = {
     "argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict", "collections.deque",
     *(f"builtins.{name}" for name in ("list", "dict", "tuple", "frozenset", "int", "float", "bool", "slice")),
     *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
-    "decimal.Decimal", "uuid.UUID", "numpy.ndarray", "numpy.dtype", "_codecs.encode",
+    "decimal.Decimal", "uuid.UUID", "time.struct_time", "builtins.Ellipsis",
+    "numpy.ndarray", "numpy.dtype", "_codecs.encode",
     *(f"{place}.{name}" for place in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
     *(f"{place}.PureWindowsPath" for place in ("pathlib", "pathlib._local")),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
@@ -46,6 +48,22 @@ _CODE = ("__new__", "__init__", "__post_init__", "__setstate__", "__setattr__", 
 _PLAIN_BASES = {object, dict, list, tuple, set, str, int, float, Enum, types.SimpleNamespace, argparse.Namespace}
 _SYSTEM = ("sys", "os", "posix", "nt")  # of these torch loads nothing, whatever is allowed
 _LONGEST_LINE = 400  # characters of names to type: more are put together as patterns
+
+
+class _VersionOfText:
+    """Makes torch's version of text alone: turned into text, a list that holds itself many times over fills memory."""
+
+    def __new__(cls, text: Any) -> Any:
+        if type(text) is not str:
+            raise UnsafeFileError("its version of torch is no text")
+        return TorchVersion(text)
+
+
+_STAND_INS: dict[str, Any] = {
+    "torch.torch_version.TorchVersion": _VersionOfText,
+    "pathlib.WindowsPath": PureWindowsPath,  # the other cannot be made elsewhere
+    "pathlib._local.WindowsPath": PureWindowsPath,
+}
 
 
 @dataclass(frozen=True)
@@ -84,8 +102,8 @@ def find_allowed(name: str, allowance: Allowance, path: Path) -> Any:
         return None
     if name in _SAFE_HELPERS:
         return imported(name, path)
-    if name in ("pathlib.WindowsPath", "pathlib._local.WindowsPath"):
-        return PureWindowsPath  # the other cannot be made elsewhere
+    if name in _STAND_INS:
+        return _STAND_INS[name]
     by_pattern = [pattern for pattern in allowance.patterns if fnmatchcase(name, pattern)]
     literal = {part for pattern in by_pattern for part in pattern.split(".")}
     if any(part.startswith("__") and part not in literal for part in name.split(".")):

@@ -7,6 +7,7 @@ import decimal
 import pathlib
 import shlex
 import sys
+import time
 import types
 import uuid
 import zipfile
@@ -48,6 +49,9 @@ DATA: dict[str, Any] = {
     "Decimal": decimal.Decimal("0.1"),
     "UUID": uuid.UUID(int=7),
     "slice": slice(1, 3),
+    "version of torch": torch.__version__,
+    "struct_time": time.gmtime(0),
+    "Ellipsis": ...,
     "complex": 1 + 2j,
     **{f"numpy {kind.__name__}": kind(1) for kind in (numpy.float64, numpy.float16, numpy.int8, numpy.uint64)},
     "numpy bool": numpy.bool_(True),
@@ -76,6 +80,16 @@ def test_a_path_of_windows_is_read_elsewhere(tmp_path: Path) -> None:
     normswap.convert_file(tmp_path / "run.pt", "gn")
     got = torch.load(tmp_path / "run.gn.pt", weights_only=False)
     assert got["path"] == pathlib.PureWindowsPath("c:/runs")
+
+
+def test_a_version_is_made_of_text_alone(tmp_path: Path) -> None:
+    class Version:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return type(torch.__version__), ([1, 2],)
+
+    torch.save({"model": resnet().state_dict(), "version": Version()}, tmp_path / "run.pt")
+    with pytest.raises(UnsafeFileError, match="its version of torch is no text"):
+        normswap.load(tmp_path / "run.pt", model=resnet)
 
 
 def test_reading_changes_nothing_of_torchs(tmp_path: Path) -> None:

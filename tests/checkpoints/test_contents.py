@@ -47,6 +47,10 @@ FOUND: dict[str, tuple[dict[Any, Any], list[str]]] = {
     "on top first": ({"net": state(), "deeper": {"model": state()}}, ["net", "deeper.model"]),
     "an average of parameters alone stays": ({"state_dict": state(), "old": {"ema": parameters()}}, ["state_dict"]),
     "another size stays": ({"model": state(), "teacher": {"ema_model": state(16)}}, ["model"]),
+    "an average of a part stays": (
+        {"model": {f"{n}.weight": torch.ones(4, 4) for n in range(5)}, "head_ema": {"weight": torch.ones(4, 4)}},
+        ["model"],
+    ),
     "in a dict with defaults": ({"nets": defaultdict(dict, model=state())}, ["nets.model"]),
 }
 
