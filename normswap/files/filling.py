@@ -101,7 +101,7 @@ def _load(
     incoming = OrderedDict(part)
     incoming._metadata = metadata  # type: ignore[attr-defined]
     try:
-        missing, unexpected = model.load_state_dict(incoming, strict=False)
+        told = model.load_state_dict(incoming, strict=False)
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:  # hooks of the model's own, or odd tensors
         last = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise FileError(f"{where}: does not fit the model: {last}") from None
@@ -110,6 +110,7 @@ def _load(
             handle.remove()
     slots = {prefix + name: id(slot) for prefix, module in _prefixes(model) for name, slot in saved_slots(module)}
     filled = {slots[name] for name in taken if name in slots}
+    missing, unexpected = told or (list(slots), [])  # a method of the model's own may tell nothing
     missing = [n for n in missing if slots.get(n) not in filled and not n.endswith("num_batches_tracked")]
     return taken, missing, list(unexpected)
 

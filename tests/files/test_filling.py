@@ -338,6 +338,25 @@ def test_load_hooks_run_before_keys_are_missing(outer: str, tmp_path: Path) -> N
         normswap.load(tmp_path / "o.pt", model=Net)
 
 
+class Silent(Renaming):
+    """Its own `load_state_dict` returns nothing."""
+
+    def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
+        super().load_state_dict({name: value for name, value in state.items() if name != "step"}, strict)
+
+
+def test_a_model_that_loads_by_a_method_of_its_own(tmp_path: Path) -> None:
+    model = randomize(Silent()).eval()
+    older = {name.replace("conv.", "stem."): value for name, value in model.state_dict().items()}
+    for state in (model.state_dict(), older):
+        torch.save(state, tmp_path / "w.pt")
+        torch.testing.assert_close(output(normswap.load(tmp_path / "w.pt", model=Silent)), output(model))
+    older.pop("scale")
+    torch.save(older, tmp_path / "w.pt")
+    with pytest.raises(FileError, match="missing"):
+        normswap.load(tmp_path / "w.pt", model=Silent)
+
+
 FORMS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module], nn.Module]]] = {
     "weight norm": (weight_norm, parametrizations.weight_norm),
     "spectral norm": (spectral_norm, parametrizations.spectral_norm),
