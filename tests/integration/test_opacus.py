@@ -297,7 +297,8 @@ def test_opacus_own_recurrent_layers(cls: type[nn.Module], target: str, mode: st
     """Their weights are linear layers: standardized or normalized, they have gradients for each sample too."""
     torch.manual_seed(0)
     model = Sequence(cls(3, 8, batch_first=True))
-    model = normswap.convert(model, target, layers=("linear",), ws_scope="all").model.train()
+    options = {"ws_scope": "all"} if target == "ws" else {}
+    model = normswap.convert(model, target, layers=("linear",), **options).model.train()
     agree(by_opacus(model, X[:, :, :3, :2], Y, mode), in_a_loop(model, X[:, :, :3, :2], Y))
 
 
