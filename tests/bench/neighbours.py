@@ -56,9 +56,9 @@ NEIGHBOURS = (
     ),
     Neighbour(
         "Opacus", ("opacus",), "test_opacus.py",
-        "nothing left to complain of; gradients for each sample equal a loop's, `gn-ws` too, also by functorch; private "
-        "training. Not `est` and `bcn`, which follow their samples, nor recurrent layers, nor operations in place, which "
-        "its hooks do not allow",
+        "nothing left to complain of; gradients for each sample equal a loop's, `gn-ws` too, also by functorch; "
+        "private training. Not `est` and `bcn`, which follow their samples, nor recurrent layers, nor operations in "
+        "place, which its hooks do not allow",
     ),
     Neighbour(
         "federated averaging", ("torch",), "test_federated.py",
