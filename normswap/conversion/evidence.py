@@ -134,7 +134,7 @@ def _folds_in_parts(survey: Survey, request: Request) -> bool:
     """Whether a norm may go into a layer of which only traces of parts of the model tell."""
     plain = request.target.norm is PLAIN_FORM
     folds = plain or request.target.norm is NORM_FORMS["fold"]
-    if not folds or any(p.is_meta for p in survey.model.parameters()):
+    if not folds or request.recorded.changes or any(p.is_meta for p in survey.model.parameters()):
         return False
     norms = [site for site in survey.chosen if site.path in survey.flow.in_parts and site.kind == "norm"]
     return any(survey.flow.feeders(norm.path)[0] and (not plain or norm.base in RUNNING_NORMS) for norm in norms)

@@ -30,6 +30,8 @@ def to_folded(site: Site, context: Context) -> Swap | str:
     stats = read_statistics(site, context)
     if stats is None:
         return NO_STATISTICS
+    if context.recorded_changes and site.path not in context.recorded_changes:
+        return "stayed in the conversion that is repeated here"
     affine = as_affine(stats)
     absorptions = _into_layers_before(site, affine, context)
     strict = bool(

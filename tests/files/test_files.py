@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers.checks import distance, listing, quiet
-from helpers.nets import X, conv_norm, resnet
+from helpers.nets import X, conv_norm, randomize, resnet
 from helpers.torchvision_models import SMALL_MODELS, check_they_load_back_safely
 from safetensors import safe_open
 from torch import nn
@@ -337,3 +337,29 @@ def test_a_fold_that_folds_nothing(saved: Path) -> None:
     assert any("nothing to fold" in line for line in normswap.fold(resnet()).report.warnings)
     baked = normswap.convert_file(saved, "gn-ws", saved.with_name("baked.pt"), fold=True)
     assert not any("fold" in line for line in baked.warnings)
+
+
+class Padded(nn.Module):
+    """Its first norm goes into the convolution if it adds nothing: there are zeros around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv, self.second = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.conv(self.first(x)))
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_what_values_decided_is_repeated(tmp_path: Path, adds: bool) -> None:
+    model = randomize(Padded()).eval()
+    if not adds:
+        model.first.running_mean.zero_()
+        nn.init.zeros_(model.first.bias)
+        model.first.num_batches_tracked += 1
+    folded, report = normswap.convert(model, "fold")
+    assert isinstance(folded.first, nn.BatchNorm2d) is adds
+    normswap.save(folded, tmp_path / "folded.safetensors", report=report)
+    again = normswap.load(tmp_path / "folded.safetensors", model=Padded).eval()
+    x = torch.randn(1, 3, 5, 5)
+    torch.testing.assert_close(again(x), folded(x))
