@@ -25,7 +25,8 @@ APART = ("data", "batch", "position")
 """The forms of norms that let no position of a sample act on another, in eval mode."""
 CAUSAL, PADDED = "a causal network", "sequences that may be padded"
 _NAMED_CAUSAL = re.compile(r"causal(?!.*att)|chomp|stream", re.IGNORECASE)  # causal attention is another thing
-_NAMED_PADDED = re.compile(r"mask|padding|(^|_)(lengths?|lens?)$|^\w+_len(gth)?s?$", re.IGNORECASE)
+_NAMED_LENGTHS = re.compile(r"(^|_)(lengths?|lens?)$|^\w+_len(gth)?s?$", re.IGNORECASE)
+_NAMED_PADDED = re.compile(rf"mask|padding|{_NAMED_LENGTHS.pattern}", re.IGNORECASE)
 _POINTWISE_MODULES = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 _POSITIONS = 32  # of the trial of a convolution with a forward of its own; its reach has to be less
 
@@ -141,17 +142,20 @@ def sees_no_later_positions(conv: nn.Module) -> bool:
 def named_so(model: nn.Module, sites: Sequence[Site], ranks: Mapping[str, Collection[int]]) -> dict[str, str]:
     """Norms of (N, C, L) near a module that is called causal, or in one whose forward takes a mask or lengths.
 
+    Maps have lengths too, where one dimension is time (spectrograms); what masks are of maps is not known.
     `ranks` has how many dimensions the input of a norm may have.
     """
     found: dict[str, str] = {}
-    norms = [site for site in sites if site.kind == "norm" and _is_on_lines(site, ranks.get(site.path, {3}))]
-    for path, module in model.named_modules() if norms else ():
+    on_lines = [site for site in sites if site.kind == "norm" and _is_on_lines(site, ranks.get(site.path, {3}))]
+    on_maps = [site for site in sites if site.kind == "norm" and site.form in APART and site.spatial_dims == 2]
+    for path, module in model.named_modules() if on_lines or on_maps else ():
         if type(module).__module__.startswith("torch.nn."):
             continue
         around = path.rpartition(".")[0] if _NAMED_CAUSAL.search(type(module).__name__) else None
-        padded = any(_NAMED_PADDED.search(name) for name in inspect.signature(module.forward).parameters)
-        for norm in norms:
-            if around is not None and _is_in(norm.path, around):
+        arguments = inspect.signature(module.forward).parameters
+        padded = any(map(_NAMED_PADDED.search, arguments))
+        for norm in [*on_lines, *on_maps] if any(map(_NAMED_LENGTHS.search, arguments)) else on_lines:
+            if around is not None and norm in on_lines and _is_in(norm.path, around):
                 found[norm.path] = CAUSAL
             elif padded and _is_in(norm.path, path):
                 found.setdefault(norm.path, PADDED)

@@ -65,7 +65,10 @@ def find_type_tests(model: nn.Module) -> dict[str, tuple[TypeTest, ...]]:
 def _tests_in(reached: ReachedCode, module: nn.Module) -> Iterator[TypeTest]:
     code, selfs, function = reached
     asks_names = bool(_NAMES & {*code.co_names})
-    for steps in _expressions(steps_of(code)):
+    pieces = [*_expressions(steps_of(code)), []]
+    for steps, after in itertools.pairwise(pieces):
+        if _forbids(steps, after):
+            continue
         names, attributes = _loaded(steps, "LOAD_GLOBAL", "LOAD_NAME"), _loaded(steps, "LOAD_ATTR", "LOAD_METHOD")
         inherited = bool({*_INHERITED} & names) or any(s.opname == "MATCH_CLASS" for s in steps)
         compared = (asks_names and {*_PARTS} & attributes) or ("get" in attributes and "type" in names)
@@ -88,6 +91,12 @@ def _expressions(steps: Iterable[dis.Instruction]) -> Iterator[list[dis.Instruct
             yield piece
             piece = []
     yield piece
+
+
+def _forbids(steps: list[dis.Instruction], after: list[dis.Instruction]) -> bool:
+    """Whether an expression is one of `assert not ...`: where it held, the forward did not run at all."""
+    raises = bool(after) and (after[0].opname == "LOAD_ASSERTION_ERROR" or after[0].argrepr == "AssertionError")
+    return raises and bool(steps) and steps[-1].opname.endswith("_IF_FALSE")
 
 
 def _loaded(steps: Iterable[dis.Instruction], *opnames: str) -> set[str]:

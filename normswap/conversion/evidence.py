@@ -93,6 +93,11 @@ class Evidence:
     outside: frozenset[str] = frozenset()
     """Sites that the run has called outside of the parts of the model whose traces tell of them."""
 
+    @property
+    def tells_of_exactness(self) -> bool:
+        """Whether a run on inputs of the user's shows what is not exact."""
+        return self.inputs is not None and not self.problem and not self.made_up
+
 
 def gather_evidence(survey: Survey, request: Request) -> Evidence:
     """Run the model on the example inputs and on the calibration data; raises `ModelError` where it does not run."""

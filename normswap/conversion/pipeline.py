@@ -13,7 +13,7 @@ from torch import nn
 from normswap.analysis.selection import check_model, copy_of
 from normswap.conversion.audit import check_exact_half, is_steady, measure_drift, prove_nothing_missed
 from normswap.conversion.calibrate import calibrate, keep_original
-from normswap.conversion.evidence import gather_evidence, survey_model
+from normswap.conversion.evidence import Evidence, Survey, gather_evidence, survey_model
 from normswap.conversion.planning import plan_conversion
 from normswap.conversion.reporting import make_report
 from normswap.conversion.request import Phase, Request
@@ -46,6 +46,15 @@ def _undisturbed() -> Iterator[None]:
             gc.enable()
 
 
+def _with_more_care(request: Request, survey: Survey, evidence: Evidence) -> Request | None:
+    """A request for the same that leaves what may have gone wrong; None where nothing is in doubt."""
+    if evidence.made_up and request.folds_in_parts and survey.flow.in_parts:
+        return replace(request, folds_in_parts=False)
+    if evidence.tells_of_exactness and not request.heeds_type_tests and survey.flow.type_tests:
+        return replace(request, heeds_type_tests=True)
+    return None
+
+
 @_undisturbed()
 def run(model: nn.Module, request: Request) -> Conversion:
     """Convert `model` as `request` says; nothing changes unless all of it can. `normswap.convert` tells the errors."""
@@ -61,18 +70,18 @@ def run(model: nn.Module, request: Request) -> Conversion:
     request.begin(Phase.REPLACE)
     exact, others = plan.halves()
     replace_layers(exact, request)
-    if exact and others and evidence.inputs is not None and not evidence.problem:
-        check_exact_half(work, model, evidence)
     try:
+        if exact and others and evidence.inputs is not None and not evidence.problem:
+            check_exact_half(work, model, evidence)
         replace_layers(others, request)
         prove_nothing_missed(work, plan, request.options)
         calibration = calibrate(original, work, plan, evidence, request)
         drift = measure_drift(work, plan, evidence, request)
     except ModelError:
-        if request.inplace or not (evidence.made_up and request.folds_in_parts and survey.flow.in_parts):
+        if request.inplace or not (careful := _with_more_care(request, survey, evidence)):
             raise
-        if is_steady(model, evidence):
-            return run(model, replace(request, folds_in_parts=False))
+        if not evidence.made_up or is_steady(model, evidence):
+            return run(model, careful)
         drift = None  # noise tells nothing of a model that selects by small differences, as detectors do
     register_if_imported()
     return Conversion(work, make_report(survey, plan, calibration, drift, request))

@@ -63,7 +63,7 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
         vectors=evidence.vectors,
         recorded_groups=request.recorded.groups,
         recorded_changes=request.recorded.changes,
-        measured_exact=evidence.inputs is not None and not evidence.problem and not evidence.made_up,
+        measured_exact=evidence.tells_of_exactness and not (request.heeds_type_tests or request.inplace),
         release=request.release,
     )
     swaps, left = plan_sites(sites, survey.chosen, request.target, context)

@@ -62,6 +62,8 @@ class Request:
     """Nothing to convert is no error."""
     folds_in_parts: bool = True
     """Norms may go into layers of which only the traces of parts of the model tell."""
+    heeds_type_tests: bool = False
+    """Layers stay whose class a forward asks for, even where a run could show that nothing comes of it."""
     inplace: bool = False
     """The model itself is changed, not a copy."""
     on_all_processes: bool = False

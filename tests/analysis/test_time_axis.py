@@ -96,6 +96,7 @@ NETS: dict[str, tuple[nn.Module, str]] = {
         CAUSAL,
     ),
     "lengths": (Masked(masked, **lines()), PADDED),
+    "lengths of spectrograms": (Masked(masked, **maps()), PADDED),
     "padded on both sides": (Forward(both, **lines()), ""),
     "padded by the convolution": (after(nn.Conv1d(4, 8, 3, padding=2)), ""),
     "ahead": (after(SeesAhead(4, 8, 3, padding=2)), ""),

@@ -54,6 +54,12 @@ def in_two_steps(self: nn.Module, layer: nn.Module) -> bool:
     )
 
 
+def forbids(self: nn.Module, layer: nn.Module) -> bool:
+    if self.training:
+        assert not isinstance(layer, nn.BatchNorm2d)
+    return False
+
+
 TESTS: dict[str, tuple[Callable[[nn.Module, nn.Module], Any], str]] = {
     "is": (lambda self, layer: type(layer) is nn.Conv2d, "conv"),
     "equals": (
@@ -73,6 +79,7 @@ TESTS: dict[str, tuple[Callable[[nn.Module, nn.Module], Any], str]] = {
     "a case": (by_case, "norm"),
     "isinstance of a convolution": (lambda self, layer: isinstance(layer, nn.Conv2d), ""),
     "of another class": (lambda self, layer: type(layer) is nn.Linear, ""),
+    "only to forbid it": (forbids, ""),
     "of a value": (lambda self, layer: type(self.training) is bool, ""),
 }
 """A question, and which layer gn-ws must leave for it."""
@@ -106,6 +113,14 @@ def test_with_inputs_the_exact_half_is_measured(target: str) -> None:
     with pytest.raises(normswap.ModelError, match="should be exact"):
         normswap.convert(model, target, example_inputs=torch.randn(2, 3, 6, 6))
     assert normswap.convert(model, "gn", example_inputs=torch.randn(2, 3, 6, 6)).report.totals.norms_changed == 1
+
+
+def test_what_moves_the_output_on_inputs_stays_where_a_forward_asks_for_it() -> None:
+    model = randomize(Asking(lambda self, layer: type(layer) is nn.Conv2d)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    report = normswap.convert(model, "gn-ws", example_inputs=x).report
+    assert [(left.kind, "asks for the type" in left.reason) for left in report.left] == [("weight", True)]
+    assert report.totals.norms_changed == 1
 
 
 def test_a_measured_conversion_is_loaded_again(tmp_path: Path) -> None:

@@ -467,3 +467,23 @@ def test_position_norm_in_files(tmp_path: Path) -> None:
     assert type(back[1]) is nn.BatchNorm2d
     (left,) = normswap.fold(converted).report.left[1:2]
     assert left.module == "PositionNorm" and "no layer of torch" in left.reason
+
+
+class GlobalNorm(nn.Module):
+    """Over channels and positions, with parameters of names that no norm of torch has."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.ones(1, channels, 1)), nn.Parameter(torch.zeros(1, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = x.mean((1, 2), keepdim=True), x.var((1, 2), keepdim=True, unbiased=False)
+        return self.gamma * (x - mean) / (var + 1e-8).sqrt() + self.beta
+
+
+def test_a_norm_of_no_known_class_stays_beside_those_that_change() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 8, 1), GlobalNorm(8), nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8)).eval()
+    report = normswap.convert(randomize(model), "fold").report
+    (left,) = (entry for entry in report.left if entry.kind == "norm")
+    assert (left.path, left.module, report.totals.norms_changed) == ("1", "GlobalNorm", 1)
+    assert "not a class that normswap knows" in left.reason
