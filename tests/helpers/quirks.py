@@ -30,6 +30,7 @@ class Quirk:
     pn: int | None = None
     frozen: int | None = None
     fold: int | None = None
+    takes_in: int | None = None  # layers that the folded norms go into, if not one for each
     ws: int = 1
     wn: int | None = None
     bn: int = 0
@@ -47,7 +48,8 @@ class Quirk:
         counts = {"": 0, "frozen": frozen, "est": frozen, "bcn": min(frozen, self.norms), "fold": fold, "bn": self.bn}
         norms = self.pn if norm == "pn" and self.pn is not None else counts.get(norm, self.norms)
         weights = {"": 0, "ws": self.ws}.get(weight, self.ws if self.wn is None else self.wn)
-        return norms, max(weights, fold) if norm == "fold" else weights
+        taken_in = fold if self.takes_in is None else self.takes_in
+        return norms, max(weights, taken_in) if norm == "fold" else weights
 
 
 class OneParent(nn.Module):
@@ -332,7 +334,7 @@ QUIRKS: dict[str, Quirk] = {
     "1×1 maps": Quirk(lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 32, 1), B(32))),
     "channel counts": Quirk(lambda: chain(1, 3, 7, 58), norms=4, pn=3, ws=4),
     "pre-activation": Quirk(PreActivation, norms=3, fold=1, ws=3),
-    "concatenation": Quirk(Concatenation, ws=2),
+    "concatenation": Quirk(Concatenation, takes_in=2, ws=2),
     "depthwise": Quirk(lambda: conv_norm(conv=lambda: nn.Conv2d(3, 6, 3, groups=3), norm=B(6))),
     "depthwise 1×1": Quirk(lambda: conv_norm(conv=lambda: nn.Conv2d(3, 6, 1, groups=3), norm=B(6)), ws=0, wn=1),
     "padding reflect": Quirk(lambda: conv_norm(conv=lambda: nn.Conv2d(3, 8, 3, padding=2, padding_mode="reflect"))),
