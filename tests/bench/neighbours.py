@@ -55,6 +55,15 @@ NEIGHBOURS = (
         "checkpoints of `Trainer.fit` converted and resumed; converted models trained",
     ),
     Neighbour(
+        "detectron2", ("torch",), "test_detectron2.py",
+        "its backbones, rebuilt: norms that convolutions hold, exchanged and folded; frozen and synchronized ones; "
+        "steps without proposals",
+    ),
+    Neighbour(
+        "torch_geometric", ("torch_geometric",), "test_torch_geometric.py",
+        "norms within its wrappers; those over a graph are named",
+    ),
+    Neighbour(
         "Opacus", ("opacus",), "test_opacus.py",
         "nothing left to complain of; gradients for each sample equal a loop's, `gn-ws` too, also by functorch; "
         "private training. Not `est` and `bcn`, which follow their samples, nor recurrent layers, nor operations in "
