@@ -13,6 +13,7 @@ from normswap.analysis import operations
 
 _VIEWS = ("view", "reshape", torch.reshape)
 _DIVISIONS = (operator.floordiv, operator.truediv, torch.div, "div", "__floordiv__", "__truediv__")
+_PARTINGS = ("chunk", "split", "tensor_split", torch.chunk, torch.split, torch.tensor_split)
 _PRODUCTS = (operator.mul, torch.mul, "mul")
 
 
@@ -25,6 +26,8 @@ def holds_samples_in_channels(
     """
     while node is not None and node.target in ("contiguous", "clone"):
         node = operations.input_of(node)
+    if node is not None and node.target in operations.CONCATENATIONS:
+        return _joins_parts_of_batch(node)
     if node is None or node.target not in _VIEWS:
         return False
     sizes: Any = node.args[1:]
@@ -39,6 +42,18 @@ def holds_samples_in_channels(
     before = channels_before(node)
     more = before is not None and channels > before and channels % before == 0
     return batch == -1 and len(sizes) > 2 and more
+
+
+def _joins_parts_of_batch(node: fx.Node) -> bool:
+    """Whether parts of the batch are put together as channels: `torch.cat(x.chunk(2), 1)`."""
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    parts = operations.concatenated(node)
+    first = parts[0] if isinstance(parts, tuple | list) and parts else parts
+    if isinstance(first, fx.Node) and first.target is operator.getitem:
+        first = first.args[0]
+    if dim != 1 or not isinstance(first, fx.Node) or first.target not in _PARTINGS:
+        return False
+    return bool((first.args[2] if len(first.args) > 2 else first.kwargs.get("dim", 0)) == 0)
 
 
 def _grows_with_batch(size: Any) -> bool:

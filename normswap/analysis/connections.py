@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -41,7 +41,9 @@ class Connections:
             return None
         if not operations.concatenates_channels(source):
             return self._layers([source])
-        parts: Any = source.args[0] if source.args else source.kwargs.get("tensors")
+        parts = operations.concatenated(source)
+        if not isinstance(parts, tuple | list):  # what another function gives at once: `x.chunk(2)`
+            return None
         read = [self._seen_through(part, flattened=False) for part in parts]
         return self._layers(read)
 

@@ -63,6 +63,11 @@ def input_of(node: fx.Node) -> fx.Node | None:
     return source if isinstance(source, fx.Node) else None
 
 
+def concatenated(node: fx.Node) -> Any:
+    """What a concatenation puts together: a list, or the node of a value that is one."""
+    return node.args[0] if node.args else node.kwargs.get("tensors")
+
+
 def reads_shape_only(node: fx.Node) -> bool:
     """Whether a node asks for the shape of a value or the like: no reader of what it holds."""
     if node.op == "call_method":

@@ -25,7 +25,7 @@ APART = ("data", "batch", "position")
 """The forms of norms that let no position of a sample act on another, in eval mode."""
 CAUSAL, PADDED = "a causal network", "sequences that may be padded"
 _NAMED_CAUSAL = re.compile(r"causal(?!.*att)|chomp|stream", re.IGNORECASE)  # causal attention is another thing
-_NAMED_LENGTHS = re.compile(r"(^|_)(lengths?|lens?)$|^\w+_len(gth)?s?$", re.IGNORECASE)
+_NAMED_LENGTHS = re.compile(r"(len|lens|lengths?)$", re.IGNORECASE)
 _NAMED_PADDED = re.compile(rf"mask|padding|{_NAMED_LENGTHS.pattern}", re.IGNORECASE)
 _POINTWISE_MODULES = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 _POSITIONS = 32  # of the trial of a convolution with a forward of its own; its reach has to be less
@@ -86,11 +86,14 @@ def _pads_one_side(node: fx.Node, module: Any) -> bool:
 
 def _goes_on(node: fx.Node) -> bool:
     """Whether a value is what a stream had before, kept or handed in, with what is new behind it."""
-    if node.target not in operations.CONCATENATIONS or not isinstance(node.args[0], tuple | list):
+    parts = operations.concatenated(node) if node.target in operations.CONCATENATIONS else None
+    if not isinstance(parts, tuple | list) or not parts:
         return False
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    first = node.args[0][0]
-    return dim in (-1, 2) and isinstance(first, fx.Node) and first.op in ("placeholder", "get_attr")
+    first = parts[0]
+    if dim not in (-1, 2) or not isinstance(first, fx.Node):
+        return False
+    return first.op in ("placeholder", "get_attr") or operations.name_of(first) in ("zeros", "new_zeros", "zeros_like")
 
 
 def _readers(node: fx.Node, module_of: ModuleOf) -> Iterator[fx.Node]:
@@ -104,11 +107,13 @@ def _readers(node: fx.Node, module_of: ModuleOf) -> Iterator[fx.Node]:
 
 
 def _is_cut(node: fx.Node) -> bool:
-    """Whether a value is taken without its last positions: `x[:, :, :-2]`."""
+    """Whether a value is taken without its last positions: `x[:, :, :-2]`, `x[..., :n]`."""
+    if node.target in ("narrow", torch.narrow):
+        return node.args[2:3] == (0,)
     index = node.args[1] if node.target is operator.getitem else None
     parts = index if isinstance(index, tuple) else ()
     ends = (part.stop for part in parts if isinstance(part, slice) and part.start in (None, 0))
-    return any(type(end) is int and end < 0 for end in ends)
+    return any(isinstance(end, fx.Node) or (type(end) is int and end < 0) for end in ends)
 
 
 def sees_no_later_positions(conv: nn.Module) -> bool:

@@ -31,6 +31,20 @@ def whole_batch(self: nn.Module, x: Tensor) -> Tensor:
     return self.norm(x.reshape(1, -1, x.shape[2], x.shape[3])).reshape(x.shape)
 
 
+def by_chunks(self: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat(self.norm(torch.cat(x.chunk(2), 1)).chunk(2, 1))
+
+
+def by_halves(self: nn.Module, x: Tensor) -> Tensor:
+    one, two = torch.split(x, x.shape[0] // 2)
+    return self.norm(torch.cat([one, two], dim=1))
+
+
+def halves_of_channels(self: nn.Module, x: Tensor) -> Tensor:
+    one, two = torch.split(x, 2, 1)
+    return self.norm(torch.cat([two, one], dim=1))
+
+
 def untraced(self: nn.Module, x: Tensor) -> Tensor:
     assert str(x.shape[0]).isdigit()
     return by_shape(self, x)
@@ -54,11 +68,14 @@ MIXING: dict[str, tuple[Use, nn.Module]] = {
     "by its shape": (by_shape, nn.BatchNorm2d(8)),
     "by its size": (by_size, nn.BatchNorm2d(8)),
     "by the width of the norm": (by_width, nn.BatchNorm2d(8)),
+    "by chunks": (by_chunks, nn.BatchNorm2d(8)),
+    "by halves": (by_halves, nn.BatchNorm2d(8)),
     "the whole batch": (whole_batch, nn.BatchNorm2d(16)),
 }
 APART: dict[str, tuple[Use, nn.Module]] = {
     "rows of a map": (of_tokens, nn.BatchNorm1d(24)),
     "points": (of_rows, nn.BatchNorm1d(4)),
+    "parts of channels": (halves_of_channels, nn.BatchNorm2d(4)),
     "parts of samples": (in_the_batch, nn.BatchNorm2d(2)),
 }
 

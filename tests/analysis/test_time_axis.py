@@ -84,6 +84,12 @@ NETS: dict[str, tuple[nn.Module, str]] = {
     "cut behind": (
         Forward(lambda self, x: self.bn(self.conv(x)).relu()[:, :, :-2], **lines(nn.Conv1d(4, 8, 3, padding=2))), CAUSAL
     ),
+    "cut to the length": (
+        Forward(lambda self, x: self.bn(self.conv(x)[..., : x.size(2)]), **lines(nn.Conv1d(4, 8, 3, padding=2))), CAUSAL
+    ),
+    "zeros before": (
+        Forward(lambda self, x: self.bn(self.conv(torch.cat([x.new_zeros(1, 4, 2), x], -1))), **lines()), CAUSAL
+    ),
     "the norm first": (
         Forward(lambda self, x: self.conv(F.pad(self.bn(x), (2, 0))), conv=nn.Conv1d(8, 4, 3), bn=nn.BatchNorm1d(8)),
         CAUSAL,
