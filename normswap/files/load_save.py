@@ -90,6 +90,9 @@ def save(
     format = paths.format_by_ending(path)
     writing.check_format(path, format, overwrite)
     with _as_written(model, report):
+        own_layers = any(type(module).__module__.startswith("normswap.layers") for module in model.modules())
+        if format == "safetensors" and own_layers and stored_recipes.stored_recipe(model) is None:
+            warnings.warn(f"{path}: holds no recipe of its conversion, for load to repeat; give report=", stacklevel=2)
         content = recipe.state_dict_with_recipe(model) if format == "safetensors" else model
         return writing.write_checkpoint(Checkpoint(path, "pt", content), path, format, overwrite=overwrite)
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import normswap
 from normswap import FileError
 from normswap.checkpoints.checkpoint import RECIPE
+from normswap.checkpoints.stored_recipes import drop_recipes
 from normswap.cli import commands
 
 
@@ -156,6 +157,12 @@ def test_a_strict_load_by_torch_is_undisturbed() -> None:
 
 
 def test_a_file_that_has_lost_its_recipe_says_what_to_do(tmp_path: Path) -> None:
+    model, report = normswap.convert(net(), "gn-ws")
+    drop_recipes(model)
+    with pytest.warns(UserWarning, match="holds no recipe of its conversion.*give report="):
+        normswap.save(model, tmp_path / "w.safetensors")
+    normswap.save(model, tmp_path / "w.safetensors", report=report, overwrite=True)
+    assert torch.equal(output(normswap.load(tmp_path / "w.safetensors", model=net)), output(model))
     for to, means in (("gn", "holds no recipe: save it with normswap.save"), ("gn-ws", "converted already")):
         torch.save(dict(trained(to).state_dict()), tmp_path / "w.pt")
         with pytest.raises(FileError, match=means):
