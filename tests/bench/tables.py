@@ -204,6 +204,55 @@ def neighbours(rows: list[Row]) -> list[list[str]]:
     return table
 
 
+KINDS = {"norm": "norms", "weight": "convolutions"}
+_MOST_REASONS = 8  # that a table has of each target and kind; the rest is added up
+
+
+def left(rows: list[Row]) -> list[list[str]]:
+    """A line a library and target: the share of norms and of convolutions that each version leaves."""
+    versions = list(dict.fromkeys(row["version"] for row in rows))
+    whole = [row for row in rows if row["reason"] == "(all)"]
+    table = [["library", "models", "target", "layers", *(f"left {version}" for version in versions)]]
+    places = dict.fromkeys((row["library"], row["target"], row["kind"]) for row in whole)
+    for library, target, kind in places:
+        mine = [row for row in whole if (row["library"], row["target"], row["kind"]) == (library, target, kind)]
+        table.append([library, str(mine[-1]["models"]), *_left_of(mine, target, kind, versions)])
+    for target, kind in dict.fromkeys((target, kind) for _, target, kind in places):
+        mine = [row for row in whole if (row["target"], row["kind"]) == (target, kind)]
+        models = sum(row["models"] for row in mine if row["version"] == versions[-1])
+        table.append(["**all**", str(models), *_left_of(mine, target, kind, versions)])
+    return table
+
+
+def _left_of(rows: list[Row], target: str, kind: str, versions: list[str]) -> list[str]:
+    sums = {
+        name: [sum(row[of] for row in rows if row["version"] == name) for of in ("left", "layers")] for name in versions
+    }
+    cells = [f"{some} ({_percent(some / layers)})" if layers else "" for some, layers in sums.values()]
+    return [f"`{target}`", f"{sums[versions[-1]][1]} {KINDS[kind]}", *cells]
+
+
+def left_reasons(rows: list[Row]) -> list[list[str]]:
+    """A line a reason for which layers are left: how many in each version, over all libraries."""
+    versions = list(dict.fromkeys(row["version"] for row in rows))
+    table = [["target", "layers", "left because", *versions]]
+    some = [row for row in rows if row["reason"] != "(all)" and row["kind"] in KINDS]
+    for target, kind in dict.fromkeys((row["target"], row["kind"]) for row in some):
+        mine = [row for row in some if (row["target"], row["kind"]) == (target, kind)]
+        counts = {
+            reason: [_sum_left(mine, name, reason) for name in versions] for reason in (r["reason"] for r in mine)
+        }
+        by_size = sorted(counts.items(), key=lambda entry: -max(entry[1]))
+        rest = [sum(column) for column in zip(*(numbers for _, numbers in by_size[_MOST_REASONS:]), strict=True)]
+        lines = [*by_size[:_MOST_REASONS], *([("other reasons", rest)] if rest else [])]
+        table += [[f"`{target}`", KINDS[kind], reason, *map(str, numbers)] for reason, numbers in lines]
+    return table
+
+
+def _sum_left(rows: list[Row], version: str, reason: str) -> int:
+    return sum(row["left"] for row in rows if (row["version"], row["reason"]) == (version, reason))
+
+
 TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "kept": kept,
     "retention": retention,
@@ -220,12 +269,16 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "report_time": report_time,
     "neighbours": neighbours,
     "speed": speed,
+    "left": left,
+    "left_reasons": left_reasons,
 }
 
 
 def render(name: str) -> str:
     """The table of that name as Markdown, and under it with what and when it was measured."""
-    source = {"kept": "retention", "recurrent_speed": "recurrent", "speed": "step_time"}.get(name, name)
+    source = {"kept": "retention", "recurrent_speed": "recurrent", "speed": "step_time", "left_reasons": "left"}.get(
+        name, name
+    )
     script = source.removesuffix("_calibrated")
     data = json.loads((RESULTS / f"{source}.json").read_text())
     head, *lines = TABLES[name](data["rows"])
