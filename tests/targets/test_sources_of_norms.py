@@ -315,8 +315,9 @@ def test_a_norm_that_data_do_not_reach() -> None:
 @pytest.mark.parametrize("target", ["gn", "ln"])
 @pytest.mark.parametrize("make", [lambda: nn.InstanceNorm2d(8), lambda: nn.GroupNorm(4, 8, affine=False)])
 def test_the_architecture_is_the_same_with_data_and_without(make: Callable[[], nn.Module], target: str) -> None:
-    on_data = normswap.convert(net(make()), target, groups=2, calibrate=DATA, calibrate_seconds=0).model
-    fresh = normswap.convert(net(make()), target, groups=2).model
+    options = {"groups": 2} if target == "gn" else {}
+    on_data = normswap.convert(net(make()), target, calibrate=DATA, calibrate_seconds=0, **options).model
+    fresh = normswap.convert(net(make()), target, **options).model
     fresh.load_state_dict(on_data.state_dict(), strict=True)
 
 
