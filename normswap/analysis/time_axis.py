@@ -10,7 +10,7 @@ import copy
 import inspect
 import operator
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ ModuleOf = Callable[[fx.Node], nn.Module | None]
 
 def near_causal_layers(nodes: Sequence[fx.Node], module_of: ModuleOf) -> set[fx.Node]:
     """The nodes before and behind convolutions that see no later positions: padded on one side, or cut at the end."""
-    causal = {node for node in nodes if _is_causal(node, module_of)}
+    cut = _cut_behind(nodes, module_of)
+    causal = {node for node in nodes if _is_causal(node, module_of, cut)}
     if not causal:
         return set()
     behind, before = set(causal), set(causal)
@@ -49,7 +50,7 @@ def near_causal_layers(nodes: Sequence[fx.Node], module_of: ModuleOf) -> set[fx.
     return behind | before
 
 
-def _is_causal(node: fx.Node, module_of: ModuleOf) -> bool:
+def _is_causal(node: fx.Node, module_of: ModuleOf, cut: Collection[fx.Node]) -> bool:
     module, source = module_of(node), operations.input_of(node)
     is_function = node.op == "call_function" and node.target in (F.conv1d, F.conv2d, F.conv3d)
     if not isinstance(module, LAYERS["conv"]) and not is_function:
@@ -58,7 +59,7 @@ def _is_causal(node: fx.Node, module_of: ModuleOf) -> bool:
         return True
     if isinstance(module, nn.modules.conv._ConvNd) and type(module).forward is not _plain(module).forward:
         return sees_no_later_positions(module)
-    return _pads(module) and any(_is_cut(user) for user in _readers(node, module_of))
+    return _pads(module) and node in cut
 
 
 def _plain(module: nn.Module) -> Any:
@@ -96,24 +97,30 @@ def _goes_on(node: fx.Node) -> bool:
     return first.op in ("placeholder", "get_attr") or operations.name_of(first) in ("zeros", "new_zeros", "zeros_like")
 
 
-def _readers(node: fx.Node, module_of: ModuleOf) -> Iterator[fx.Node]:
-    """What reads a value, past norms and what works on each element."""
-    for user in node.users:
-        yield user
-        module = module_of(user)
+def _cut_behind(nodes: Sequence[fx.Node], module_of: ModuleOf) -> set[fx.Node]:
+    """The nodes of whose values the last positions are cut off, past norms and what works on each element."""
+
+    def passes(node: fx.Node) -> bool:
+        module = module_of(node)
         norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.Identity)
-        if norm or type(module).__module__ in _POINTWISE_MODULES or user.target in operations.POINTWISE:
-            yield from _readers(user, module_of)
+        return norm or type(module).__module__ in _POINTWISE_MODULES or node.target in operations.POINTWISE
+
+    cut: set[fx.Node] = set()
+    for node in reversed(nodes):  # what reads a value comes behind it
+        if any(_is_cut(user) or (user in cut and passes(user)) for user in node.users):
+            cut.add(node)
+    return cut
 
 
 def _is_cut(node: fx.Node) -> bool:
-    """Whether a value is taken without its last positions: `x[:, :, :-2]`, `x[..., :n]`."""
+    """Whether a value is taken without its last positions along one dimension: `x[:, :, :-2]`, `x[..., :n]`."""
     if node.target in ("narrow", torch.narrow):
         return node.args[2:3] == (0,)
     index = node.args[1] if node.target is operator.getitem else None
     parts = index if isinstance(index, tuple) else ()
     ends = (part.stop for part in parts if isinstance(part, slice) and part.start in (None, 0))
-    return any(isinstance(end, fx.Node) or (type(end) is int and end < 0) for end in ends)
+    # Along both dimensions of maps it is how sizes are made to fit.
+    return len([end for end in ends if isinstance(end, fx.Node) or (type(end) is int and end < 0)]) == 1
 
 
 def sees_no_later_positions(conv: nn.Module) -> bool:
