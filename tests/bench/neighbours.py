@@ -39,6 +39,10 @@ NEIGHBOURS = (
         "config for calibration",
     ),
     Neighbour(
+        "timm, folded further", ("timm",), "test_timm_folding.py",
+        "RepVGG, MobileOne, RepGhost, RepViT, MixNet without a norm left; `StdConv2d` of BiT and NF-nets baked in",
+    ),
+    Neighbour(
         "torchvision detection and segmentation", ("torchvision",), "test_torchvision_tasks.py",
         "training at batch 1 after `gn-ws`, with FPN and heads; frozen backbones",
     ),
@@ -49,6 +53,30 @@ NEIGHBOURS = (
     Neighbour(
         "segmentation-models-pytorch", ("segmentation-models-pytorch",), "test_segmentation_models.py",
         "U-Net and others, decoder included, trained at batch 1",
+    ),
+    Neighbour(
+        "EfficientNet-PyTorch", ("efficientnet_pytorch", "segmentation-models-pytorch"), "test_efficientnet_pytorch.py",
+        "convolutions that pad by themselves: `ws`, `wn` and `fold`, also in encoders of segmentation-models-pytorch",
+    ),
+    Neighbour(
+        "ultralytics", ("ultralytics",), "test_ultralytics.py",
+        "YOLO v5, v8, 11 without a norm left by `fold`; checkpoints converted with `--allow 'ultralytics.nn.*'`",
+    ),
+    Neighbour(
+        "PointNet", ("torch",), "test_pointnet.py",
+        "rebuilt: forwards that ask for shapes, folded entirely",
+    ),
+    Neighbour(
+        "SlowFast", ("torch",), "test_slowfast.py",
+        "rebuilt: its pathways; norms of split batches, left by norms within a sample and named",
+    ),
+    Neighbour(
+        "vocoders", ("torch", "transformers"), "test_vocoders.py",
+        "HiFi-GAN, rebuilt, and those of transformers: torch's `weight_norm`, hooks and parametrizations, baked in",
+    ),
+    Neighbour(
+        "diffusion policy", ("torch",), "test_diffusion_policy.py",
+        "checkpoints like its own: models, averages and optimizers one level down; its normalizers stay",
     ),
     Neighbour(
         "Lightning", ("lightning",), "test_lightning.py",
