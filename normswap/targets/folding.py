@@ -34,9 +34,8 @@ def to_folded(site: Site, context: Context) -> Swap | str:
         return "stayed in the conversion that is repeated here"
     affine = as_affine(stats)
     absorptions = _into_layers_before(site, affine, context)
-    strict = bool(
-        context.rescaling
-    )  # standardized strictly, layers lose what a norm gives them but in the layer before
+    # Standardized strictly, a layer loses what a norm gives it, unless it stands before the norm.
+    strict = bool(context.rescaling)
     if isinstance(absorptions, str) and site.form == "data" and not strict and _is_bare(site):
         behind = _into_layers_behind(site, affine, context)
         beside = [] if isinstance(behind, list) and behind else _into_a_layer_beside(site, affine, context)
