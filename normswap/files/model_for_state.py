@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.analysis.reachable import reachable_tensors
-from normswap.analysis.selection import copy_of
+from normswap.analysis.selection import check_model, copy_of
 from normswap.checkpoints import state_keys, stored_recipes
 from normswap.errors import FileError, ModelError, OptionError
 from normswap.files import model_specs
@@ -93,11 +93,12 @@ def models_on_tensors(
 
     Raises:
         FileError: the tensors do not fit.
-        ModelError: `to_run`, and the model holds random numbers that no file has.
+        ModelError: the model is lazy or wrapped; `to_run`, and it holds random numbers that no file has.
     """
 
     def build() -> nn.Module:
         fresh = _copy(source) if isinstance(source, nn.Module) else model_specs.make_model(source, arguments)
+        check_model(fresh)
         paths = [path for path, _ in fresh.named_modules(remove_duplicate=False)]
         stored = stored_recipes.recipe_under(state, state_keys.likely_prefix(state, fresh.state_dict()), paths)
         if stored is None:

@@ -403,3 +403,20 @@ def test_a_recipe_makes_no_model_that_is_far_larger_than_its_file(tmp_path: Path
     torch.save(state, tmp_path / "w.gn.pt")
     with pytest.raises(NormswapError, match="makes a model of 524,176,512 parameters, and the file holds 120"):
         normswap.load(tmp_path / "w.gn.pt")
+
+
+def test_a_lazy_model_is_told_to_run_first(tmp_path: Path) -> None:
+    """Its weights have no shape to compare with the file's."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(2)
+        )
+
+    model = make().eval()
+    model(torch.randn(1, 3, 4, 4))
+    normswap.save(normswap.convert(model, "gn").model, tmp_path / "m.safetensors")
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    for path in tmp_path.iterdir():
+        with pytest.raises(normswap.ModelError, match=r"4 \(LazyLinear\) is lazy.*run the model once"):
+            normswap.load(path, model=make)
