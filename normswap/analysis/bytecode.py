@@ -12,6 +12,8 @@ from torch import nn
 _WALKS = {"modules", "named_modules", "get_submodule"}  # which lead to any module at all
 _LISTS = {"children", "named_children", "_modules", "__dict__"}  # which lead to the children of a module
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# What no forward runs, or what is called like a method of tensors: `x.to(...)`.
+_BESIDE_FORWARD = {"__init__", *(name for name in vars(nn.Module) if not name.startswith("__"))} - {"forward"}
 _BESIDE = ("CACHE", "RESUME", "EXTENDED_ARG", "NOP", "COPY_FREE_VARS", "NOT_TAKEN")
 
 
@@ -71,7 +73,7 @@ def _is_container(module: nn.Module) -> bool:
 def _runs_a_method(part: nn.Module, name: str, uses: Uses, is_value: bool) -> bool:
     """Whether the code may call a method of a part, other than its forward and what torch gives each module."""
     named = {b for a, b in uses.pairs if a == name} | (uses.opened if is_value else frozenset())
-    methods = {attribute: getattr(type(part), attribute, None) for attribute in named - {"forward"}}
+    methods = {attribute: getattr(type(part), attribute, None) for attribute in named - {"forward", "__class__"}}
     return any(callable(m) and not str(getattr(m, "__module__", "")).startswith("torch.nn.") for m in methods.values())
 
 
@@ -81,9 +83,12 @@ def uses_of(module: nn.Module) -> Uses:
     opened: set[str] = set()
     handled: set[str] = set()
     chooses, lists, walks = False, 0, False
-    for code, selfs, _ in reached_code(module):
+    files = {owner.__module__ for owner in type(module).__mro__}
+    for code, selfs, function in reached_code(module):
         steps = steps_of(code)
-        walks = walks or "vars" in code.co_names
+        # What a library's tools walk over elsewhere, as to hook what a user wants to see, runs no layer by itself.
+        may_walk = function.__module__ in files
+        walks = walks or (may_walk and "vars" in code.co_names)
         for before, step, after in _attributes(steps):
             name, of_self = step.argval, _loads(before, selfs)
             if before.opname == "LOAD_ATTR":
@@ -92,9 +97,11 @@ def uses_of(module: nn.Module) -> Uses:
                 opened.add(name)
             if not (_is_called(step) or after[0].opname in ("LOAD_ATTR", "LOAD_METHOD") or _is_asked_for(after)):
                 handled.add(name)
-            walks = walks or name in _WALKS or (name in _LISTS and code.co_name in code.co_names + code.co_freevars)
-            chooses, lists = chooses or (name in _LISTS and of_self), lists + (name in opened & _LISTS)
-        for of_self, asked in _asked_by_string(steps, selfs):
+            nested = name in _LISTS and code.co_name in code.co_names + code.co_freevars
+            walks = walks or (may_walk and (name in _WALKS or nested))
+            chooses = chooses or (name in _LISTS and of_self)
+            lists += may_walk and name in opened & _LISTS
+        for of_self, asked in _asked_by_string(steps, module, selfs):
             opened, handled = opened | {asked} - {""}, handled | {asked} - {""}
             chooses, lists = chooses or (not asked and of_self), lists + (not asked and not of_self)
     return Uses(frozenset(pairs), frozenset(opened), frozenset(handled), chooses, lists, walks)
@@ -133,7 +140,9 @@ def _loads(step: dis.Instruction, names: Iterable[str]) -> bool:
     return step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and last in names
 
 
-def _asked_by_string(steps: list[dis.Instruction], selfs: Iterable[str] = ()) -> Iterator[tuple[bool, str]]:
+def _asked_by_string(
+    steps: list[dis.Instruction], module: nn.Module, selfs: Iterable[str] = ()
+) -> Iterator[tuple[bool, str]]:
     """For each use of `getattr`: whether it is asked of `self` itself, and for which name; "" for a computed one."""
     for index, step in enumerate(steps):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval == "getattr":
@@ -141,9 +150,17 @@ def _asked_by_string(steps: list[dis.Instruction], selfs: Iterable[str] = ()) ->
             owner, name = [*made, [], []][:2]
             if owner and owner[0].opname == "LOAD_GLOBAL" and all(i.opname == "LOAD_ATTR" for i in owner[1:]):
                 continue  # of a module of Python or the like
+            if owner and _is_plain_value(owner[-1], module):
+                continue  # as of `self.config`
             of_self = len(owner) == 1 and _loads(owner[0], selfs)
             constant = len(name) == 1 and name[0].opname.startswith("LOAD_CONST") and type(name[0].argval) is str
             yield of_self, name[0].argval if constant else ""
+
+
+def _is_plain_value(step: dis.Instruction, module: nn.Module) -> bool:
+    """Whether an instruction loads an attribute of a name under which the module holds a value that has no layers."""
+    value = vars(module).get(step.argval) if step.opname == "LOAD_ATTR" else None
+    return value is not None and not callable(value) and not isinstance(value, list | tuple | set | dict)
 
 
 def _makers_of_arguments(steps: list[dis.Instruction]) -> list[list[dis.Instruction]]:
@@ -167,11 +184,12 @@ ReachedCode = tuple[types.CodeType, frozenset[str], types.FunctionType]
 """A code, the names that `self` has in it, and the function that it is in."""
 
 
-def reached_code(module: nn.Module) -> list[ReachedCode]:
+def reached_code(module: nn.Module, only_named: bool = False) -> list[ReachedCode]:
     """The code that the forward of a module may run.
 
     The forward's own, and that of methods, of functions that the module holds, and of functions of the same package,
-    whose names occur in what it may run. All of the class's code where it may choose a method by a string.
+    whose names occur in what it may run. All of the class's code where it may choose a method by a string, unless
+    `only_named`: classes of libraries have much code beside their forward, which looks attributes up so.
     """
     cls = type(module)
     owners = itertools.takewhile(lambda owner: not owner.__module__.startswith("torch."), cls.__mro__)
@@ -188,14 +206,14 @@ def reached_code(module: nn.Module) -> list[ReachedCode]:
             found = list(_codes(function.__code__))
             reached += [(code, selfs, function) for code in found]
             steps = [steps_of(code) for code in found]
-            asked = {name for code in steps for _, name in _asked_by_string(code)}
+            asked = {name for code in steps for _, name in _asked_by_string(code, module)}
             called |= asked | {step.argval for code in steps for _, step, _ in _attributes(code)}
-            computed = computed or "" in asked
+            computed = computed or ("" in asked and not only_named)
             helpers = [f for code in steps for f in _functions_named(code, function, cls.__module__.partition(".")[0])]
             methods += [(f.__name__, f, frozenset()) for f in helpers]
             called |= {f.__name__ for f in helpers}
-        # `__init__` is run by no forward.
-        wanted = [m for m in methods if m[1] not in seen and m[0] != "__init__" and (computed or m[0] in called)]
+        new = [method for method in methods if method[1] not in seen and method[0] not in _BESIDE_FORWARD]
+        wanted = [method for method in new if computed or method[0] in called]
         pending = list({function: (name, function, selfs) for name, function, selfs in wanted}.values())
     return reached
 

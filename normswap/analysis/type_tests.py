@@ -56,7 +56,9 @@ def find_type_tests(model: nn.Module) -> dict[str, tuple[TypeTest, ...]]:
         own = ((name, value) for name, value in vars(module).items() if callable(value) or _classes_in(value))
         key = (type(module), *((name, id(value)) for name, value in own))
         if key not in known:
-            known[key] = tuple(test for reached in reached_code(module) for test in _tests_in(reached, module))
+            known[key] = tuple(
+                test for reached in reached_code(module, only_named=True) for test in _tests_in(reached, module)
+            )
         if known[key]:
             found[path] = known[key]
     return found

@@ -64,7 +64,7 @@ def with_weight(layer: nn.Module, cls: type[nn.Module], weight: Any) -> nn.Modul
     """
     instead = object.__new__(cls)
     others = {name: parameter for name, parameter in layer._parameters.items() if name != "weight"}
-    instead.__dict__ = {**vars(layer), "_parameters": others, "weight": weight}
+    instead.__dict__ = {**layer.__dict__, "_parameters": others, "weight": weight}
     return instead
 
 
