@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.checks import distance
 from helpers.nets import randomize
+from helpers.torch_versions import skip_where_torch_cannot
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -120,10 +121,11 @@ def test_tools_see_through(target: str) -> None:
     new, _ = converted(target)
     wanted = new(X)
     assert torch.equal(fx.symbolic_trace(new[7:])(new[:7](X)), wanted)  # type: ignore[index]
-    compiled = torch.compile(new[3:5], fullgraph=True, backend="aot_eager")  # type: ignore[index]
-    assert distance(new[:5](X), compiled(new[:3](X))) < 1e-12  # type: ignore[index]
     wanted.sum().backward()
     assert all(p.grad is not None for name, p in new.named_parameters() if "weight" in name)
+    skip_where_torch_cannot("compile subclasses")
+    compiled = torch.compile(new[3:5], fullgraph=True, backend="aot_eager")  # type: ignore[index]
+    assert distance(new[:5](X), compiled(new[:3](X))) < 1e-12  # type: ignore[index]
 
 
 def test_threads_share_a_layer() -> None:
