@@ -97,14 +97,14 @@ def test_a_version_is_made_of_text_alone(tmp_path: Path) -> None:
 def test_reading_changes_nothing_of_torchs(tmp_path: Path) -> None:
     from torch._weights_only_unpickler import Unpickler
 
-    before = dict(vars(Unpickler)), nn.Module.__init__, torch.serialization.get_safe_globals()
+    before = dict(vars(Unpickler)), nn.Module.__init__, {*torch.serialization.get_safe_globals()}
     data = {"a": DATA["Decimal"], "b": DATA["defaultdict"]}
     torch.save(data, tmp_path / "run.pt")
     assert read_pickle(tmp_path / "run.pt") == data
     torch.save({"a": argparse.ArgumentParser}, tmp_path / "no.pt")
     with pytest.raises(UnsafeFileError):
         read_pickle(tmp_path / "no.pt")
-    assert (dict(vars(Unpickler)), nn.Module.__init__, torch.serialization.get_safe_globals()) == before
+    assert (dict(vars(Unpickler)), nn.Module.__init__, {*torch.serialization.get_safe_globals()}) == before
 
 
 # ---- people's own classes ----
