@@ -66,3 +66,15 @@ def test_no_test_imports_another() -> None:
     for name, text in tests.items():
         others = set(re.findall(r"^\s*(?:from|import)\s+[\w.]*?(test_\w+)", text, re.MULTILINE))
         assert not others & tests.keys(), f"{name} imports {others}"
+
+
+def test_functions_are_on_one_screen() -> None:
+    public = {*normswap.__all__, "convert_file", "inspect_file"}
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                where = f"{path.name}: {node.name}"
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{where} has more than 60 lines"
+                many = len(arguments) > 8 and path.parent.name != "cli" and node.name not in public
+                assert not many, f"{where} has more than 8 parameters"

@@ -42,8 +42,7 @@ def convert(
             lists them.
         groups: for targets with groups (`gn`): `auto` (at most 8 groups, at least 4 channels in each; on data fewer
             where these keep more), a number of groups (`32`), or channels a group (`"16c"`).
-        transfer: `match` moves the running statistics into gain and bias, `copy` keeps gain and
-            bias as they stand, `reset` makes them 1 and 0.
+        transfer: `match` moves the statistics into gain and bias, `copy` keeps these, `reset` makes them 1 and 0.
         ws: `preserve` starts from each filter's own std and mean, which is exact; `strict` takes the
             paper's form, which is not.
         ws_scope: `normed` standardizes layers that a norm follows, `all` every one; recurrent ones are always taken.
@@ -69,19 +68,20 @@ def convert(
         OptionError: an unknown target or option, one that is of no use for the target, a pattern that matches no layer.
         ModelError: nothing to convert, a lazy module without weights, a distributed wrapper.
     """
-    batches = None
-    if calibrate is not None:
-        share = math.ceil(MOST_SAMPLES / processes.world_size())  # at least one sample of each process
-        batches = processes.gather_batches(input_batches(calibrate, limit=share))
+    batches = None if calibrate is None else _batches_of_all_processes(calibrate)
     options = Options(groups, transfer, ws, ws_scope, layers, recurrent, include, exclude, batches, calibrate_seconds)
-    target = parse_target(to)
-    check_options(target, options)
+    check_options(target := parse_target(to), options)
     request = Request(target, options, example_inputs=example_inputs, inplace=inplace, on_all_processes=True)
     previous = stored_recipes.stored_recipe(model)
     converted, report = run(model, request)
-    recipe = report.recipe | ({} if previous is None else {"previous": previous})
-    stored_recipes.keep_recipe(converted, recipe)
-    return Conversion(converted, replace(report, recipe=recipe))
+    report = replace(report, recipe=report.recipe | ({} if previous is None else {"previous": previous}))
+    stored_recipes.keep_recipe(converted, report.recipe)
+    return Conversion(converted, report)
+
+
+def _batches_of_all_processes(data: Any) -> Any:
+    share = math.ceil(MOST_SAMPLES / processes.world_size())  # at least one sample of each process
+    return processes.gather_batches(input_batches(data, limit=share))
 
 
 def fold(model: nn.Module) -> Conversion:

@@ -50,8 +50,7 @@ def convert_file(
         example_inputs: the same with inputs of your own.
         calibrate: data as for `normswap.convert`, or the path of a folder of pictures or of a file of tensors (`.pt`,
             `.npy`, `.npz`, `.safetensors`); pictures are prepared as the library's model has it.
-        input_size, mean, std: how pictures are prepared else: side or (height, width), and a number a channel for
-            values from 0 to 1.
+        input_size, mean, std: for other pictures: side or (height, width); a number a channel, of values from 0 to 1.
         fold: bake standardized weights in and leave plain torch layers.
         format: write `pt`, `safetensors` or `dcp` instead; of a training checkpoint, the model alone.
         allow, trust: which classes a file may hold; see `normswap.load`.
