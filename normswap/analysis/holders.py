@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from normswap.analysis.copies import skeleton
 from normswap.analysis.known_norms import SAMPLE_NORMS, batch_norms
-from normswap.analysis.operations import WEIGHTED_MODULES, function_of
+from normswap.analysis.operations import WEIGHTED_MODULES, arguments_by_name, function_of
 from normswap.analysis.tracing import Traced, trace
 from normswap.analysis.trials import Unlike, settings_of
 from normswap.layers.subclasses import as_plain
@@ -128,7 +128,7 @@ def _why_not_one_call(holder: _Holder) -> str:
         if len(calls) != 1 or any(call.target is not run for call in calls):
             return "uses its weight or bias elsewhere"
         (call,) = calls
-        named = dict(zip(("input", *_OWN), call.args, strict=False)) | call.kwargs
+        named = arguments_by_name(call.args, call.kwargs)
         read = {name for name in _OWN if isinstance(node := named.get(name), fx.Node) and node.target == name}
         if read != held or (isinstance(named["input"], fx.Node) and named["input"].op == "get_attr"):
             return "uses its weight or bias elsewhere"

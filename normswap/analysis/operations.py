@@ -2,6 +2,7 @@
 
 import operator
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ _FUNCTIONS: dict[type[nn.Module], Any] = {
     nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d, nn.ConvTranspose1d: F.conv_transpose1d,
     nn.ConvTranspose2d: F.conv_transpose2d, nn.ConvTranspose3d: F.conv_transpose3d, nn.Linear: F.linear,
 }  # fmt: skip
+CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 REPARAMETRIZATIONS = {standardize_weight, normalize_weight}
 FUNCTIONAL_NORMS = {F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, torch.batch_norm, torch.group_norm}
 NON_LINEAR: set[Any] = {
@@ -50,6 +52,11 @@ _SHAPE_READS = {"shape", "dtype", "device", "ndim", "size", "dim", "is_cuda"}
 def function_of(layer: nn.Module) -> Any:
     """The function that a convolution or a linear layer runs on its input, weight and bias; None for other layers."""
     return next((run for cls, run in _FUNCTIONS.items() if isinstance(layer, cls)), None)
+
+
+def arguments_by_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `function_of` a layer. Transposed convolutions have others behind the bias."""
+    return {**dict(zip(CONVOLUTION_ARGUMENTS, args, strict=False)), **kwargs}
 
 
 def name_of(node: fx.Node) -> str:

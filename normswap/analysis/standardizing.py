@@ -9,12 +9,11 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.analysis.copies import skeleton
-from normswap.analysis.operations import function_of
+from normswap.analysis.operations import CONVOLUTION_ARGUMENTS, arguments_by_name, function_of
 from normswap.analysis.tracing import trace
 from normswap.analysis.trials import own_forward
 from normswap.layers.reparametrized import CONVOLUTIONS
 
-_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TOLERANCE = 1e-3  # what a small eps in a library's formula may make of a weight that is scaled
 
 
@@ -58,7 +57,7 @@ class _Recording(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is self.function:
-            self.weights.append({**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}["weight"])
+            self.weights.append(arguments_by_name(args, kwargs or {})["weight"])
         return func(*args, **(kwargs or {}))
 
 
@@ -87,9 +86,11 @@ def _calls_once(graph: fx.Graph, layer: nn.Module) -> bool:
     output = next(node for node in graph.nodes if node.op == "output")
     if len(calls) != 1 or output.args[0] is not calls[0]:
         return False
-    named: dict[str, Any] = {**dict(zip(_ARGUMENTS, calls[0].args, strict=False)), **calls[0].kwargs}
+    named = arguments_by_name(calls[0].args, calls[0].kwargs)
     held = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1} | named
-    settings = all(held[name] == getattr(layer, name) for name in _ARGUMENTS[3:]) and layer.padding_mode == "zeros"
+    settings = (
+        all(held[name] == getattr(layer, name) for name in CONVOLUTION_ARGUMENTS[3:]) and layer.padding_mode == "zeros"
+    )
     bias = named.get("bias")
     own_bias = bias is None if layer.bias is None else isinstance(bias, fx.Node) and bias.target == "bias"
     others = [node for node in graph.nodes if node not in (calls[0], output) and node.op != "get_attr"]

@@ -131,11 +131,9 @@ def _unless_told_apart(swap: Swap | str, target: Target, context: Context) -> Sw
         return swap
     old, new = type(swap.site.module), type(swap.module)
     who = next((who for path in swap.site.paths if (who := context.flow.who_tells_apart(path, old, new))), "")
-    return (
-        f"{who} asks for the type of its layers, as in type(m) is {old.__name__}: it would go another way"
-        if who
-        else swap
-    )
+    if not who:
+        return swap
+    return f"{who} asks for the type of its layers, as in type(m) is {old.__name__}: it would go another way"
 
 
 def _must_be_plain(site: Site, context: Context) -> bool:

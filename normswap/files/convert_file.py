@@ -76,9 +76,9 @@ def convert_file(
         trust=trust, allow=allow, scratch=None if dry_run else out.resolve().parent
     )  # fmt: skip
     with inputs.errors_name(path):
-        one_model.check_request(contents.find_entries(found.content, key, found.path), found.path, request)
+        one_model.check_request(entries := contents.find_entries(found.content, key, found.path), found.path, request)
         asked = replace(asked, calibrate=_read_data(calibrate, spec, weights, pictures, progress))
-        converted, report = _convert_models(found, key, replace(request, options=asked))
+        converted, report = _convert_models(found, entries, replace(request, options=asked))
     if not dry_run:
         progress(f"writing {out}")
         _write(converted, out, format, key, overwrite)
@@ -110,9 +110,10 @@ def _read_data(
 # ---- the models in a checkpoint, and their optimizers ----
 
 
-def _convert_models(found: Checkpoint, key: str | None, request: FileRequest) -> tuple[Checkpoint, Report]:
-    """`found` with every copy of its model converted, and what optimizers hold of its parameters carried over."""
-    entries = contents.find_entries(found.content, key, found.path)
+def _convert_models(
+    found: Checkpoint, entries: Sequence[contents.Entry], request: FileRequest
+) -> tuple[Checkpoint, Report]:
+    """`found` with its `entries` converted, and what optimizers hold of their parameters carried over."""
     converted = _convert_each(entries, found.path, request)
     content = found.content
     for entry, new in zip(entries, converted, strict=True):
