@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from make import HURT, MARK, MAY_CONVERT, MAY_LOAD, THREATS, net
+from mutate import failures
+from sandbox import in_sandbox
 from torch import nn
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from typer.testing import CliRunner
@@ -20,11 +23,6 @@ from normswap.checkpoints.reading import read_checkpoint
 from normswap.cli.commands import app
 from normswap.errors import first_line
 from normswap.files.paths import default_output
-
-sys.path.insert(0, str(Path(__file__).parent / "threats"))
-from make import HURT, MARK, MAY_CONVERT, MAY_LOAD, THREATS, net
-from mutate import failures
-from sandbox import in_sandbox
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="the sandbox needs Linux")
 SECONDS = 10
