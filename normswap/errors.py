@@ -7,6 +7,8 @@ NormswapError
     └── UnsafeFileError  a pickle that names a class outside the allowed ones
 """
 
+from normswap.printable import printable
+
 _LONGEST = 1500  # characters of a message; names in a file can be of any length
 
 
@@ -14,8 +16,7 @@ class NormswapError(Exception):
     """Base of all errors that normswap raises on purpose; its message is one printable line, whatever a file says."""
 
     def __init__(self, message: str):
-        if not message.isprintable():
-            message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        message = printable(message)
         super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…")
 
 

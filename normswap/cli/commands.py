@@ -7,16 +7,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
 
 from normswap.cli import options as opt
 from normswap.cli.progress import show_progress
 from normswap.cli.values import allowed_classes, parse_numbers, parse_shape, parse_size
 from normswap.errors import NormswapError, OptionError
+from normswap.printable import printable
 from normswap.report.formats import to_json
 from normswap.report.inspection import Inspection
 from normswap.report.report import Report
@@ -27,8 +30,32 @@ from normswap.target_table import NORM_FORMS, RECURRENT_FORMS, TARGET_FORMS, WEI
 # What a command needs is imported when it runs: `normswap --help` does without torch, which takes seconds.
 
 
+_UsageError: Any = typer.BadParameter.__base__  # click's, or of the click that newer versions of typer bring along
+
+
+class _Commands(TyperGroup):
+    """The commands, whose errors about arguments show these in characters that do nothing to a terminal."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _printable_usage_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _printable_usage_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _printable_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        error.message = printable(error.message)
+        raise
+
+
 app = typer.Typer(
-    name="normswap", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    name="normswap", cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Swap the normalization of a trained PyTorch model, and keep the trained function.",
 )  # fmt: skip
 
@@ -184,8 +211,7 @@ def _exit_on_error() -> Iterator[None]:
             warnings.simplefilter("ignore", UserWarning)  # the report repeats ours; torch's are not the user's doing
             yield
     except NormswapError as error:
-        console = Console(stderr=True)
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
         raise typer.Exit(1) from None
 
 

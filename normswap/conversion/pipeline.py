@@ -19,6 +19,7 @@ from normswap.conversion.reporting import make_report
 from normswap.conversion.request import Phase, Request
 from normswap.conversion.surgery import replace_layers
 from normswap.errors import ModelError
+from normswap.printable import printable
 from normswap.report.report import Report
 from normswap.training.opacus import register_if_imported
 
@@ -63,7 +64,7 @@ def run(model: nn.Module, request: Request) -> Conversion:
     work = model if request.inplace else copy_of(model)
     survey = survey_model(work, request)
     for notice in survey.notices:
-        warnings.warn(notice, stacklevel=4)  # seen where `convert` was called
+        warnings.warn(printable(notice), stacklevel=4)  # seen where `convert` was called
     evidence = gather_evidence(survey, request)
     plan = plan_conversion(survey, evidence, request)
     original, plan = keep_original(model, plan, request)

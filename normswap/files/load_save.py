@@ -13,6 +13,7 @@ from normswap.checkpoints import contents, reading, state_keys, stored_recipes, 
 from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
 from normswap.errors import FileError, OptionError
 from normswap.files import inputs, model_for_state, model_specs, paths, recipe
+from normswap.printable import printable
 from normswap.report.report import Report
 
 
@@ -51,7 +52,7 @@ def load(
     entry = contents.find_entries(found.content, key, path)[0]
     value = entry.value
     if entry.note:
-        warnings.warn(f"{path}: {entry.note}", stacklevel=2)
+        warnings.warn(printable(f"{path}: {entry.note}"), stacklevel=2)
     if isinstance(value, nn.Module):
         stored_recipes.keep_in_state_dicts(value)
         return value
@@ -66,7 +67,8 @@ def load(
     bindings = [binding for binding, _ in filled]
     beside = state_keys.keys_beside(value, bindings, bindings[0].prefix)
     if beside:
-        warnings.warn(f"{path}: left out what the model does not have: {state_keys.first_names(beside)}", stacklevel=2)
+        notice = f"{path}: left out what the model does not have: {state_keys.first_names(beside)}"
+        warnings.warn(printable(notice), stacklevel=2)
     return filled[0][1]
 
 
@@ -92,7 +94,8 @@ def save(
     with _as_written(model, report):
         own_layers = any(type(module).__module__.startswith("normswap.layers") for module in model.modules())
         if format == "safetensors" and own_layers and stored_recipes.stored_recipe(model) is None:
-            warnings.warn(f"{path}: holds no recipe of its conversion, for load to repeat; give report=", stacklevel=2)
+            notice = f"{path}: holds no recipe of its conversion, for load to repeat; give report="
+            warnings.warn(printable(notice), stacklevel=2)
         content = recipe.state_dict_with_recipe(model) if format == "safetensors" else model
         return writing.write_checkpoint(Checkpoint(path, "pt", content), path, format, overwrite=overwrite)
 

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from normswap.report.path_patterns import ROOT, fold_paths, ranges
+from normswap.report.path_patterns import DEEPEST, ROOT, fold_paths, ranges, stem_and_number
 from normswap.report.report import Change, Drift
 
 _MOST_BARS = 12
@@ -30,7 +30,7 @@ def drift_bars(drift: Drift | None, full: bool = False) -> list[Bar]:
     if full or len(layers) <= _MOST_BARS:
         return [Bar(path or ROOT, value, 1) for path, value in layers]
     parts: list[tuple[list[str], list[tuple[str, float]]]] = [([""], layers)]
-    for depth in range(1, 2 + max(path.count(".") for path, _ in layers)):
+    for depth in range(1, 2 + min(DEEPEST, max(path.count(".") for path, _ in layers))):
         finer: dict[str, list[tuple[str, float]]] = defaultdict(list)
         for path, value in layers:
             finer[".".join(path.split(".")[:depth])].append((path, value))
@@ -54,11 +54,12 @@ def _part(names: Sequence[str], paths: Sequence[str]) -> str:
     if len(patterns) == 1 and len(names) == 1:
         return patterns[0][0]
     parents = {name.rpartition(".")[0] for name in names}
-    numbers = [name.rpartition(".")[2] for name in names]
+    ends = [stem_and_number(name.rpartition(".")[2]) for name in names]
+    numbers = [number for stem, number in ends if number is not None and not stem]
     if len(names) == 1:
         return f"{names[0]}.*".lstrip(".")
-    if len(parents) == 1 and all(number.isdigit() for number in numbers):
-        return f"{parents.pop()}.[{ranges(map(int, numbers))}].*".lstrip(".")
+    if len(parents) == 1 and len(numbers) == len(names):
+        return f"{parents.pop()}.[{ranges(numbers)}].*".lstrip(".")
     return f"{names[0]} to {names[-1]}"
 
 

@@ -3,10 +3,13 @@
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
+from normswap.printable import printable
 from normswap.report.html_page import to_html
 from normswap.report.inspection import Inspection
 from normswap.report.markdown import to_markdown
@@ -14,19 +17,33 @@ from normswap.report.report import Report
 from normswap.report.terminal import ReportView
 
 _SVG_WIDTH = 100  # characters
+_SVG = re.sub(r"\s*@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # fonts come from a server
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def to_svg(report: Report, source: str) -> str:
     """The report as the terminal shows it, as SVG."""
     console = Console(record=True, width=_SVG_WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(ReportView(report, source))
-    drawn = console.export_svg(title="normswap", unique_id="normswap")
-    return re.sub(r"\s*@font-face \{.*?\}", "", drawn, flags=re.DOTALL)  # they would be fetched from a server
+    return console.export_svg(title="normswap", unique_id="normswap", code_format=_SVG)
 
 
 def to_json(found: Report | Inspection, source: str = "") -> str:
-    """A report or an inspection as `--json` prints it; `source` is not in it."""
-    return json.dumps(found.to_dict(), indent=2) + "\n"
+    """A report or an inspection as `--json` prints it; `source` is not in it.
+
+    Names are the true ones, in ASCII: JSON has escapes of its own for what does not belong on a terminal. A lone
+    surrogate alone is shown as in the other views, since many readers refuse a whole file for one.
+    """
+    return json.dumps(_valid(found.to_dict()), indent=2) + "\n"
+
+
+def _valid(data: Any) -> Any:
+    """`data` with texts that are valid Unicode."""
+    if isinstance(data, str):
+        return _SURROGATE.sub(lambda found: printable(found[0]), data)
+    if isinstance(data, Mapping):
+        return {_valid(name): _valid(value) for name, value in data.items()}
+    return [_valid(item) for item in data] if isinstance(data, list | tuple) else data
 
 
 REPORT_FORMATS: dict[str, Callable[[Report, str], str]] = {

@@ -1,11 +1,12 @@
 """A report as one HTML page that needs nothing else: no network, no files beside it."""
 
+import html
 from collections.abc import Iterable, Iterator, Mapping
-from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
+from normswap.printable import printable
 from normswap.report import charts, wording
 from normswap.report.module_tree import Branch, build_tree
 from normswap.report.path_patterns import ROOT
@@ -19,14 +20,19 @@ def to_html(report: Report, source: str) -> str:
     template = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     rows = [*map(_change_row, report.changes), *map(_left_row, report.left)]
     return template.substitute(
-        title=escape(wording.heading(report, source)),
+        title=_escaped(wording.heading(report, source)),
         summary=_summary(report),
         charts=f'<div class="charts">{_drift_chart(report)}{_groups_chart(report)}</div>',
         tree=_tree(report),
         rows="\n".join(rows),
         lines=len(rows),
-        foot=escape(f"normswap {version('normswap')}"),
+        foot=_escaped(f"normswap {version('normswap')}"),
     )
+
+
+def _escaped(text: str) -> str:
+    """`text` as nothing but text, within a tag's quotes too."""
+    return html.escape(printable(text))
 
 
 def _summary(report: Report) -> str:
@@ -39,8 +45,8 @@ def _summary(report: Report) -> str:
     if report.target != "diff":
         kind, word = ("exact" if report.exact else "near"), wording.verdict(report.exact)
         shown += f'<div class="tile" data-name="verdict"><b class="{kind}">{word}</b>in eval mode</div>'
-    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in wording.summary(report))
-    warnings = "".join(f'<p class="warning">{escape(notice)}</p>' for notice in report.warnings)
+    sentences = "".join(f"<li>{_escaped(sentence)}</li>" for sentence in wording.summary(report))
+    warnings = "".join(f'<p class="warning">{_escaped(notice)}</p>' for notice in report.warnings)
     return f'<div class="tiles">{shown}</div><ul>{sentences}</ul>{warnings}'
 
 
@@ -76,8 +82,8 @@ def _groups_chart(report: Report) -> str:
 
 def _bar(name: str, share: float, value: str) -> str:
     return (
-        f'<div class="bar"><span class="path">{escape(name)}</span><i style="width:{100 * share:.1f}%"></i>'
-        f"<span>{escape(value)}</span></div>"
+        f'<div class="bar"><span class="path">{_escaped(name)}</span><i style="width:{100 * share:.1f}%"></i>'
+        f"<span>{_escaped(value)}</span></div>"
     )
 
 
@@ -109,8 +115,8 @@ def _branch(branch: Branch[Node], path: str, marks: Mapping[str, tuple[str, str]
     changes = sum(marks.get(item.path, ("",))[0] == " changed" for _, inner in branch.walk() for item in inner.items)
     below = f" ({changes} changed)" if changes else ""
     cells = (branch.name or ROOT, node.before, (node.after or ("gone" if node.before else "")) + below)
-    spans = "".join(f"<span>{escape(cell)}</span>" for cell in cells)
-    row = f'<div class="row path{mark}" style="--depth:{depth}" title="{escape(reason)}">{spans}</div>'
+    spans = "".join(f"<span>{_escaped(cell)}</span>" for cell in cells)
+    row = f'<div class="row path{mark}" style="--depth:{depth}" title="{_escaped(reason)}">{spans}</div>'
     text = f'data-text="{_searchable([path, *cells, reason])}"'
     if not branch.below:
         yield f'<div class="leaf" {text}>{row}</div>'
@@ -137,9 +143,9 @@ def _left_row(entry: Left) -> str:
 
 
 def _row(kind: str, what: str, path: str, layer: str, why: str) -> str:
-    cells = f'<td class="path">{escape(path)}</td><td class="path">{escape(layer)}</td><td>{escape(why)}</td>'
-    return f'<tr class="{kind}" data-kind="{escape(what)}" data-text="{_searchable([path, layer, why])}">{cells}</tr>'
+    cells = f'<td class="path">{_escaped(path)}</td><td class="path">{_escaped(layer)}</td><td>{_escaped(why)}</td>'
+    return f'<tr class="{kind}" data-kind="{_escaped(what)}" data-text="{_searchable([path, layer, why])}">{cells}</tr>'
 
 
 def _searchable(parts: Iterable[str]) -> str:
-    return escape(" ".join(parts).lower())
+    return _escaped(" ".join(parts).lower())

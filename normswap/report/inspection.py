@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from normswap.printable import printable
+
 INSPECTION_SCHEMA = 1
 """The version of the data that inspections are written as."""
 
@@ -97,4 +99,4 @@ class Inspection:
         norms = sum(layer.kind == "norm" for layer in self.layers)
         counts = {"norm": norms, "weight layer": len(self.layers) - norms, "finding": len(self.findings)}
         counted = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
-        return f"{self.model}: {counted}"
+        return f"{printable(self.model)}: {counted}"

@@ -1,11 +1,20 @@
 """A report as Markdown, for a pull request."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from normswap.printable import printable
 from normswap.report import charts, wording
 from normswap.report.report import Report
 
 _LONGEST_BAR = 20  # characters
+_MARKS = re.compile(r"[\\`*_\[\]<>~&#]|^[-+=]")
+"""What Markdown takes for its own in a line of text, bars of tables apart; a backslash makes text of it."""
+_INDENTED = re.compile(r"^(?: |\d(?=\d*[.)](?: |$)))")
+"""And what no backslash helps against: the beginning of a block of code, or of a numbered list."""
+_BAR = r"\|"
+_LINKED = re.compile(r"@|//|\bwww\.|:\S+:|\$|#\d", re.IGNORECASE)
+"""What GitHub makes a mention, a link, a picture or a formula of, however it is escaped, unless it is code."""
 
 
 def to_markdown(report: Report, source: str) -> str:
@@ -14,19 +23,19 @@ def to_markdown(report: Report, source: str) -> str:
 
 
 def _parts(report: Report, source: str) -> Iterator[str]:
-    yield f"### {_cell(wording.heading(report, source))}\n"
-    yield from (f"- {_cell(line)}" for line in wording.summary(report))
-    yield from (f"\n> **warning:** {_cell(notice)}" for notice in report.warnings)
+    yield f"### {_plain(wording.heading(report, source))}\n"
+    yield from (f"- {_plain(line)}" for line in wording.summary(report))
+    yield from (f"\n> **warning:** {_plain(notice)}" for notice in report.warnings)
     if report.changes:
         rows = [
-            (_code(line.path), line.what, str(line.count), section.how + _in_brackets(section.exact))
+            (_code(line.path), _plain(line.what), str(line.count), _plain(section.how + _in_brackets(section.exact)))
             for section in wording.sections(report.changes)
             for line in wording.change_lines(section.changes)
         ]
         yield _table(("layers", "became", "count", "how"), rows)
     if notes := wording.notes(report.changes):
         yield "\nDiffers from what was asked:\n"
-        yield from (f"- {_cell(note)}" for note in notes)
+        yield from (f"- {_plain(note)}" for note in notes)
     if not report.exact and (bars := charts.drift_bars(report.drift)):
         longest = max(bar.value for bar in bars) or 1.0
         drawn = [
@@ -35,7 +44,10 @@ def _parts(report: Report, source: str) -> Iterator[str]:
         ]
         yield _table(("layers", "drift, furthest", "", "count"), drawn)
     if report.left:
-        rows = [(_code(line.path), line.what, str(line.count), line.reason) for line in wording.left_lines(report.left)]
+        rows = [
+            (_code(line.path), _plain(line.what), str(line.count), _plain(line.reason))
+            for line in wording.left_lines(report.left)
+        ]
         yield f"\n<details><summary>{wording.left_heading(report)}</summary>\n"
         yield _table(("layers", "class", "count", "why"), rows)
         yield "\n</details>"
@@ -47,14 +59,20 @@ def _in_brackets(exact: bool | None) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n" + "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+    return "\n" + "\n".join(f"| {' | '.join(cell.replace('|', _BAR) for cell in line)} |" for line in lines)
 
 
 def _code(text: str) -> str:
-    return f"`{text}`"
+    """`text` as code: between more backquotes than it has in a row."""
+    shown = printable(text).replace("\\|", r"\\x7c")  # no two readers agree on a bar behind a backslash
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    space = " " if shown.startswith(("`", " ")) or shown.endswith(("`", " ")) else ""
+    return f"{fence}{space}{shown}{space}{fence}"
 
 
-def _cell(text: str) -> str:
-    """`text` as no Markdown of its own, code in backquotes apart."""
-    plain = text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-    return plain if text.startswith("`") else plain.replace("*", "\\*").replace("_", "\\_")
+def _plain(text: str) -> str:
+    """`text` as no Markdown of its own."""
+    shown = printable(text)
+    if _LINKED.search(shown):
+        return _code(shown)
+    return _INDENTED.sub(lambda found: f"&#{ord(found[0])};", _MARKS.sub(r"\\\g<0>", shown))

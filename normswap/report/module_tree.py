@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from normswap.report.path_patterns import ROOT, ranges
+from normswap.report.path_patterns import DEEPEST, ROOT, ranges, stem_and_number
 
 Item = TypeVar("Item")
 
@@ -47,7 +46,7 @@ def build_tree(items: Iterable[tuple[str, Item]]) -> Branch[Item]:
     root = Branch[Item]("")
     for path, item in items:
         branch = root
-        for part in path.split(".") if path else ():
+        for part in path.split(".", DEEPEST) if path else ():
             branch = branch.below.setdefault(part, _branch_named(part))
         branch.items.append(item)
     return root
@@ -65,9 +64,9 @@ def fold_tree(items: Iterable[tuple[str, Item]], kind: Callable[[Item], str]) ->
 
 
 def _branch_named(part: str) -> Branch[Item]:
-    """A branch of that name; one that ends in a number as people write it (not in 007) may be folded with others."""
-    found = re.fullmatch(r"(.*?)(0|[1-9][0-9]*)", part)
-    return Branch(part) if found is None else Branch(found[1], {int(found[2])})
+    """A branch of that name; one that ends in a number may be folded with others."""
+    stem, number = stem_and_number(part)
+    return Branch(stem, set() if number is None else {number})
 
 
 def _fold(branch: Branch[Item], kind: Callable[[Item], str]) -> Hashable:

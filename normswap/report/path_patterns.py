@@ -5,6 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 ROOT = "(root)"
+DEEPEST = 100  # levels of a tree: a name in a file can have any number of dots
+NUMBER = r"(?<![0-9])(?:0|[1-9][0-9]{0,8})(?![0-9])"
+"""A number as people write it: neither 007 nor one of a thousand digits."""
 MOST_PATTERNS = 3  # that a summary names
 
 
@@ -14,26 +17,29 @@ def fold_paths(paths: Iterable[str]) -> list[tuple[str, int]]:
     Paths that differ in numbers alone fall together: `layer1.0.bn1` to `layer4.2.bn3` are
     `layer[1-4].*.bn[1-3]`. A pattern sums up; it may cover paths that were not given.
     """
-    shapes: dict[tuple[str, ...], list[list[int | None]]] = defaultdict(list)
+    shapes: dict[tuple[tuple[str, bool], ...], list[list[int | None]]] = defaultdict(list)
     for path in paths:
-        parts = [re.fullmatch(r"(.*?)(\d*)", part) for part in path.split(".")]
-        stems = tuple(f"{part[1]}#" if part[2] else part[1] for part in parts if part)
-        shapes[stems].append([int(part[2]) if part[2] else None for part in parts if part])
+        parts = [stem_and_number(part) for part in path.split(".")]
+        shapes[tuple((stem, number is not None) for stem, number in parts)].append([number for _, number in parts])
     folded = []
     for stems, rows in shapes.items():
         columns = zip(*rows, strict=True)
-        written = (_segment(stem, set(column)) for stem, column in zip(stems, columns, strict=True))
+        written = (_segment(stem, column) for (stem, _), column in zip(stems, columns, strict=True))
         folded.append((".".join(written) or ROOT, len(rows)))
     return folded
 
 
-def _segment(stem: str, numbers: set[int | None]) -> str:
-    if not stem.endswith("#"):
-        return stem
-    found = sorted(number for number in numbers if number is not None)
-    if len(found) == 1:
-        return f"{stem[:-1]}{found[0]}"
-    return "*" if stem == "#" else f"{stem[:-1]}[{ranges(found)}]"
+def stem_and_number(name: str) -> tuple[str, int | None]:
+    """A name, and the number that it ends in as people write them: `layer` and 1 of `layer1`; 007 is none."""
+    found = re.search(rf"{NUMBER}\Z", name)
+    return (name, None) if found is None else (name[: found.start()], int(found[0]))
+
+
+def _segment(stem: str, numbers: Iterable[int | None]) -> str:
+    found = sorted({number for number in numbers if number is not None})
+    if len(found) < 2:
+        return f"{stem}{''.join(map(str, found))}"
+    return f"{stem}[{ranges(found)}]" if stem else "*"
 
 
 def ranges(numbers: Iterable[int]) -> str:

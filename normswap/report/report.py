@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from normswap.printable import printable
+
 REPORT_SCHEMA = 1
 """The version of the data that reports are written as. A reader of one version can read all that is added later."""
 
@@ -173,6 +175,6 @@ class Report:
     def __str__(self) -> str:
         totals = self.totals
         return (
-            f"{self.target}: {totals.norms_changed} norms and {totals.weights_changed} weights changed"
+            f"{printable(self.target)}: {totals.norms_changed} norms and {totals.weights_changed} weights changed"
             f" ({'exact' if self.exact else 'approximate'}), {totals.left} left"
         )

@@ -7,6 +7,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from normswap.printable import printable
 from normswap.report import charts, wording
 from normswap.report.report import Report
 
@@ -24,8 +25,9 @@ class Terminal:
     ascii_only: bool  # its encoding has no arrows
 
     def string(self, text: str) -> str:
-        """`text` in characters that the terminal has."""
-        return text.translate(_ASCII) if self.ascii_only else text
+        """`text` in characters that do nothing to a terminal, and that this one has."""
+        shown = printable(text)
+        return shown.translate(_ASCII) if self.ascii_only else shown
 
     def text(self, text: str, style: str = "") -> Text:
         """The same for rich."""
@@ -67,13 +69,13 @@ class ReportView:
         yield from (_with_verdict(terminal.text(sentence)) for sentence in wording.summary(report))
         yield from (terminal.text(f"warning: {notice}", "yellow") for notice in report.warnings)
         if self.out:
-            yield Text.assemble(("written to", "bold"), f" {self.out}", overflow="fold")
+            yield Text.assemble(("written to", "bold"), f" {terminal.string(self.out)}", overflow="fold")
 
     def _changes(self, terminal: Terminal) -> Iterator[Table | Text]:
         """A heading for each section, and below it what became what."""
         sections = wording.sections(self.report.changes)
         lines_of = [wording.change_lines(section.changes, self.full) for section in sections]
-        width = max((len(line.path) for lines in lines_of for line in lines), default=0)
+        width = max((len(terminal.string(line.path)) for lines in lines_of for line in lines), default=0)
         for section, lines in zip(sections, lines_of, strict=True):
             title = terminal.text(section.how, "bold")
             if section.exact is not None:
@@ -84,7 +86,7 @@ class ReportView:
             table.columns[0].min_width = min(width + 2, 50, max(26, terminal.width - 34))
             for line in lines:
                 count = "" if self.full else f"×{line.count}"
-                table.add_row(terminal.text(f"  {line.path}"), terminal.text(line.what), terminal.text(count))
+                table.add_row(*map(terminal.text, (f"  {line.path}", line.what, count)))
             yield table
             yield Text()
 
@@ -99,7 +101,7 @@ class ReportView:
         table = plain_table("path", "module", "count", "reason")
         for line in wording.left_lines(self.report.left, self.full):
             count = "" if self.full else f"×{line.count}"
-            table.add_row(terminal.text(line.path), line.what, terminal.text(count), terminal.text(line.reason))
+            table.add_row(*map(terminal.text, (line.path, line.what, count, line.reason)))
         return table
 
 

@@ -34,7 +34,7 @@ class InspectionView:
         found = self.inspection
         norms = sum(layer.kind == "norm" for layer in found.layers)
         counts = f"{plural(norms, 'norm')}, {plural(len(found.layers) - norms, 'weight layer')}"
-        yield Text.assemble((self.title, "bold"), terminal.string(f" · {found.model}"))
+        yield Text.assemble((terminal.string(self.title), "bold"), terminal.string(f" · {found.model}"))
         yield Text(f"{counts}, {plural(found.parameters, 'parameter')}, {plural(found.buffers, 'buffer element')}")
         yield Text()
         if found.layers:
@@ -57,17 +57,18 @@ class InspectionView:
             own = [reason for reason in outcome.reasons if outcome.target not in NORM_FORMS or reason not in common]
             exact = "" if outcome.exact is None else verdict(outcome.exact)
             shown = Text(exact, style="green" if outcome.exact else "yellow")
-            left = terminal.string(outcome.problem or _reasons(own))
+            left = terminal.text(outcome.problem or _reasons(own))
             table.add_row(f"  {outcome.target}", ", ".join(changes) or "nothing", shown, left)
         if common:
-            left = terminal.string(_reasons(sorted(common, key=lambda reason: -reason[1])))
+            left = terminal.text(_reasons(sorted(common, key=lambda reason: -reason[1])))
             table.add_row("  all", "of gn to fold", "", left)
         return table
 
     def _findings(self, terminal: Terminal) -> Iterator[Padding]:
         for finding in self.inspection.findings:
             where = summarize_paths(finding.paths, len(finding.paths) if self.full else MOST_PATTERNS)
-            yield _indented(Text.assemble((finding.problem, "yellow"), terminal.string(f": {where}")), 2)
+            problem = (terminal.string(finding.problem), "yellow")
+            yield _indented(Text.assemble(problem, terminal.string(f": {where}")), 2)
             yield _indented(terminal.text(finding.note), 4)
 
     def _advice(self, terminal: Terminal) -> Iterator[Padding]:
@@ -98,10 +99,10 @@ def _layer_table(layers: Sequence[Layer], full: bool, terminal: Terminal) -> Tab
             state = _state(members)
             usual = state in ("", "healthy", "frozen", "frozen, healthy")
             cells = [terminal.text(cell) for cell in (name, _classes_and_sizes(members), _map_sizes(members))]
-            table.add_row(*cells, Text(state, style="" if usual else "yellow"), terminal.string(f"×{len(members)}"))
+            table.add_row(*cells, terminal.text(state, "" if usual else "yellow"), terminal.text(f"×{len(members)}"))
         else:
             several = f"×{branch.count}" if branch.count > 1 else ""
-            table.add_row(Text(name, style="dim"), "", "", "", terminal.text(several, "dim"))
+            table.add_row(terminal.text(name, "dim"), "", "", "", terminal.text(several, "dim"))
     return table
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from normswap.report.path_patterns import ROOT, fold_paths, span, summarize_paths
+from normswap.report.path_patterns import NUMBER, ROOT, fold_paths, span, summarize_paths
 from normswap.report.report import Calibration, Change, Cost, Drift, Left, Report, Totals
 from normswap.target_table import describe_slowdown
 
@@ -78,7 +78,7 @@ def change_lines(changes: Sequence[Change], full: bool = False) -> list[Line]:
     lines = []
     alike = _grouped(changes, lambda change: (change.before, change.after.partition("(")[0]))
     for (before, after), members in alike.items():
-        groups = [int(found[1]) for change in members if (found := re.search(r"\((\d+)\)", change.after))]
+        groups = [int(found[1]) for change in members if (found := re.search(rf"\(({NUMBER})\)", change.after))]
         what = f"{before} → {after}{f'({span(groups)})' if groups else ''}"
         lines += [Line(pattern, what, count) for pattern, count in fold_paths(change.paths[0] for change in members)]
     return lines
@@ -111,10 +111,10 @@ def notes(changes: Sequence[Change]) -> list[str]:
     """What differs from what was asked; notes that differ in numbers alone are one."""
     texts = []
     noted = [change for change in changes if change.note]
-    for text, members in _grouped(noted, lambda change: re.sub(r"\d+", "#", change.note)).items():
-        numbers = zip(*(map(int, re.findall(r"\d+", change.note)) for change in members), strict=True)
+    for between, members in _grouped(noted, lambda change: tuple(re.split(NUMBER, change.note))).items():
+        numbers = zip(*(map(int, re.findall(NUMBER, change.note)) for change in members), strict=True)
         spans = [span(column) for column in numbers]
-        note = "".join(part + number for part, number in zip(text.split("#"), [*spans, ""], strict=True))
+        note = "".join(part + number for part, number in zip(between, [*spans, ""], strict=True))
         texts.append(f"{summarize_paths([change.paths[0] for change in members])}: {note}")
     return texts
 

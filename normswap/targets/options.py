@@ -58,7 +58,7 @@ def parse_groups(groups: str | int) -> tuple[GroupRule, int]:
     text = str(groups).strip()
     if text == "auto":
         return "auto", 0
-    match = re.fullmatch(r"(\d+)(c?)", text)
+    match = re.fullmatch(r"([0-9]{1,9})(c?)", text)
     if match is None or int(match[1]) < 1 or isinstance(groups, bool):
         raise OptionError(
             f"groups: {groups!r} is not possible; give auto, a number of groups from 1 (32), or channels a group (16c)"

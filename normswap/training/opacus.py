@@ -16,6 +16,7 @@ from normswap.errors import NormswapError
 from normswap.layers.norms import EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import CONVOLUTIONS, LAYERS, NORMALIZED, STANDARDIZED, TRANSPOSED, retyped
+from normswap.printable import printable
 from normswap.report.path_patterns import summarize_paths
 
 CONSTANT = (*(STANDARDIZED[plain] for plain in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)), FrozenBatchNorm)
@@ -118,11 +119,8 @@ def _ignoring_constants(check: Any, register_grad_sampler: Any) -> Any:
         _refuse(module, _RECURRENT, _NO_RECURRENT)
         inplace = [path for path, layer in module.named_modules() if getattr(layer, "inplace", None) is True]
         if inplace:
-            warnings.warn(
-                f"{summarize_paths(inplace)}: work in place, which Opacus's hooks do not allow behind a trained layer; "
-                "set inplace=False",
-                stacklevel=2,
-            )
+            problem = "work in place, which Opacus's hooks do not allow behind a trained layer; set inplace=False"
+            warnings.warn(printable(f"{summarize_paths(inplace)}: {problem}"), stacklevel=2)
         ours = {type(layer) for layer in module.modules() if isinstance(layer, CONSTANT)}
         register_grad_sampler([*ours])(sample_gradients)
         layers = [layer for layer in module.modules() if _has_constants_alone(layer)]
