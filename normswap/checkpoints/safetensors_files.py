@@ -7,7 +7,7 @@ checks the header; the bytes are mapped and written here, so that a file need no
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,12 +23,18 @@ _DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_METADATA = "__metadata__"
 _LARGEST_HEADER = 100_000_000  # bytes, as in the library
 
 
 def is_safetensors(head: bytes) -> bool:
     """Whether a file that begins with `head` is one of safetensors: the length of the header, then JSON."""
     return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER
+
+
+def can_be_named(name: Any) -> bool:
+    """Whether a tensor can have the name: the header is valid Unicode, and has one key for itself."""
+    return isinstance(name, str) and name != _METADATA and name == name.encode(errors="ignore").decode()
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -45,7 +51,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    header.pop(_METADATA, None)
     mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
     tensors = {}
     for name, entry in header.items():
@@ -68,7 +74,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], file: BinaryIO, metadata: M
 
     Tensors that share memory are written apart, since the format knows no sharing.
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     end = 0
     for name in order:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from normswap.checkpoints import atomic_write, mapped_memory, safetensors_files
+from normswap.checkpoints import atomic_write, mapped_memory, reading_back, safetensors_files
 from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
 from normswap.checkpoints.contents import SavedBytes
 from normswap.checkpoints.state_keys import memory_of
@@ -54,24 +54,22 @@ def write_checkpoint(found: Checkpoint, out: Path, form: str | None, *, overwrit
     """
     kind, content = form or found.kind, found.content
     if kind == "pt":
-        return atomic_write.write_file(out, lambda file: _save(content, file, out, mapped), overwrite=overwrite)
+        return atomic_write.write_file(out, partial(_save, content, out=out, mapped=mapped), overwrite=overwrite)
     if kind == "safetensors":
         tensors, aliases = _stored_once(_tensors(content, out), found.aliases)
         header = (_texts(found.header) or _PYTORCH) | aliases | _recipe_as_text(content)
-        write = partial(safetensors_files.write_safetensors, tensors, metadata=header, mapped=mapped)
+        write = partial(_save_safetensors, tensors, header=header, out=out, mapped=mapped)
         return atomic_write.write_file(out, write, overwrite=overwrite)
     if kind == "dcp":
-        # Not at the top: what it needs of torch takes longer to import than most files to write.
-        from normswap.checkpoints import distributed_folders
-
         recipe = {name: SavedBytes(_saved(text)) for name, text in _recipe_as_text(content).items()}
         state = {**_flat_entries(content, out), **recipe}
-        write_entries = partial(distributed_folders.write_distributed, state, mappings=found.nested)
+        write_entries = partial(_save_distributed, state, nested=found.nested, out=out)
         return atomic_write.write_folder(out, write_entries, overwrite=overwrite)
     return atomic_write.write_folder(out, lambda folder: _write_into_folder(found, folder, mapped), overwrite=overwrite)
 
 
 def _save(content: Any, file: BinaryIO, out: Path, mapped: bool) -> None:
+    """Write a file of `torch.save`; like the two functions below, open it again and compare its names."""
     try:
         torch.save(content, mapped_memory.Releasing(file) if mapped else file)  # type: ignore[arg-type]
     except (AttributeError, TypeError, pickle.PicklingError) as error:
@@ -79,6 +77,27 @@ def _save(content: Any, file: BinaryIO, out: Path, mapped: bool) -> None:
             f"{out}: the model cannot be saved whole ({first_line(error)}); save its state dict, or name what it holds "
             "in a module that can be imported"
         ) from error
+    file.flush()
+    with reading_back.readable_again(out):
+        reading_back.check_pickle(Path(file.name), content)
+
+
+def _save_safetensors(
+    tensors: Mapping[str, Tensor], file: BinaryIO, header: Mapping[str, str], out: Path, mapped: bool
+) -> None:
+    safetensors_files.write_safetensors(tensors, file, header, mapped)
+    file.flush()
+    with reading_back.readable_again(out):
+        reading_back.check_safetensors(Path(file.name), tensors, header)
+
+
+def _save_distributed(state: dict[str, Any], folder: Path, nested: Mapping[str, tuple[Any, ...]], out: Path) -> None:
+    # Not at the top: what it needs of torch takes longer to import than most files to write.
+    from normswap.checkpoints import distributed_folders
+
+    distributed_folders.write_distributed(state, folder, nested)
+    with reading_back.readable_again(out):
+        reading_back.check_names(state, distributed_folders.read_metadata(folder).state_dict_metadata)
 
 
 def _flat_entries(content: Any, out: Path) -> dict[str, Any]:
@@ -92,7 +111,12 @@ def _flat_entries(content: Any, out: Path) -> dict[str, Any]:
 
 
 def _tensors(content: Any, out: Path) -> dict[str, Tensor]:
-    return {name: value for name, value in _flat_entries(content, out).items() if isinstance(value, Tensor)}
+    """The tensors of a module or a state dict, for safetensors."""
+    tensors = {name: value for name, value in _flat_entries(content, out).items() if isinstance(value, Tensor)}
+    for name in tensors:
+        if not safetensors_files.can_be_named(name):
+            raise FileError(f"{out}: safetensors cannot hold a tensor called {name!r}; write it as .pt (--format pt)")
+    return tensors
 
 
 def _stored_once(content: Mapping[str, Any], aliases: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -141,7 +165,7 @@ def _write_into_folder(found: Checkpoint, folder: Path, mapped: bool) -> None:
         with open(folder / name, "wb") as file:
             if name.endswith(".safetensors"):
                 header = _PYTORCH if found.index else _texts(found.header)
-                safetensors_files.write_safetensors(_tensors(part, folder / name), file, header | recipe, mapped=mapped)
+                _save_safetensors(_tensors(part, folder / name), file, header | recipe, folder / name, mapped)
             else:
                 part._metadata = getattr(found.content, "_metadata", None)  # type: ignore[attr-defined]
                 _save(part, file, folder / name, mapped)

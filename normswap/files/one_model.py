@@ -15,7 +15,7 @@ from normswap.errors import FileError, NormswapError, OptionError, first_line
 from normswap.files import model_specs, norms_by_keys
 from normswap.files.file_request import ConvertedEntry, FileRequest
 from normswap.files.model_for_state import find_source, models_on_tensors, parameters_of_model, parameters_of_state
-from normswap.files.recipe import with_origin
+from normswap.files.recipe import check_plain_data, with_origin
 from normswap.files.tensors_alone import check_without_model, convert_tensors_alone
 from normswap.report.report import Left, Node, Report
 from normswap.targets.target import PLAIN_TARGET
@@ -51,6 +51,7 @@ def _convert_whole_module(model: nn.Module, where: Path, request: FileRequest) -
     if request.eps is not None:
         raise OptionError(f"--eps is for files without their model; {where} has the eps of each norm")
     before, previous = parameters_of_model(model), stored_recipes.stored_recipe(model)
+    check_plain_data(previous, where)
     try:
         converted, report = _convert_in_place(model, request)
     except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,7 @@ def parse_recipe(stored: Any, where: object, most_before: int = _MOST_CONVERSION
 
     Raises `FileError` unless it is one that this version can repeat.
     """
+    check_plain_data(stored, where)
     if not isinstance(stored, Mapping) or type(stored.get("format")) is not int:
         raise FileError(f"{where}: its recipe is damaged; give the model and convert it again")
     if stored["format"] > _NEWEST_FORMAT:
@@ -86,6 +88,14 @@ def parse_recipe(stored: Any, where: object, most_before: int = _MOST_CONVERSION
         folded=stored.get("folded") is True,
         previous=None if previous is None else parse_recipe(previous, where, most_before - 1),
     )
+
+
+def check_plain_data(stored: Any, where: object) -> None:
+    """Raise `FileError` for a stored recipe that reports and other formats could not hold: they write it as JSON."""
+    try:
+        json.dumps(stored)
+    except (TypeError, ValueError, RecursionError):
+        raise FileError(f"{where}: its recipe is damaged: it is no plain data; convert the original again") from None
 
 
 def _is_layer(path: Any, layer: Any) -> bool:
