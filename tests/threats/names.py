@@ -1,4 +1,4 @@
-"""Names that would act on what shows them: terminals, browsers, rich, renderers of Markdown, readers of XML and JSON."""
+"""Names that would act on what shows them: terminals, browsers, rich, Markdown renderers, readers of XML and JSON."""
 
 NAMES = [
     # terminals: escapes, both ranges of control characters, the direction of text, no width, line breaks
