@@ -1,6 +1,6 @@
 """What data tells: the moments of the values that pass through each norm."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,14 +12,15 @@ from torch.nn import functional as F
 from normswap.analysis.known_norms import eps_of
 from normswap.analysis.running import Seen, run_model, temporary_hooks
 from normswap.analysis.sites import Site
+from normswap.calibration.sample_moments import MatchedGroups, SampleMoments, normalized_in_groups, sample_moments
 from normswap.errors import ModelError
-from normswap.layers.matching import Moments, Statistics, as_affine, match_groups, widen
-from normswap.layers.norms import EstimatedBatchNorm
+from normswap.layers.matching import Moments, Statistics, as_affine, widen
 from normswap.layers.recurrent_matching import VectorMoments, measured_moments, merge_moments
 
 AUTO_GROUPS, AUTO_CHANNELS = 8, 4
 """`groups="auto"`: at most so many groups, with at least so many channels in each."""
 _DATA = "calibration data"
+_WAITING = 1 << 17  # samples' channels that wait at most
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,10 @@ class _MomentGatherer:
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
 
-    def add(self, values: Tensor) -> None:
-        """`values` of shape (N, C, *spatial)."""
-        dims = [0, *range(2, values.dim())]
-        wide = values.float() if values.device.type == "mps" else values.double()
-        var, mean = torch.var_mean(wide, dims, correction=0)
-        count = values.numel() // max(1, values.shape[1])
+    def add(self, moments: SampleMoments) -> None:
+        mean = moments.mean.mean(0)
+        var = moments.var.mean(0) + (moments.mean - mean).square().mean(0)
+        count = len(moments.mean) * moments.positions
         total = self.count + count
         delta = mean - self.mean.to(mean)
         self.squares = self.squares.to(var) + var * count + delta.square() * self.count * count / total
@@ -63,24 +62,64 @@ class _NormGatherer:
     """Gathers over batches what passes through one norm."""
 
     def __init__(self, site: Site, compare_groups: bool):
-        self.site, self.compare_groups = site, compare_groups and site.form == "data"
-        self.before, self.behind = _MomentGatherer(), _MomentGatherer()
+        self.site = site
+        self.before = _MomentGatherer()
+        self.behind = self.before if site.form == "data" else _MomentGatherer()
         self.like = torch.empty(0)
-        self.errors: dict[int, float] = {}
+        self.waiting: list[SampleMoments] = []
+        self.errors: dict[int, Tensor] = {}
+        self.tried: list[MatchedGroups] = []
+        if compare_groups and site.form == "data":
+            stats = running_statistics(site.module)
+            numbers = [n for n in range(1, AUTO_GROUPS + 1) if n == 1 or site.channels // n >= AUTO_CHANNELS]
+            self.tried = [MatchedGroups(stats, n) for n in numbers if site.channels % n == 0]
 
     def add(self, values: Tensor) -> None:
         """`values` of shape (N, C, *spatial): an input of the norm."""
-        self.before.add(values)
-        self.behind.add(_normalized(self.site, values))
+        moments = sample_moments(values)
         self.like = values.new_empty(0)
-        for groups, error in _group_errors(self.site, values) if self.compare_groups else ():
-            self.errors[groups] = self.errors.get(groups, 0.0) + error
+        if self.site.form != "data":
+            self.before.add(moments)
+            self.behind.add(self._normalized(values, moments))
+            return
+        if any(waiting.positions != moments.positions for waiting in self.waiting[:1]):
+            self._take_in()
+        self.waiting.append(moments)
+        if sum(waiting.mean.numel() for waiting in self.waiting) > _WAITING:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """Take in what is waiting, all at once: one by one, small batches would cost as much as a forward."""
+        if not self.waiting:
+            return
+        means, variances, positions = zip(*self.waiting, strict=True)
+        moments = SampleMoments(torch.cat(means), torch.cat(variances), positions[0])
+        self.waiting = []
+        self.before.add(moments)
+        for matched in self.tried:
+            self.errors[matched.groups] = matched.error(moments) + self.errors.get(matched.groups, 0.0)
+
+    def _normalized(self, values: Tensor, moments: SampleMoments) -> SampleMoments:
+        """The moments of what the norm makes of `values`, before its last gain and bias."""
+        site, eps = self.site, eps_of(self.site.module)
+        if site.form in ("position", "last"):  # each position has statistics of its own
+            normalized = F.layer_norm(values.movedim(1, -1), (site.channels,), eps=eps)
+            return sample_moments(normalized.movedim(-1, 1))
+        if site.form == "batch":
+            batch = _MomentGatherer()
+            batch.add(moments)
+            scale = (batch.var + eps).rsqrt()
+            return moments.mapped(scale, -batch.mean * scale)
+        if site.form == "data, group":
+            moments = moments.mapped(*as_affine(running_statistics(site.module)))
+        return normalized_in_groups(moments, site.groups or site.channels, eps)
 
     def measured(self, seen: Seen) -> Measured:
+        self._take_in()
         moments = Moments(self.before.mean, self.before.var, self.behind.mean, self.behind.var)
         if not all(values.isfinite().all() for values in moments):
             raise ModelError(f"{self.site.path}: its input on the calibration data is not finite")
-        return Measured(moments, seen, self.like, self.errors)
+        return Measured(moments, seen, self.like, {groups: float(error) for groups, error in self.errors.items()})
 
 
 def measure_norms(
@@ -124,32 +163,10 @@ def affine_of(norm: nn.Module, like: Tensor, reset: bool = False) -> tuple[Tenso
     return widen(weight), widen(bias)
 
 
-def _normalized(site: Site, values: Tensor) -> Tensor:
-    """What the norm makes of `values` of shape (N, C, *spatial), before its gain and bias."""
-    eps = eps_of(site.module)
-    if site.form in ("position", "last"):
-        return F.layer_norm(values.movedim(1, -1), (site.channels,), eps=eps).movedim(-1, 1)
-    if site.form == "batch":
-        return F.batch_norm(values, None, None, training=True, eps=eps)
-    if site.form == "data, group":
-        values = EstimatedBatchNorm.forward(site.module, values)  # type: ignore[arg-type]
-    return values if site.groups is None else F.group_norm(values, site.groups, eps=eps)
-
-
-def _group_errors(site: Site, values: Tensor) -> Iterator[tuple[int, float]]:
-    """By number of groups, one first: the square error of the group norm matched to a norm by running statistics."""
-    norm: Any = site.module
-    mean, var = widen(norm.running_mean), widen(norm.running_var)
-    weight, bias = affine_of(norm, mean)
-    stats = Statistics(weight, bias, mean, var, eps_of(norm))
-    wide = values if values.dtype == mean.dtype else values.float()
-    scale, shift = (v.to(wide).view(-1, *[1] * (wide.dim() - 2)) for v in as_affine(stats))
-    wanted = wide * scale + shift
-    for groups in range(1, AUTO_GROUPS + 1):
-        if site.channels % groups == 0 and (groups == 1 or site.channels // groups >= AUTO_CHANNELS):
-            gain, offset = (v.to(wide) for v in match_groups(stats, groups))
-            given = F.group_norm(wide, groups, gain, offset, stats.eps)
-            yield groups, float((given - wanted).square().sum())
+def running_statistics(norm: Any, reset: bool = False) -> Statistics:
+    """What a norm by running statistics has learnt, widened."""
+    weight, bias = affine_of(norm, norm.running_mean, reset)
+    return Statistics(weight, bias, widen(norm.running_mean), widen(norm.running_var), eps_of(norm))
 
 
 def measure_recurrent(

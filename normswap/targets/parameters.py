@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from normswap.analysis.known_norms import eps_of
 from normswap.analysis.sites import Site
-from normswap.calibration.measuring import affine_of
+from normswap.calibration.measuring import affine_of, running_statistics
 from normswap.layers import matching
 from normswap.layers.matching import Statistics, widen
 from normswap.layers.norms import BatchChannelNorm
@@ -32,15 +32,15 @@ def _own_statistics(site: Site, context: Context) -> Statistics | None:
     norm: Any = site.module
     eps, measured, options = eps_of(norm), context.measured.get(site.path), context.options
     if "data" in site.form and isinstance(norm.running_mean, Tensor) and isinstance(norm.running_var, Tensor):
-        weight, bias = affine_of(norm, norm.running_mean, options.transfer == "reset")
-        stats = Statistics(weight, bias, widen(norm.running_mean), widen(norm.running_var), eps)
+        stats = running_statistics(norm, options.transfer == "reset")
     elif site.form == "data" or measured is None:
         return None
     else:
-        weight, bias = affine_of(norm, measured.moments.mean, options.transfer == "reset")
-        stats = Statistics(weight, bias, measured.moments.mean, measured.moments.var, eps)
+        affine = affine_of(norm, measured.moments.mean, options.transfer == "reset")
+        stats = Statistics(*affine, measured.moments.mean, measured.moments.var, eps)
     if site.form == "data" or options.transfer != "match":
         return stats
+    weight, bias = stats.weight, stats.bias
     if not isinstance(norm, BatchChannelNorm):
         return matching.as_batch_norm(measured.moments, weight, bias, eps) if measured else None
     gain, shift = widen(norm.group_weight), widen(norm.group_bias)
