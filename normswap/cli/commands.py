@@ -3,6 +3,7 @@
 import gc
 import io
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -230,7 +231,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without → or × shows ? and not a traceback
-    app()
+    try:
+        app()
+    except Exception:  # a fault of ours, told whole; what it quotes may come from a file
+        lines = traceback.format_exc().splitlines()
+        sys.stderr.write("".join(f"{printable(line)}\n" for line in lines))
+        sys.exit(1)
 
 
 if __name__ == "__main__":
