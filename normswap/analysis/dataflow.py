@@ -13,7 +13,7 @@ from normswap.analysis.graph_reader import GraphReader
 from normswap.analysis.sites import Site
 from normswap.analysis.time_axis import named_so
 from normswap.analysis.traced_part import TracedPart
-from normswap.analysis.tracing import trace
+from normswap.analysis.tracing import in_words, trace
 from normswap.analysis.type_tests import find_type_tests
 from normswap.layers.torch_normalization import is_torchs_hook
 
@@ -26,11 +26,7 @@ def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
     except Exception as error:  # an attribute of the model that cannot be copied: no dataflow, and the report says so
         return Flow(problems={"": f"cannot be copied for tracing: {error}"}, type_tests=find_type_tests(model))
     copies = dict(bones.named_modules(remove_duplicate=False))
-    hooked = frozenset(
-        id(copies[path])
-        for path, module in model.named_modules(remove_duplicate=False)
-        if path and (module._forward_hooks or not all(map(is_torchs_hook, module._forward_pre_hooks.values())))
-    )
+    hooked = frozenset(id(copies[path]) for path in hooked_paths(model))
     leaves = hooked | {id(copies[path]) for path in by_path}  # what hooks do to a value is not in any forward
     below = _paths_below(by_path)
     holders = {path: norms for path, site in by_path.items() if (norms := _norms_inside(path, site, below, by_path))}
@@ -52,6 +48,8 @@ def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
             if traced.problem:
                 flow.problems[path] = traced.problem
                 used |= {_join(path, inner) for inner in parts_used(module)}
+            elif path not in holders:
+                flow.words[path] = in_words(traced)
             part = TracedPart(dict(module.named_modules(remove_duplicate=False)), path, by_path, hooked, holders)
             around = _part_around(path, whole) if path in holders else path
             for run in traced.graphs:
@@ -72,6 +70,15 @@ def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
     flow.type_tests = find_type_tests(model)
     flow.along_time = {**named_so(model, sites, flow.ranks), **flow.along_time}
     return flow
+
+
+def hooked_paths(model: nn.Module) -> set[str]:
+    """The paths of the modules below `model` with hooks around their forward that are not of torch's normalizations."""
+    return {
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if path and (module._forward_hooks or not all(map(is_torchs_hook, module._forward_pre_hooks.values())))
+    }
 
 
 def _join(path: str, name: str) -> str:

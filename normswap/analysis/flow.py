@@ -69,6 +69,8 @@ class Flow:
     """Norms that no norm over positions can stand in for without reaching along time or into padding, and where."""
     type_tests: dict[str, tuple[TypeTest, ...]] = field(default_factory=dict)
     """By the path of a module, what its forward may ask of the classes of layers in it."""
+    words: dict[str, frozenset[str]] = field(default_factory=dict)
+    """By the path of a module that was traced, what its forward does; see `tracing.in_words`."""
     problems: dict[str, str] = field(default_factory=dict)
     """What stood in the way of tracing, by the path of the module."""
 

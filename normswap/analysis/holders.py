@@ -18,7 +18,7 @@ from torch import fx, nn
 from normswap.analysis.copies import skeleton
 from normswap.analysis.known_norms import SAMPLE_NORMS, batch_norms
 from normswap.analysis.operations import WEIGHTED_MODULES, arguments_by_name, function_of
-from normswap.analysis.tracing import Traced, trace
+from normswap.analysis.tracing import Traced, in_words, trace
 from normswap.analysis.trials import Unlike, settings_of
 from normswap.layers.subclasses import as_plain
 
@@ -74,18 +74,18 @@ def _only_called(holder: _Holder) -> frozenset[str]:
     traced = _trace(holder.layer, holder.norms)
     nodes = [node for run in traced.graphs for node in run.graph.nodes]
     called = {node.target for node in nodes if node.op == "call_module"} if traced.complete else set()
-    wanted = _in_words(traced)
+    wanted = in_words(traced)
     return frozenset(path for path in called.intersection(holder.norms) if _takes_any(holder, path, wanted))
 
 
-def _takes_any(holder: _Holder, path: str, wanted: set[str]) -> bool:
+def _takes_any(holder: _Holder, path: str, wanted: frozenset[str]) -> bool:
     """Whether the forward does what it does, `wanted`, with any module in the place of the norm at `path`."""
     parent = holder.layer.get_submodule(path.rpartition(".")[0])
     name, norm = path.rpartition(".")[2], holder.layer.get_submodule(path)
     try:
         for instead in _INSTEAD:
             parent._modules[name] = instead  # a trace leaves another dict there
-            if _in_words(_trace(holder.layer, holder.norms)) != wanted:
+            if in_words(_trace(holder.layer, holder.norms)) != wanted:
                 return False
     finally:
         parent._modules[name] = norm
@@ -159,8 +159,3 @@ def _without_counts(settings: Any) -> Any:
 def _trace(layer: nn.Module, norms: Sequence[str]) -> Traced:
     leaves = {id(layer.get_submodule(path)) for path in norms}
     return trace(layer, lambda module: id(module) in leaves)
-
-
-def _in_words(traced: Traced) -> set[str]:
-    """All that a layer's forward does; nothing where that cannot be told."""
-    return {str(run.graph) for run in traced.graphs} if traced.complete else set()

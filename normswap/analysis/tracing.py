@@ -8,6 +8,7 @@ ways), loops over sequences of unknown length (two rounds), and train mode besid
 import enum
 import inspect
 import itertools
+import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ _MAX_FAILURES = 4  # runs that end in an error at one and the same place, before
 _HOPELESS = 2  # as many failures counts an error that is no refusal of an input: every way may lead there
 _NODES, _NODES_A_MODULE = 2000, 8  # the most that all runs of a forward may add up to: time stays linear in the model
 _SLACK = 2  # given up where the branches would want that many times the nodes, as they look; some turn out shorter
+_ADDRESS = re.compile(r"0x[0-9a-f]+")  # in how Python writes an object
 _MAX_FLAGS = 3  # of a forward's boolean arguments, tried both ways
 
 
@@ -63,6 +65,13 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
             break
     graphs = (graph._replace(by_mode=graph.by_mode and runs.mode.asked) for graph in runs.graphs)
     return Traced(tuple(graphs), not runs.problem and bool(runs.graphs), runs.problem)
+
+
+def in_words(traced: Traced) -> frozenset[str]:
+    """All that a forward does, the same for two that do the same; nothing where that cannot be told."""
+    if not traced.complete:
+        return frozenset()
+    return frozenset(_ADDRESS.sub("", str(run.graph)) for run in traced.graphs)
 
 
 class _Call(NamedTuple):

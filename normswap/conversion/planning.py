@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from normswap.analysis.other_ways import told_apart
 from normswap.analysis.sites import Site
 from normswap.analysis.statistics import is_untrained
 from normswap.conversion.accounting import changes_of, is_reported, unasked_layers, why_nothing_to_convert
@@ -67,6 +68,10 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
         release=request.release,
     )
     swaps, left = plan_sites(sites, survey.chosen, request.target, context)
+    if request.target is not PLAIN_TARGET and not request.recorded.changes:
+        apart = told_apart(survey.model, survey.flow, sites, {swap.site: swap.module for swap in swaps})
+        if apart:
+            swaps, left = plan_sites(sites, survey.chosen, request.target, replace(context, told_apart=apart))
     left += survey.hidden
     if not swaps and not request.may_be_idle:
         plain = request.target is PLAIN_TARGET
@@ -127,6 +132,9 @@ def _unless_told_apart(swap: Swap | str, target: Target, context: Context) -> Sw
     """`swap`, or why the layer is left: a forward asks for its class, and nothing measures what comes of that."""
     if isinstance(swap, str) or target is PLAIN_TARGET or swap.site.path in context.recorded_changes:
         return swap
+    if swap.site in context.told_apart:
+        asked = f"as in type(m) is {swap.site.name}, or for what they have"
+        return f"a forward asks for the type of its layers, {asked}: it would go another way"
     if swap.exact and context.measured_exact:
         return swap
     old, new = type(swap.site.module), type(swap.module)

@@ -33,12 +33,17 @@ def _is_repeated() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+RATE = 0.1
+"""How fast estimates follow the data where the momentum is 0: torch's default."""
+
+
 class EstimatedBatchNorm(_NormBase):
     """Batch normalization by moving estimates, which follow the data slowly and take no part in the gradient.
 
     In train mode `running_mean` first moves towards the batch's mean, at the rate `momentum`, then `running_var`
     towards the batch's mean square distance from it; then, as in eval mode, `y = weight · (x − running_mean) /
     √(running_var + eps) + bias`, per channel of (N, C, *spatial). It learns at batch 1; an empty batch moves nothing.
+    A `momentum` of 0, by which a batch norm keeps its statistics, stands for `RATE`: it is kept for the way back.
     Source: Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
     algorithm 1. The authors' published code takes the distance from the mean before it moves; here the paper is
     followed.
@@ -62,7 +67,7 @@ class EstimatedBatchNorm(_NormBase):
     @torch.no_grad()
     def _update_estimates(self, input: Tensor) -> None:
         self.num_batches_tracked.add_(1)
-        rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum or RATE
         dims = [0, *range(2, input.dim())]
         var, mean = torch.var_mean(input.to(self.running_mean.dtype), dims, correction=0)
         self.running_mean.lerp_(mean, rate)

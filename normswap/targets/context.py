@@ -89,6 +89,8 @@ class Context:
     """The groups of norms that the recipe of a converted file tells, by path."""
     recorded_changes: frozenset[str] = frozenset()
     """The layers that the recipe of a converted file tells to have changed, by path."""
+    told_apart: frozenset[Site] = frozenset()
+    """Layers that a forward was seen to go another way for, were they what they would become."""
     measured_exact: bool = False
     """Whether a run on the user's inputs shows afterwards whether what should be exact is."""
     release: Callable[[Tensor], None] = lambda tensor: None

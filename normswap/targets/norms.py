@@ -14,7 +14,7 @@ from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS, INSTANCE_NORM_BY_D
 from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.layers.matching import Statistics, match_output
-from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
+from normswap.layers.norms import RATE, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 from normswap.layers.reparametrized import retyped
 from normswap.targets.context import Context, Swap, join_notes
 from normswap.targets.folding import NO_STATISTICS
@@ -130,7 +130,7 @@ def to_estimated(site: Site, context: Context) -> Swap | str:
     """The same batch norm by moving estimates (Qiao et al. 2019): exact, and it learns at batch 1."""
     if site.base is EstimatedBatchNorm:
         return "goes by moving estimates already"
-    new = EstimatedBatchNorm(site.channels, eps_of(site.module), _rate(site), False, site.spatial_dims)
+    new = EstimatedBatchNorm(site.channels, eps_of(site.module), _momentum(site), False, site.spatial_dims)
     return _keep_statistics(site, context, new, "statistics become moving estimates")
 
 
@@ -142,7 +142,7 @@ def to_batch_channel(site: Site, context: Context) -> Swap | str:
     if isinstance(chosen, str):
         return chosen
     groups, note = chosen
-    new = BatchChannelNorm(groups, site.channels, eps_of(site.module), _rate(site), False, site.spatial_dims)
+    new = BatchChannelNorm(groups, site.channels, eps_of(site.module), _momentum(site), False, site.spatial_dims)
     kept = _keep_statistics(site, context, new, "statistics become moving estimates")
     stats = read_statistics(site, context)
     if isinstance(kept, str) or stats is None:
@@ -165,11 +165,6 @@ def _momentum(site: Site) -> float | None:
     """How fast a norm's running statistics follow the data; torch's default for one that has none."""
     momentum: float | None = getattr(site.module, "momentum", 0.1)
     return momentum
-
-
-def _rate(site: Site) -> float | None:
-    """How fast estimates follow the data: as the running statistics did, where these did."""
-    return 0.1 if _momentum(site) == 0 else _momentum(site)
 
 
 def _keep_statistics(site: Site, context: Context, new: Any, how: str) -> Swap | str:
@@ -209,9 +204,9 @@ def _keep_statistics(site: Site, context: Context, new: Any, how: str) -> Swap |
 
 
 def _why_they_follow(site: Site, new: EstimatedBatchNorm) -> str:
-    """A note where estimates follow the data, which the running statistics did not; they remember that for `bn`."""
-    if _momentum(site) == 0:
-        return f"momentum was 0; estimates follow at {new.momentum}"
+    """A note where estimates follow the data, which the running statistics did not; the way back finds that."""
+    if new.momentum == 0:
+        return f"momentum is 0; estimates follow at {RATE}"
     return "" if new.track_running_stats else "statistics were not tracked; estimates follow the data"
 
 

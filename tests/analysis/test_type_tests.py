@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from normswap.analysis.type_tests import find_type_tests
 
 KINDS = (nn.Conv1d, nn.Conv2d)
 BY_KIND = {nn.Conv2d: 2.0}
+BY_NAME = {"Conv2d": 2.0, "BatchNorm2d": 3.0}
 
 
 class Asking(nn.Module):
@@ -103,11 +105,62 @@ def test_what_is_asked_for_is_left(name: str) -> None:
         assert distance(model(x), converted(x)) < 1e-12
 
 
+@functools.singledispatch
+def by_dispatch(layer: nn.Module) -> bool:
+    return False
+
+
+by_dispatch.register(nn.BatchNorm2d, lambda layer: True)
+
+SEEN_IN_A_TRACE: dict[str, tuple[Callable[[nn.Module, nn.Module], Any], set[str]]] = {
+    "a table of names": (lambda self, layer: BY_NAME.get(layer.__class__.__name__), {"norm", "weight"}),
+    "a part of its name in small letters": (lambda self, layer: "batchnorm" in type(layer).__name__.lower(), {"norm"}),
+    "a dispatch": (lambda self, layer: by_dispatch(layer), {"norm"}),
+    "one of some": (lambda self, layer: any(type(layer) is kind for kind in (nn.BatchNorm2d, nn.ReLU)), {"norm"}),
+    "an attribute": (lambda self, layer: hasattr(layer, "num_features"), {"norm"}),
+    "its buffers": (lambda self, layer: [*layer.named_buffers()], {"norm", "weight"}),
+    "a way that is computed": (
+        lambda self, layer: vars(nn).get("Conv" + "2d") is getattr(layer, "__cl" + "ass__"),
+        {"weight"},
+    ),
+}
+"""A question that a trace of the forward with other layers answers otherwise, and for which layers."""
+
+
+@pytest.mark.parametrize("name", SEEN_IN_A_TRACE)
+@pytest.mark.parametrize("with_inputs", [False, True])
+def test_what_makes_a_difference_in_a_trace_is_left(name: str, with_inputs: bool) -> None:
+    test, kept = SEEN_IN_A_TRACE[name]
+    torch.manual_seed(0)
+    model = randomize(Asking(test)).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    given = {"example_inputs": x} if with_inputs else {}
+    for target, kinds in (("frozen", {"norm"}), ("gn-ws", {"norm", "weight"}), ("ws", {"weight"})):
+        try:
+            converted, report = normswap.convert(model, target, **given)
+        except normswap.ModelError as error:
+            assert kinds & kept and any(why in str(error) for why in ("asks for the type", "reads directly"))
+            continue
+        left = {entry.kind for entry in report.left if "asks" in entry.reason}
+        assert left <= kept
+        if report.exact:
+            assert distance(model(x), converted(x)) < 1e-12
+        else:
+            assert left == kinds & kept
+
+
+class Untraceable(Asking):
+    """Asks for the length of a batch, which no symbolic run knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * min(len(x), 1))
+
+
 @pytest.mark.parametrize("target", ["ws", "gn-ws", "gn-wn"])
 def test_with_inputs_the_exact_half_is_measured(target: str) -> None:
-    """What no code shows: the class is asked for by a way that is computed."""
+    """What neither code nor a trace shows: the class is asked for by a way that is computed."""
     model = randomize(
-        Asking(lambda self, layer: vars(nn).get("Conv" + "2d") is getattr(layer, "__cl" + "ass__"))
+        Untraceable(lambda self, layer: vars(nn).get("Conv" + "2d") is getattr(layer, "__cl" + "ass__"))
     ).eval()
     assert not find_type_tests(model)
     with pytest.raises(normswap.ModelError, match="should be exact"):

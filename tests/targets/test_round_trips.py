@@ -30,6 +30,7 @@ def by_itself(norm: nn.Module) -> None:
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "slow": lambda: nn.BatchNorm2d(8, eps=1e-3, momentum=0.01),
     "cumulative": lambda: nn.BatchNorm2d(8, momentum=None),
+    "kept as they are": lambda: nn.BatchNorm2d(8, momentum=0.0),
     "fixed gain": lambda: touched(nn.BatchNorm2d(8), by_itself),
     "fixed": lambda: touched(nn.BatchNorm2d(8), lambda norm: norm.requires_grad_(False)),
     "without affine": lambda: nn.BatchNorm2d(8, affine=False),
@@ -72,11 +73,15 @@ def test_attributes_survive(name: str) -> None:
             assert now.affine == norm.affine and len([*now.parameters()]) == len([*norm.parameters()]), way
 
 
-def test_a_momentum_of_zero_comes_back_from_fixed_statistics() -> None:
+def test_estimates_follow_though_the_momentum_is_zero() -> None:
     model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=0.0)))
-    assert through(through(model, "frozen"), "bn")[1].momentum == 0
-    report = normswap.convert(model, "bcn").report
-    assert "momentum was 0" in report.changes[0].note
+    for form in ("est", "bcn"):
+        converted, report = normswap.convert(model, form)
+        assert "momentum is 0; estimates follow at 0.1" in report.changes[0].note
+        batch = model[0](DATA)
+        expected = model[1].running_mean.lerp(batch.mean((0, 2, 3)), 0.1)
+        converted.train()(DATA)
+        torch.testing.assert_close(converted[1].running_mean, expected.detach())
 
 
 def test_norms_on_fixed_tensors_train_nothing_as_batch_channel_norm() -> None:
