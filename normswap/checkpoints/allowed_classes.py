@@ -4,66 +4,30 @@ import argparse
 import re
 import shlex
 import types
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, EnumMeta
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib import import_module
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.torch_version import TorchVersion
 
+from normswap.checkpoints import pickled_values as make
+from normswap.checkpoints.allowed_calls import FAMILIES, TABLE, Row, module_row, row_of
 from normswap.errors import FileError, UnsafeFileError
 
-_SAFE_PACKAGES = (
-    "torch.nn.", "torch.ao.", "torchvision.models.", "torchvision.ops.", "timm.models.", "timm.layers.", "normswap.",
-)  # fmt: skip
-_DETECTION = ("BoxCoder", "BoxLinearCoder", "Matcher", "SSDMatcher", "BalancedPositiveNegativeSampler")
-_NUMBERS = ("Float64", "Float32", "Float16", "Complex64", "Complex128", "Bool")
-_WHOLE_NUMBERS = (f"{sign}Int{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64))
-_SAFE_HELPERS = {
-    *(f"torch.nn.functional.{f}" for f in ("relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid")),
-    *(f"torchvision.models.detection._utils.{name}" for name in _DETECTION),
-    "torch.nn.utils.weight_norm.WeightNorm",  # a hook that computes a weight of the module that has it
-    "torch.sigmoid", "functools.partial", "normswap.checkpoints.stored_recipes.recipe_into_metadata",
-    "torchvision.models.optical_flow.raft._pass_through_h", "torchvision.ops.boxes.box_iou",
-    # What training scripts put beside the weights: plain data, no behaviour of its own. Nothing that makes much of
-    # little, as `str` does of a list that holds itself many times over, or `range`.
-    "argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict", "collections.deque",
-    *(f"builtins.{name}" for name in ("list", "dict", "tuple", "frozenset", "int", "float", "bool", "slice")),
-    *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
-    "decimal.Decimal", "uuid.UUID", "time.struct_time", "builtins.Ellipsis",
-    "numpy.ndarray", "numpy.dtype", "_codecs.encode",
-    *(f"{place}.{name}" for place in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
-    *(f"{place}.PureWindowsPath" for place in ("pathlib", "pathlib._local")),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *(f"numpy.dtypes.{kind}DType" for kind in (*_NUMBERS, *_WHOLE_NUMBERS)),
-}  # fmt: skip
 _CODE = ("__new__", "__init__", "__post_init__", "__setstate__", "__setattr__", "__getattribute__", "__del__",
          "__reduce__", "__reduce_ex__", "__setitem__", "append", "extend", "_missing_")  # fmt: skip
 """What runs while a pickle is read, or once what it made is gone."""
 _PLAIN_BASES = {object, dict, list, tuple, set, str, int, float, Enum, types.SimpleNamespace, argparse.Namespace}
 _SYSTEM = ("sys", "os", "posix", "nt")  # of these torch loads nothing, whatever is allowed
+_ALLOWED = "the user allows it by its name"
 _LONGEST_LINE = 400  # characters of names to type: more are put together as patterns
-
-
-class _VersionOfText:
-    """Makes torch's version of text alone: turned into text, a list that holds itself many times over fills memory."""
-
-    def __new__(cls, text: Any) -> Any:
-        if type(text) is not str:
-            raise UnsafeFileError("its version of torch is no text")
-        return TorchVersion(text)
-
-
-_STAND_INS: dict[str, Any] = {
-    "torch.torch_version.TorchVersion": _VersionOfText,
-    "pathlib.WindowsPath": PureWindowsPath,  # the other cannot be made elsewhere
-    "pathlib._local.WindowsPath": PureWindowsPath,
-}
 
 
 @dataclass(frozen=True)
@@ -94,35 +58,57 @@ def parse_allowance(allow: Iterable[str | type], path: Path) -> Allowance:
     return Allowance(classes, tuple(patterns))
 
 
-def find_allowed(name: str, allowance: Allowance, path: Path) -> Any:
-    """The object called `name` if a pickle may name it; None if not."""
+def find_row(name: str, allowance: Allowance, path: Path) -> Row | None:
+    """What a pickle may do with the object called `name`; None if it may not name it."""
+    if name in TABLE or name.rpartition(".")[0] in _SYSTEM:
+        return row_of(name)
     if name in allowance.classes:
-        return allowance.classes[name]
-    if class_behind(name) != name and find_allowed(class_behind(name), allowance, path) is None:
+        return _row_allowed_by_name(allowance.classes[name])
+    if class_behind(name) != name and find_row(class_behind(name), allowance, path) is None:
         return None
-    if name in _SAFE_HELPERS:
-        return imported(name, path)
-    if name in _STAND_INS:
-        return _STAND_INS[name]
     by_pattern = [pattern for pattern in allowance.patterns if fnmatchcase(name, pattern)]
     literal = {part for pattern in by_pattern for part in pattern.split(".")}
     if any(part.startswith("__") and part not in literal for part in name.split(".")):
         return None
-    if name.startswith(_SAFE_PACKAGES) or by_pattern:
+    if name.startswith(FAMILIES) or by_pattern:
         found = imported(name, path)
-        if _is_module(found) or (by_pattern and _is_plain_data(found) and _is_of(found, name.partition(".")[0])):
-            return found
+        if _is_module(found):
+            return module_row(found) if name.startswith(FAMILIES) else _row_allowed_by_name(found)
+        if by_pattern and _is_plain_data(found) and _is_of(found, name.partition(".")[0]):
+            return _row_of_plain_data(found)
     return None
+
+
+def _row_allowed_by_name(found: Any) -> Row:
+    if not isinstance(found, type):
+        return Row(_ALLOWED, found, call=lambda claims, *arguments: found(*arguments))
+    if issubclass(found, nn.Module):
+        return Row(_ALLOWED, found, new=partial(make.blank, found), build=make.restore_module)
+    return Row(
+        _ALLOWED,
+        found,
+        call=lambda claims, *arguments: found(*arguments),
+        new=lambda claims, *arguments: found.__new__(found, *arguments),
+        build=make.restore_as_pickle,
+        filled=issubclass(found, dict | list | deque),
+    )
+
+
+def _row_of_plain_data(found: Any) -> Row:
+    called = issubclass(found, Enum | set | types.SimpleNamespace)
+    return Row(
+        "has no code of its own, in a package that the user allows",
+        found,
+        call=partial(make.called_plain, found) if called else None,
+        new=partial(make.of_plain_base, found),
+        build=make.restore_as_pickle,
+        filled=issubclass(found, dict | list),
+    )
 
 
 def class_behind(name: str) -> str:
     """The name of the class that a form was made of by `normswap.layers.subclasses`; else `name` itself."""
     return name.partition("@")[2].replace("@", ".").replace("/", ".") or name
-
-
-def all_number_types() -> dict[str, Any]:
-    """numpy's classes of numbers by name: those of what `numpy.dtype` makes, which no pickle names."""
-    return {name: imported(name, Path()) for name in _SAFE_HELPERS if name.startswith("numpy.dtypes.")}
 
 
 def refusal(names: Sequence[str], allowance: Allowance, path: Path) -> UnsafeFileError:

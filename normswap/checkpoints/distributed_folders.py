@@ -7,11 +7,11 @@ import dataclasses
 import inspect
 import io
 import math
-import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,47 +23,61 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from normswap.checkpoints.allowed_calls import Row, row_of
 from normswap.checkpoints.contents import SavedBytes
 from normswap.checkpoints.mapped_memory import release, scratch_tensor
 from normswap.checkpoints.pickle_files import text_problem
+from normswap.checkpoints.pickled_values import Claims, blank, of_plain, restore
+from normswap.checkpoints.unpickler import UnknownName, Unpickler
 from normswap.errors import FileError, UnsafeFileError, first_line
 
 # "No processes but this one": newer torch needs to be told.
 _ALONE: dict[str, Any] = {"no_dist": True} if "no_dist" in inspect.signature(save).parameters else {}  # torch >= 2.7
-_RESTORED = (
-    descriptions.Metadata, descriptions.MetadataIndex, descriptions.StorageMeta, descriptions.TensorProperties,
-    descriptions.TensorStorageMetadata, descriptions.BytesStorageMetadata, descriptions.ChunkStorageMetadata,
-    _StorageInfo,
-)  # fmt: skip
-_SAFE_GLOBALS = {
-    *((kind.__module__, kind.__name__) for kind in _RESTORED),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set"),
-    ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("pathlib", "WindowsPath"),
-}  # fmt: skip
 _LARGEST_CLAIM = 2  # times the bytes on disk that the tensors may claim: a shard can be compressed
 
 
-class _MetadataUnpickler(pickle._Unpickler):
-    """Reads the file `.metadata`, and nothing but torch's own descriptions in it: no other class is loaded or changed.
+def _restore_index(claims: Claims, made: Any, state: Any) -> None:
+    """Give an index its text and numbers: it is a key of dicts, and what it holds is in its hash."""
+    restore(claims, made, state)
+    kinds = (("fqn", str), ("offset", torch.Size), ("index", int))
+    if not all(type(vars(made).get(name)) in (kind, type(None)) for name, kind in kinds) or made.fqn is None:
+        raise FileError("it has an index that names no tensor")
 
-    The reader that is written in Python: the one in C takes memory for whatever number a memo entry claims.
-    """
 
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+def _restore_properties(claims: Claims, made: Any, state: Any) -> None:
+    """Give the properties of a tensor by torch's own code, which takes its five constants apart."""
+    made.__setstate__(state)
 
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
-        if dtype or (module, name) in _SAFE_GLOBALS:
-            return super().find_class(module, name)
-        raise UnsafeFileError(f"its .metadata asks for {module}.{name}, which no distributed checkpoint needs")
 
-    def load_build(self) -> None:
-        if type(self.stack[-2]) not in _RESTORED:  # type: ignore[attr-defined]  # pickle's own names are not typed
-            raise UnsafeFileError("its .metadata changes a class or a module, which no distributed checkpoint needs")
-        super().load_build()  # type: ignore[misc]
+def _rows() -> Iterator[tuple[str, Row]]:
+    for kind in (descriptions.Metadata, descriptions.StorageMeta, descriptions.TensorStorageMetadata,
+                 descriptions.BytesStorageMetadata, descriptions.ChunkStorageMetadata, _StorageInfo):  # fmt: skip
+        yield (
+            _named(kind),
+            Row("describes what is in the folder; has no code", kind, new=partial(blank, kind), build=restore),
+        )
+    for described, build in {
+        descriptions.MetadataIndex: _restore_index, descriptions.TensorProperties: _restore_properties,
+    }.items():  # fmt: skip
+        yield _named(described), Row("describes a tensor", described, new=partial(blank, described), build=build)
+    memory: Any = descriptions._MEM_FORMAT_ENCODING
+    yield _named(memory), Row("is a constant", memory, call=partial(of_plain, memory))
 
-    dispatch[pickle.BUILD[0]] = load_build
+
+def _named(kind: Any) -> str:
+    return f"{kind.__module__}.{kind.__name__}"
+
+
+_ROWS = dict(_rows())
+_SHARED = ("torch.Size", "torch.serialization._get_layout", "collections.OrderedDict", "builtins.set",
+           "pathlib.PosixPath", "pathlib._local.PosixPath", "pathlib.WindowsPath")  # fmt: skip
+
+
+def _row_of(name: str) -> Row | None:
+    """What the file `.metadata` may do with a name: torch's own descriptions, and constants."""
+    row = _ROWS.get(name) or row_of(name)
+    constant = row is not None and isinstance(row.value, torch.dtype | torch.layout | torch.memory_format)
+    return row if name in _ROWS or name in _SHARED or constant else None
 
 
 class _Reader(FileSystemReader):
@@ -107,19 +121,23 @@ def read_metadata(path: Path) -> descriptions.Metadata:
     file = path / ".metadata"
     try:
         with file.open("rb") as stream:
-            if problem := text_problem(stream.read(512)):
-                raise FileError(f"{file}: {problem}")
-            stream.seek(0)
-            metadata = _MetadataUnpickler(stream).load()
+            data = stream.read()
+        if problem := text_problem(data[:512]):
+            raise FileError(f"{file}: {problem}")
+        metadata = Unpickler(io.BytesIO(data), Claims(len(data), len(data)), _row_of).load()
         if not isinstance(metadata, descriptions.Metadata):
             raise FileError(f"{file}: does not describe a distributed checkpoint")
         if metadata.storage_meta is None:
             metadata.storage_meta = descriptions.StorageMeta()
         _check_claims(path, metadata)
+    except UnknownName as error:
+        text = f"its .metadata asks for {error}, which no distributed checkpoint needs"
+        raise UnsafeFileError(f"{path}: {text}") from None
     except UnsafeFileError as error:
-        raise UnsafeFileError(f"{path}: {error}") from None
-    except FileError:
-        raise
+        raise UnsafeFileError(f"{file}: {error}") from None
+    except FileError as error:
+        told = str(error)
+        raise error if told.startswith(f"{path}") else FileError(f"{file}: is damaged, or misleads: {told}") from None
     except Exception as error:  # whatever a broken pickle, or attributes of other kinds, raise
         raise FileError(f"{file}: is damaged ({first_line(error)})") from None
     return metadata

@@ -1,6 +1,5 @@
 """Checkpoints of every kind, read; nothing here knows of conversion."""
 
-import io
 import json
 import os
 import stat
@@ -10,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normswap.checkpoints import pickle_files, safetensors_files
 from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint
-from normswap.checkpoints.contents import SavedBytes, models_in, tensors_of
+from normswap.checkpoints.contents import SavedBytes, models_in
 from normswap.checkpoints.stored_recipes import store_recipe
 from normswap.errors import FileError, first_line, path_error
 
@@ -23,7 +21,6 @@ _LONGEST_RECIPE = 1 << 26  # characters
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "model.pt")
 _OPTIMIZERS = "optimizer*.bin"
 _MODULE_PARTS = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
-_MOST_SHARED = 64  # times its size that the tensors of a file may claim together: some share memory
 _MOST_PATHS, _DEEPEST = 1_000_000, 100  # paths to a module's parts; levels of modules within modules
 
 
@@ -88,7 +85,6 @@ def _read_file(path: Path, trust: bool, allow: tuple[str | type, ...]) -> Checkp
     for model in held.values():
         if isinstance(model, nn.Module) and _count_paths(model, path, {}) > _MOST_PATHS:
             raise FileError(f"{path}: holds a {type(model).__name__} with more paths to its parts than can be followed")
-    _check_sizes(path, held.values())
     return Checkpoint(path, "pt", found)
 
 
@@ -185,7 +181,7 @@ def _with_recipe(tensors: Mapping[str, Any], path: Path, recipe: str | None) -> 
 def _saved_text(data: bytes) -> str | None:
     """The text that `torch.save` wrote as `data`; None where it is no text."""
     try:
-        found = torch.load(io.BytesIO(data), weights_only=True)
+        found = pickle_files.read_saved_bytes(data)
     except Exception:  # a broken recipe is no recipe
         return None
     return found if isinstance(found, str) else None
@@ -212,15 +208,3 @@ def _count_paths(module: nn.Module, path: Path, known: dict[int, int | None], de
     if found is None:
         raise FileError(f"{path}: holds a {type(module).__name__} that holds itself, or is nested too deep")
     return found
-
-
-def _check_sizes(path: Path, held: Iterable[Any]) -> None:
-    """Refuse tensors that claim more than the file holds: a view can repeat one element without end, to fill memory."""
-    size, total = path.stat().st_size, 0
-    for part in held:
-        for name, value in tensors_of(part).items():
-            if value.layout is torch.strided and not value.is_meta:
-                claimed = value.numel() * value.itemsize
-                total += claimed
-                if claimed > size or total > _MOST_SHARED * size:
-                    raise FileError(f"{path}: {name} claims {claimed:,} bytes, more than the file holds")

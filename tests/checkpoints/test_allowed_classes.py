@@ -90,7 +90,7 @@ def test_a_version_is_made_of_text_alone(tmp_path: Path) -> None:
             return type(torch.__version__), ([1, 2],)
 
     torch.save({"model": resnet().state_dict(), "version": Version()}, tmp_path / "run.pt")
-    with pytest.raises(UnsafeFileError, match="its version of torch is no text"):
+    with pytest.raises(UnsafeFileError, match="it has a version of torch that is no text"):
         normswap.load(tmp_path / "run.pt", model=resnet)
 
 
@@ -208,9 +208,14 @@ def test_what_is_to_be_pasted_is_quoted_and_no_command(tmp_path: Path) -> None:
         normswap.load(rewritten(tmp_path / "run.pt", "posix:system"))
 
 
-@pytest.mark.parametrize(
-    "name", ["builtins:eval", "builtins:str", "builtins:range", "builtins:getattr", "types:CodeType"]
-)
+@pytest.mark.parametrize("name", ["builtins:str", "builtins:list", "torch:FloatTensor", "numpy:ndarray"])
+def test_what_is_only_named_is_not_called(tmp_path: Path, name: str) -> None:
+    call = f"it calls {name.partition(':')[2]}\\(\\.\\.\\.\\)"
+    with pytest.raises(UnsafeFileError, match=f"is not what torch.save makes of a model: {call}"):
+        normswap.load(rewritten(tmp_path / "run.pt", name))
+
+
+@pytest.mark.parametrize("name", ["builtins:eval", "builtins:range", "builtins:getattr", "types:CodeType"])
 def test_what_runs_code_or_fills_memory_is_no_plain_data(tmp_path: Path, name: str) -> None:
     with pytest.raises(UnsafeFileError, match=f"holds {name.replace(':', '.')}, which is not"):
         normswap.load(rewritten(tmp_path / "run.pt", name))
