@@ -57,7 +57,7 @@ class Claims:
         """Count a tensor of `size` bytes: a view can repeat one element without end, to fill memory."""
         self._left_for_tensors -= size
         if size > self.file_size or self._left_for_tensors < 0:
-            raise FileError(f"a tensor claims {size:,} bytes, more than the file holds")
+            raise FileError(f"a tensor claims more than the file holds: {size:,} bytes")
 
     def take_copy(self, size: int) -> None:
         """Count `size` bytes of tensors that are no view of the file: read from it, or converted once."""
