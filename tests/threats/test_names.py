@@ -130,10 +130,12 @@ def flat(tokens: list[Token]) -> list[Token]:
 def test_markdown(name: str) -> None:
     """The blocks are those of a report with a harmless name; inside are text and code alone, and tags of ours."""
     renderer = MarkdownIt("commonmark").enable(["table", "strikethrough"])
-    told = renderer.parse(formats.to_markdown(report_of(name), name))
-    blocks = [token.type for token in told]
-    rows = blocks.count("tr_open")
-    assert rows >= 8 and blocks.count("td_open") == 4 * (rows - 3) and blocks.count("th_open") == 12
+    text = formats.to_markdown(report_of(name), name)
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    told = renderer.parse(text)
+    assert len(rows) - 3 == [token.type for token in told].count("tr_open") >= 8
+    for row in rows:  # markdown-it and GitHub's cmark differ about backslashes before a bar
+        assert len(re.findall(r"(?<!\\)\|", row)) == 5 == re.sub(r"\\[!-/:-@\[-`{-~]", "", row).count("|"), row
     kinds = {token.type for token in flat(told)}
     assert kinds <= {token.type for token in flat(renderer.parse(formats.to_markdown(report_of("a"), "a")))}
     tags = {token.content.strip() for token in flat(told) if token.type.startswith("html")}
