@@ -1,5 +1,6 @@
 """What was written, opened again before it replaces anything: whole, and under the names that were to be in it."""
 
+import json
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -95,6 +96,11 @@ def check_safetensors(path: Path, names: Iterable[str], metadata: Mapping[str, s
     with safe_open(path, framework="pt") as opened:
         check_names(names, opened.keys())
         check_names(metadata, opened.metadata() or {})
+
+
+def check_index(path: Path, weight_map: Iterable[str]) -> None:
+    """Raise unless an index of weight files names all keys: two halves of a character become one in JSON."""
+    check_names(weight_map, json.loads(path.read_text())["weight_map"])
 
 
 def check_names(wanted: Iterable[str], there: Iterable[str]) -> None:

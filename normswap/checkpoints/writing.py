@@ -174,9 +174,11 @@ def _write_into_folder(found: Checkpoint, folder: Path, mapped: bool) -> None:
         metadata = {**found.header, "total_size": total, **recipe}
         index = {"metadata": metadata, "weight_map": {key: name for name, part in weights.items() for key in part}}
         (folder / found.index).write_text(json.dumps(index, indent=2) + "\n")
+        with reading_back.readable_again(found.path):
+            reading_back.check_index(folder / found.index, index["weight_map"])
     for name, state in found.optimizers.items():
         with open(folder / name, "wb") as file:
-            torch.save(state, file)
+            _save(state, file, folder / name, mapped=False)
     _copy_others(found.path, folder)
 
 

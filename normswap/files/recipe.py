@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +28,7 @@ from normswap.targets.target import TARGETS, Target, parse_target
 _NEWEST_FORMAT = 1
 _MOST_CONVERSIONS = 16  # one after the other
 _LONGEST_PREFIX = 16  # parts with dots
+_DEEPEST, _LARGEST, _PART = 100, 1 << 26, 64  # levels of a recipe; its size in characters, of which a part counts 64
 _SHOWN = 3  # names in a message
 _DIMS = {cls.__name__: dims + 2 for dims, cls in BATCH_NORM_BY_DIMS.items()}
 _MANY = 1 << 20  # elements a channel: no reason for fewer groups than the recipe tells
@@ -91,11 +91,24 @@ def parse_recipe(stored: Any, where: object, most_before: int = _MOST_CONVERSION
 
 
 def check_plain_data(stored: Any, where: object) -> None:
-    """Raise `FileError` for a stored recipe that reports and other formats could not hold: they write it as JSON."""
-    try:
-        json.dumps(stored)
-    except (TypeError, ValueError, RecursionError):
-        raise FileError(f"{where}: its recipe is damaged: it is no plain data; convert the original again") from None
+    """Raise `FileError` for a stored recipe that reports and other formats could not hold: they write it as JSON.
+
+    A few bytes of a pickle can stand for parts within parts without end, each of which holds the next one many times.
+    """
+    pending, size = [(stored, 0)], 0
+    while pending:
+        value, depth = pending.pop()
+        parts: Iterable[Any] = ()
+        if isinstance(value, Mapping):
+            parts = [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            parts = value
+        size += _PART + (len(value) if isinstance(value, str) else 0)
+        plain = value is None or isinstance(value, str | int | float | Mapping | list | tuple)
+        keys = all(isinstance(key, str) for key in value) if isinstance(value, Mapping) else True
+        if not (plain and keys) or depth > _DEEPEST or size > _LARGEST:
+            raise FileError(f"{where}: its recipe is damaged: it is no plain data; convert the original again")
+        pending += [(part, depth + 1) for part in parts]
 
 
 def _is_layer(path: Any, layer: Any) -> bool:

@@ -73,7 +73,8 @@ class InspectionView:
 
     def _advice(self, terminal: Terminal) -> Iterator[Padding]:
         for advice in self.inspection.advice:
-            yield _indented(Text.assemble(f"{advice.situation}: ", (advice.choose, "bold")), 2)
+            situation, choose = terminal.string(advice.situation), terminal.string(advice.choose)
+            yield _indented(Text.assemble(f"{situation}: ", (choose, "bold")), 2)
             yield _indented(terminal.text(advice.why), 4)
 
 

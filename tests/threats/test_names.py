@@ -22,7 +22,7 @@ from torch import nn
 
 import normswap
 from normswap.checkpoints.reading import read_checkpoint
-from normswap.cli import progress
+from normswap.cli import commands, progress
 from normswap.printable import printable
 from normswap.report import formats
 from normswap.report.inspection import Advice, Finding, Inspection, Layer, Outcome
@@ -53,7 +53,7 @@ def inspection_of(name: str) -> Inspection:
     outcome = Outcome("gn", 1, 1, False, 1, ((name, 1),))
     problem = Outcome("fold", 0, 0, None, 0, (), name)
     return Inspection(
-        name, 1, 1, (layer,), (outcome, problem), (Finding(name, (name,), name),), (Advice("a", "b", name),), name
+        name, 1, 1, (layer,), (outcome, problem), (Finding(name, (name,), name),), (Advice(name, name, name),), name
     )
 
 
@@ -180,6 +180,40 @@ def test_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(0.3)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]", "", stream.getvalue())
     assert r"reading [/]:key:\x1b]0;pwn\x07" in text and "reading 50%.pt" in text and is_seen(text)
+
+
+def test_tracebacks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise KeyError("no", type("Name", (), {"__repr__": lambda self: "\x1b[2J\u202e"})())
+
+    monkeypatch.setattr(commands, "app", fail)
+    with pytest.raises(SystemExit, match="1"):
+        commands.main()
+    told = capsys.readouterr()
+    assert r"\x1b[2J\u202e" in told.err and is_seen(told.err) and not told.out
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["module", "state dict"])
+def test_recipes_are_plain_data(tmp_path: Path, whole: bool) -> None:
+    """What stands in a recipe goes on into reports and files, so that it has to be what these can hold."""
+    bomb: list[Any] = ["x"]
+    for _ in range(30):
+        bomb = [bomb] * 10
+    deep: list[Any] = []
+    for _ in range(300):
+        deep = [deep]
+    for odd, fine in [(torch.ones(1), False), (bomb, False), (deep, False), ({1: 2}, False), ("\x1b[2J\ud800", True)]:
+        recipe = {"format": 1, "target": "gn", "layers": {}, "odd": odd}
+        model = named(["a"])
+        state = model.state_dict()
+        if whole:
+            model.normswap_recipe = recipe
+        else:
+            state._metadata["normswap_recipe"] = recipe
+        torch.save(model if whole else state, tmp_path / "m.pt")
+        result = run("convert", tmp_path / "m.pt", "--to", "gn", "--json", "--dry-run")
+        assert result.exit_code == (0 if fine else 1), result.output
+        assert is_seen(result.output) and (fine or "its recipe is damaged" in result.output)
 
 
 # ---- through the commands ----
