@@ -8,8 +8,8 @@ from torch import fx
 
 _OPPOSITES: dict[Any, Any] = {operator.le: operator.gt, operator.ge: operator.lt, operator.ne: operator.eq}
 _ON_NUMBERS = {
-    operator.gt, operator.lt, operator.eq, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod,
-    operator.getitem, operator.neg, operator.and_, operator.or_, operator.not_,
+    operator.gt, operator.lt, operator.eq, operator.add, operator.iadd, operator.sub, operator.mul, operator.floordiv,
+    operator.mod, operator.getitem, operator.neg, operator.and_, operator.or_, operator.not_,
 }  # fmt: skip
 _SHAPE_READS = {name: name for name in ("size", "dim", "numel", "dtype", "device", "is_cuda", "is_floating_point")}
 _SHAPE_READS |= {"shape": "size", "ndim": "dim"}

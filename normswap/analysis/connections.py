@@ -11,15 +11,28 @@ from normswap.analysis import operations
 from normswap.analysis.traced_part import TracedPart
 from normswap.analysis.tracing import TracedGraph
 
-_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_IN_PLACE = {operator.iadd, "add_"}
+_ADDITIONS = {operator.add, torch.add, "add", *_IN_PLACE}
 
 
 class Branch(NamedTuple):
-    """A layer that reads what a norm reads, and whose output is added to the norm's, by addition alone."""
+    """A layer that reads what another site reads, and whose output is added to that one's, by addition alone."""
 
     layer: str
     norms: tuple[str, ...]
     """The norms between the layer and the sum."""
+    written: bool = False
+    """Whether what the branch gives takes in the sum, in place: `y = branch(x); y += other(x)`."""
+
+
+class _Sum(NamedTuple):
+    """The last of the additions that a value goes into and nothing else."""
+
+    total: fx.Node
+    norms: tuple[str, ...]
+    """The norms on the way there."""
+    written: bool
+    """Whether the first of the additions writes into the value."""
 
 
 class Connections:
@@ -90,37 +103,41 @@ class Connections:
         site = None if source is None else self.part.site_of(source)
         return site.path if site is not None and site.kind == "norm" else None
 
-    # ---- a norm beside layers ----
+    # ---- beside a norm or a layer ----
 
-    def beside(self, norm: fx.Node) -> frozenset[Branch]:
-        """The layers of branches that are parallel to a norm."""
-        source, total = self._source(norm, flattened=False), self._sum_of(norm)
+    def beside(self, node: fx.Node) -> frozenset[Branch]:
+        """The layers of branches that are parallel to a norm, or to a layer, which is one of them."""
+        source, own = self._source(node, flattened=False), self._sum_of(node)
         uses = [] if source is None else list(self._uses(source))
-        if total is None or total[1] or any(self._may_write(user) for user in uses):
+        if own is None or any(self._may_write(user) for user in uses):
+            return frozenset()
+        site = self.part.site_of(node)
+        if site is not None and site.kind == "norm" and (own.norms or own.written):  # an identity could not stand there
             return frozenset()
         branches = set()
         for node in uses:
             reads = operations.input_of(node)
             alone = reads is not None and self._seen_through(reads, flattened=False) is source
             site, reached = self.part.site_of(node) if alone else None, self._sum_of(node)
-            if site is not None and site.kind == "weight" and reached is not None and reached[0] is total[0]:
-                branches.add(Branch(site.path, reached[1]))
+            if site is not None and site.kind == "weight" and reached is not None and reached.total is own.total:
+                branches.add(Branch(site.path, reached.norms, reached.written))
         return frozenset(branches)
 
-    def _sum_of(self, node: fx.Node) -> tuple[fx.Node, tuple[str, ...]] | None:
-        """The last of the additions that a value goes into and nothing else, and the norms on the way there."""
+    def _sum_of(self, node: fx.Node) -> _Sum | None:
+        """The sum that the value of a node goes into; None where it goes elsewhere, too."""
         norms: list[str] = []
-        total = None
+        total, written = None, False
         while (user := self._only_user(node)) is not None:
             site = self.part.site_of(user)
             if operations.input_of(user) is node and site is not None and site.kind == "norm" and total is None:
                 norms.append(site.path)
             elif _adds(user):
+                written = written or (total is None and user.target in _IN_PLACE and user.args[0] is node)
                 total = user
             elif not self._hands_on(user):
                 break
             node = user
-        return None if total is None else (total, tuple(norms))
+        return None if total is None else _Sum(total, tuple(norms), written)
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
         users = [user for user in node.users if not operations.reads_shape_only(user)]

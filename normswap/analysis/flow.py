@@ -33,7 +33,7 @@ class Flow:
     norms_before: dict[str, list[str | None]] = field(default_factory=lambda: defaultdict(list))
     """For a weight layer, the norm directly before each call; None where something else stands there."""
     beside: dict[str, list[frozenset[Branch]]] = field(default_factory=lambda: defaultdict(list))
-    """For a norm, the branches parallel to each call."""
+    """For a norm or a weight layer, the branches parallel to each call; a layer's own is one of them."""
     normed: set[str] = field(default_factory=set)
     """Weight layers whose output reaches a norm before it reaches another weight layer: these are standardized."""
     single: set[str] = field(default_factory=set)
@@ -147,10 +147,12 @@ class Flow:
         found = {layer for layer in layers if layer is not None}
         return found if known and all(set(self.norms_before[layer]) == {norm} for layer in found) else set()
 
-    def parallel(self, norm: str) -> frozenset[Branch]:
-        """The branches that are parallel to the norm in each call, and whose layers are called in no other place."""
-        calls = self.beside[norm]
-        if norm not in self.parts or not calls:
+    def parallel(self, path: str) -> frozenset[Branch]:
+        """The branches that are parallel to a norm or a weight layer in each call, and whose layers are called in no
+        other place.
+        """
+        calls = self.beside[path]
+        if path not in self.parts or not calls:
             return frozenset()
         in_each = frozenset.intersection(*calls)
         return frozenset(b for b in in_each if b.layer in self.parts and len(self.norms_before[b.layer]) == len(calls))

@@ -79,13 +79,13 @@ class GraphReader:
             path = site.path
             before, shapings = self._between(node)
             flow.between[path].add((before, shapings))
+            flow.beside[path].append(self.connections.beside(node))
             # Only the whole model's input is the user's; that of a part may be anything.
             if not self.part.path and self._is_weighted(node) and not weights_before[node]:
                 flow.first.add(path)
             if site.kind == "norm":
                 flow.writers[path].append(self.connections.writers(node))
                 flow.followers[path] += self.connections.followers(node)
-                flow.beside[path].append(self.connections.beside(node))
                 if (flattened := self.connections.flattened(node)) is not None:
                     flow.flattened[path] |= self.ranks.get(flattened, ranks.ANY_RANK)
                 if (one := single[node]) is not None:

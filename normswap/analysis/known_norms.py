@@ -91,8 +91,12 @@ def eps_of(norm: nn.Module) -> float:
 
 @functools.cache
 def own_attributes(base: Any) -> dict[str, frozenset[str]]:
-    """The names that an instance of a norm's class has by itself, as attributes, parameters, buffers and children."""
-    fresh = base(1, 1) if issubclass(base, BatchChannelNorm | nn.GroupNorm) else base(1)
+    """The names that an instance of a class has by itself, as attributes, parameters, buffers and children.
+
+    `base` is a norm's or a convolution's.
+    """
+    sizes = 2 if issubclass(base, BatchChannelNorm | nn.GroupNorm) else 1
+    fresh = base(*[1] * (3 if issubclass(base, nn.modules.conv._ConvNd) else sizes))
     tensors = {kind: frozenset(getattr(fresh, kind)) for kind in ("_parameters", "_buffers")}
     return {"": frozenset(vars(fresh)), "_modules": frozenset()} | tensors  # an activation in a norm is carried over
 

@@ -1,6 +1,7 @@
 """One symbolic run of a forward: torch.fx's tracer, made to choose a way at each branch on data."""
 
 import itertools
+import operator
 import sys
 import threading
 import traceback
@@ -29,10 +30,15 @@ _GIVES_A_TENSOR: tuple[Any, ...] = (*CONVOLUTIONS, nn.Linear, _BatchNorm, nn.Gro
 
 
 class _Value(fx.Proxy):
-    """A symbolic value of which `list` can be made: it asks for the length first, and does without on this error."""
+    """A symbolic value that tells more than torch.fx's."""
 
     def __len__(self) -> int:
+        """Of which `list` can be made: it asks for the length first, and does without on this error."""
         raise TypeError("'len' is not supported in symbolic tracing")
+
+    def __iadd__(self, other: Any) -> Any:
+        """Of which `+=` is not recorded as `+`: it writes into the value."""
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
 
 def _number_of_chunks(node: fx.Node) -> int | None:

@@ -1,7 +1,7 @@
 """Counts and names for the report: what changed, what stayed and why, and how large the model is."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -18,25 +18,31 @@ _TOOK_IN = {
 }  # fmt: skip
 
 
-def changes_of(swaps: Sequence[Swap]) -> list[Change]:
-    """The swaps as the report has them; a layer that takes in a norm has a change too, though it is no swap."""
-    taken: dict[Site, list[tuple[Place, Swap]]] = defaultdict(list)
+def changes_of(swaps: Sequence[Swap], notes: Mapping[Site, str]) -> list[Change]:
+    """The swaps as the report has them; a layer that takes in another has a change too, though it is no swap.
+
+    `notes` are of such layers.
+    """
+    taken: dict[Site, list[tuple[str, Swap]]] = defaultdict(list)
     for swap in swaps:
         for absorption in swap.absorptions:
-            taken[absorption.site].append((absorption.place, swap))
+            taken[absorption.site].append((_TOOK_IN[absorption.place], swap))
+        if swap.merger is not None:
+            taken[swap.merger.site].append(("took in the convolution beside it", swap))
     changes = []
     for swap in swaps:
-        site, norms = swap.site, taken.pop(swap.site, [])
-        partners = [absorption.site.path for absorption in swap.absorptions] + [norm.site.path for _, norm in norms]
-        how = "; ".join([swap.how, *(_TOOK_IN[place] for place, _ in norms)])
+        site, others = swap.site, taken.pop(swap.site, [])
+        into = [absorption.site.path for absorption in swap.absorptions]
+        partners = [*into, *([swap.merger.site.path] if swap.merger else []), *(other.site.path for _, other in others)]
+        how = "; ".join(dict.fromkeys([swap.how, *(words for words, _ in others)]))
         partner = partners[0] if partners else None
         changes.append(
             Change(site.paths, site.kind, site.name, swap.after, how, swap.exact, swap.note, swap.groups, partner)
         )
-    for layer, norms in taken.items():
-        how, exact = "; ".join(_TOOK_IN[place] for place, _ in norms), all(norm.exact for _, norm in norms)
-        partner = norms[0][1].site.path
-        changes.append(Change(layer.paths, "weight", layer.name, layer.name, how, exact, partner=partner))
+    for layer, others in taken.items():
+        how, exact = "; ".join(dict.fromkeys(words for words, _ in others)), all(other.exact for _, other in others)
+        partner, note = others[0][1].site.path, notes.get(layer, "")
+        changes.append(Change(layer.paths, "weight", layer.name, layer.name, how, exact, note, partner=partner))
     return changes
 
 

@@ -1,5 +1,6 @@
 """The proof of a conversion: no layer was missed, and the output moved no more than it may."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ from normswap.conversion.planning import Plan
 from normswap.conversion.request import Phase, Request
 from normswap.errors import ModelError, NormswapError
 from normswap.report.report import Drift
+from normswap.targets.context import Place, Swap
 from normswap.targets.options import Options
 
 _NUDGE = 16  # times the rounding of an input, by which it is moved to see what that does
@@ -59,7 +61,7 @@ def measure_drift(model: nn.Module, plan: Plan, evidence: Evidence, request: Req
     name = evidence.inputs_name
     if evidence.problem:
         return Drift(name, note=evidence.problem)
-    changed = {swap.site.path for swap in plan.swaps}
+    changed = {swap.site.path for swap in plan.swaps} - _in_sums(plan.swaps)
     before = {path: sketch for path, sketch in evidence.sketches.items() if path in changed}
     try:
         after = run_model(model, evidence.inputs, taps=before)
@@ -69,6 +71,14 @@ def measure_drift(model: nn.Module, plan: Plan, evidence: Evidence, request: Req
     if all(swap.exact for swap in plan.swaps):
         _check_exact(model, drift, "this conversion")
     return replace(drift, layers=tuple(layer_drifts(before, after.sketches)))
+
+
+def _in_sums(swaps: Sequence[Swap]) -> set[str]:
+    """Layers that give something else than before, and so does one beside them: the sum is the same."""
+    norms = [absorption for swap in swaps for absorption in swap.absorptions if absorption.place is Place.BESIDE]
+    mergers = [swap.merger for swap in swaps if swap.merger is not None]
+    layers = {norm.site for norm in norms} | {site for merger in mergers for site in (merger.site, merger.branch)}
+    return {s.site.path for s in swaps if s.site in layers or any(a.site in layers for a in s.absorptions)}
 
 
 def is_steady(model: nn.Module, evidence: Evidence) -> bool:

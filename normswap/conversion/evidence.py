@@ -136,13 +136,15 @@ def gather_evidence(survey: Survey, request: Request) -> Evidence:
 
 
 def _folds_in_parts(survey: Survey, request: Request) -> bool:
-    """Whether a norm may go into a layer of which only traces of parts of the model tell."""
+    """Whether a norm or a layer may go into a layer of which only traces of parts of the model tell."""
     plain = request.target.norm is PLAIN_FORM
     folds = plain or request.target.norm is NORM_FORMS["fold"]
     if not folds or request.recorded.changes or any(p.is_meta for p in survey.model.parameters()):
         return False
-    norms = [site for site in survey.chosen if site.path in survey.flow.in_parts and site.kind == "norm"]
-    return any(survey.flow.feeders(norm.path)[0] and (not plain or norm.base in RUNNING_NORMS) for norm in norms)
+    flow, in_parts = survey.flow, [site for site in survey.chosen if site.path in survey.flow.in_parts]
+    norms = [site for site in in_parts if site.kind == "norm" and (not plain or site.base in RUNNING_NORMS)]
+    merges = not plain and any(site.kind == "weight" and len(flow.parallel(site.path)) > 1 for site in in_parts)
+    return merges or any(flow.feeders(norm.path)[0] for norm in norms)
 
 
 def _run_before(survey: Survey, request: Request, inputs: Any, limit: float | None) -> Observed:

@@ -1,7 +1,7 @@
 """Decide, before anything moves: for each norm and weight layer its replacement, built, or why it is left."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -16,8 +16,10 @@ from normswap.errors import ModelError, OptionError
 from normswap.layers.torch_normalization import normalized_by_torch
 from normswap.report.path_patterns import summarize_paths
 from normswap.report.report import Change, Left
-from normswap.targets.context import Absorption, Context, Swap
+from normswap.target_table import NORM_FORMS
+from normswap.targets.context import Absorption, Context, Merger, Swap
 from normswap.targets.groups import share_channels
+from normswap.targets.merging import plan_mergers
 from normswap.targets.options import parse_groups
 from normswap.targets.target import PLAIN_TARGET, Target, plan_norm, plan_weight
 from normswap.targets.weights import strict_rescaling
@@ -42,8 +44,8 @@ class Plan:
         return [site.path for site in sites if site.kind == "norm" or site.layer_kind == "rnn"]
 
     def halves(self) -> tuple[list[Swap], list[Swap]]:
-        """What is exact, and the rest, to be put in after it; all at once where a norm goes into a layer."""
-        if any(swap.absorptions for swap in self.swaps):
+        """What is exact, and the rest, to be put in after it; all at once where a layer takes in another one."""
+        if any(swap.absorptions or swap.merger for swap in self.swaps):
             return [], list(self.swaps)
         exact = [swap for swap in self.swaps if swap.exact]
         return exact, [swap for swap in self.swaps if not swap.exact]
@@ -67,11 +69,11 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
         measured_exact=evidence.tells_of_exactness and not (request.heeds_type_tests or request.inplace),
         release=request.release,
     )
-    swaps, left = plan_sites(sites, survey.chosen, request.target, context)
+    swaps, changes, left = plan_sites(sites, survey.chosen, request.target, context)
     if request.target is not PLAIN_TARGET and not request.recorded.changes:
         apart = told_apart(survey.model, survey.flow, sites, {swap.site: swap.module for swap in swaps})
         if apart:
-            swaps, left = plan_sites(sites, survey.chosen, request.target, replace(context, told_apart=apart))
+            swaps, changes, left = plan_sites(sites, survey.chosen, request.target, replace(context, told_apart=apart))
     left += survey.hidden
     if not swaps and not request.may_be_idle:
         plain = request.target is PLAIN_TARGET
@@ -81,15 +83,17 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
     notices = [*survey.notices, *_notices(survey, request, swaps)]
     if request.target is PLAIN_TARGET and not swaps:
         notices.append(why_nothing_to_convert(request.target, left))
-    return Plan(swaps, changes_of(swaps), sorted(left, key=lambda entry: entry.path), notices)
+    return Plan(swaps, changes, sorted(left, key=lambda entry: entry.path), notices)
 
 
 def plan_sites(
     sites: Sequence[Site], chosen: Collection[Site], target: Target, context: Context
-) -> tuple[list[Swap], list[Left]]:
-    """A swap, built, or a reason, for each site and for each norm that is called as a function.
+) -> tuple[list[Swap], list[Change], list[Left]]:
+    """A swap, built, or a reason, for each site and for each norm that is called as a function; the swaps as the report
+    has them, too.
 
-    Norms come first: what they fold into changes the weights, which are then planned with the norms' scales in them.
+    Norms come first: what they fold into changes the weights, which are then planned with the norms' scales in them,
+    and with the convolutions beside them that go into them.
     """
     if target.weight is not None and target.weight.name == "ws" and context.options.ws == "strict":
         context = replace(context, rescaling=_rescaling(sites, chosen, target, context))
@@ -98,20 +102,24 @@ def plan_sites(
         if site.kind == "norm" and site in chosen:
             plans[site] = _unless_told_apart(plan_norm(site, target, context), target, context)
     context = replace(context, folded=_foldings(plans))
+    merged, notes = _mergers(chosen, plans, target, context)
+    context = replace(context, merged=_by_layer(merged.values()))
     for site in sites:
-        if site.kind == "weight" and (site in chosen or _must_be_plain(site, context)):
+        if site in merged:
+            plans[site] = merged[site]
+        elif site.kind == "weight" and (site in chosen or _must_be_plain(site, context)):
             swap = plans[site] = _unless_told_apart(plan_weight(site, target, context), target, context)
             if isinstance(swap, Swap) and swap.tied_lengths:
                 context = replace(context, tied_lengths={**context.tied_lengths, **swap.tied_lengths})
     swaps = [plan for plan in plans.values() if isinstance(plan, Swap)]
     left = []
     for site, reason in plans.items():
-        taken_in = site.path in context.folded
+        taken_in = site.path in context.folded or site.path in context.merged
         if isinstance(reason, str) and not taken_in and is_reported(site, context.options.reported_layers):
-            left += [Left(path, site.kind, site.name, reason) for path in site.paths]
+            left += [Left(path, site.kind, site.name, notes.get(site, reason)) for path in site.paths]
     unheld = "is a function call that no module holds"
     left += [Left(where, "norm", name, unheld) for where, name in context.flow.functional.items()]
-    return swaps, left
+    return swaps, changes_of(swaps, notes), left
 
 
 def _foldings(plans: dict[Site, Swap | str]) -> dict[str, list[Absorption]]:
@@ -126,6 +134,27 @@ def _foldings(plans: dict[Site, Swap | str]) -> dict[str, list[Absorption]]:
             else:
                 plans[site] = "no convolution or linear layer directly before it; a norm beside it stays"
     return dict(folded)
+
+
+def _mergers(
+    chosen: Collection[Site], plans: Mapping[Site, Swap | str], target: Target, context: Context
+) -> tuple[dict[Site, Swap], dict[Site, str]]:
+    """Of convolutions beside others, to whose outputs theirs are added: the swaps of those that go into one of them,
+    and why the others stay.
+    """
+    found = plan_mergers(chosen, plans, context) if target.norm is NORM_FORMS["fold"] else {}
+    found = {site: _unless_told_apart(plan, target, context) for site, plan in found.items()}
+    merged = {site: plan for site, plan in found.items() if isinstance(plan, Swap)}
+    return merged, {site: plan for site, plan in found.items() if isinstance(plan, str)}
+
+
+def _by_layer(swaps: Iterable[Swap]) -> dict[str, list[Merger]]:
+    """By the path of a convolution, those that it takes in."""
+    mergers: dict[str, list[Merger]] = defaultdict(list)
+    for swap in swaps:
+        if swap.merger is not None:
+            mergers[swap.merger.site.path].append(swap.merger)
+    return dict(mergers)
 
 
 def _unless_told_apart(swap: Swap | str, target: Target, context: Context) -> Swap | str:

@@ -40,8 +40,8 @@ class Recorded:
     """What the recipe of a converted file tells of its norms, by path, where a conversion is repeated without data."""
 
     groups: Mapping[str, int] = field(default_factory=dict)
-    changes: frozenset[str] = frozenset()
-    """All layers that were changed."""
+    changes: Mapping[str, str] = field(default_factory=dict)
+    """All layers that were changed, and what they became."""
     measured: Mapping[str, Measured] = field(default_factory=dict)
     seen: Mapping[str, Seen] = field(default_factory=dict)
 

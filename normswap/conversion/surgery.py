@@ -12,8 +12,8 @@ from normswap.analysis.sites import Site
 from normswap.conversion.request import Request
 from normswap.layers.matching import constant_response, widen
 from normswap.layers.reparametrized import NORMALIZED, STANDARDIZED
-from normswap.targets.context import Absorption, Place, Swap
-from normswap.targets.folding import apply_to_weight_, in_order
+from normswap.targets.context import Absorption, Merger, Place, Swap
+from normswap.targets.folding import apply_to_weight_, in_order, merge_weights_
 
 _CONTENTS = {"_parameters", "_buffers", "_modules"}
 _REMEMBERED = {"momentum"}  # of a batch norm, by a norm that has no use for it: the way back finds it
@@ -25,11 +25,15 @@ def replace_layers(swaps: Sequence[Swap], request: Request) -> None:
         for swap in swaps:
             if swap.first:
                 _carry_out(swap)
-        # All foldings before other swaps: a layer that takes a norm in may be replaced itself.
+        # All foldings before other swaps: a layer that takes a norm in may be replaced itself. And before mergers: a
+        # convolution goes into another one with the norms that it has taken in.
         for absorption in in_order(absorption for swap in swaps for absorption in swap.absorptions):
             _absorb(absorption)
             if (weight := absorption.site.module._parameters.get("weight")) is not None:
                 request.release(weight)
+        for merger in (swap.merger for swap in swaps if swap.merger is not None):
+            _merge(merger)
+            request.release(merger.site.module.weight)  # type: ignore[arg-type]
         for swap in swaps:
             if not swap.first:
                 _carry_out(swap)
@@ -59,6 +63,17 @@ def _absorb(absorption: Absorption) -> None:
         added = constant_response(layer.weight, affine.shift, groups)
     layer.bias.copy_(widen(layer.bias) + added)
     apply_to_weight_(absorption, layer.weight)
+
+
+def _merge(merger: Merger) -> None:
+    """Add the filters and the bias of a convolution to those of the one that takes it in."""
+    layer: Any = merger.site.module
+    branch: Any = merger.branch.module
+    if layer.bias is None:
+        layer.register_parameter("bias", merger.bias)
+    if branch.bias is not None:
+        layer.bias.copy_(widen(layer.bias) + widen(branch.bias))
+    merge_weights_(merger, layer.weight, branch.weight)
 
 
 def _scale_layer(absorption: Absorption) -> None:

@@ -140,7 +140,7 @@ def replay(model: nn.Module, recipe: Recipe, where: object) -> nn.Module:
     options = Options(ws_scope="all", layers=tuple(LAYERS), recurrent=recurrent, include=lambda path, _: path in layers)
     sizes = _stand_in_sizes(recipe, target, layers, sites)
     moments = _stand_in_moments(model, sites, sizes) if recipe.on_data else {}
-    recorded = Recorded(groups, frozenset(layers), moments, sizes)
+    recorded = Recorded(groups, {path: layer.to for path, layer in layers.items()}, moments, sizes)
     converted, report = run(model, Request(target, options, inplace=True, may_be_idle=True, recorded=recorded))
     _check_outcome(layers, sites, report, where)
     return fold(converted).model if recipe.folded else converted

@@ -14,7 +14,7 @@ from normswap.analysis.running import Seen, run_model
 from normswap.analysis.selection import check_model, shared_tensors
 from normswap.analysis.sites import Site, find_sites
 from normswap.analysis.statistics import statistics_of
-from normswap.conversion.accounting import changes_of, count_elements
+from normswap.conversion.accounting import count_elements
 from normswap.conversion.planning import plan_sites
 from normswap.errors import ModelError, NormswapError
 from normswap.inspection.advice import Facts, advise
@@ -140,11 +140,11 @@ def _in_short(values: Sequence[int]) -> str:
 def _try_target(target: Target, sites: Sequence[Site], context: Context) -> Outcome:
     """What a target would do with every option at its default: all replacements are built, none is put in."""
     try:
-        swaps, left = plan_sites(sites, set(sites), target, context)
+        swaps, changes, left = plan_sites(sites, set(sites), target, context)
     except NormswapError as error:
         return Outcome(target.name, 0, 0, None, 0, (), str(error))
     mine = "norm" if target.norm else "weight"
     reasons = Counter(entry.reason for entry in left if entry.kind == mine)
-    kinds = Counter(change.kind for change in changes_of(swaps))
+    kinds = Counter(change.kind for change in changes)
     exact = all(swap.exact for swap in swaps) if swaps else None
     return Outcome(target.name, kinds["norm"], kinds["weight"], exact, reasons.total(), tuple(reasons.most_common()))

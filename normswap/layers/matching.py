@@ -150,15 +150,27 @@ def constant_response(weight: Tensor, inputs: Tensor, groups: int = 1) -> Tensor
     return (filters.view(groups, -1, filters.shape[1]) @ inputs.view(groups, -1, 1)).flatten()
 
 
-def add_to_middle_(weight: Tensor, amount: Tensor, groups: int = 1) -> None:
-    """Add to the middle of each filter of a convolution of as many inputs as outputs, where it meets its own channel.
+def add_to_middle_(weight: Tensor, amount: Tensor) -> None:
+    """Add to the middle of each of the first filters of a convolution, where it meets the input of its own channel.
 
-    `weight` is (channels, channels / groups, *kernel) with odd kernels, `amount` (channels,).
+    `weight` is (out, in / groups, *kernel) with odd kernels and, where there are several groups, as many inputs as
+    outputs; `amount` is (channels,), at most as many as there are inputs and outputs.
     """
-    channel = torch.arange(len(weight), device=weight.device)
-    at: list[Any] = [channel, channel % (len(weight) // groups), *(size // 2 for size in weight.shape[2:])]
+    channel = torch.arange(len(amount), device=weight.device)
+    at: list[Any] = [channel, channel % weight.shape[1], *(size // 2 for size in weight.shape[2:])]
     with torch.no_grad():
         weight[tuple(at)] += amount.to(weight.dtype)
+
+
+def add_filters_(weight: Tensor, smaller: Tensor) -> None:
+    """Add to the middle of the filters of a convolution those of another, with the same groups.
+
+    `weight` is (out, in / groups, *kernel), `smaller` the same with a kernel that is smaller by even numbers.
+    """
+    for dim, size in enumerate(smaller.shape):
+        weight = weight.narrow(dim, (weight.shape[dim] - size) // 2, size)
+    with torch.no_grad():
+        weight.add_(smaller)
 
 
 def scale_filters_(weight: Tensor, scale: Tensor, transposed_groups: int | None = None) -> None:

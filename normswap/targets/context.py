@@ -28,6 +28,18 @@ class Place(Enum):
 
 
 @dataclass(frozen=True)
+class Merger:
+    """A convolution that goes into one beside it, as both read the same and their outputs are added."""
+
+    site: Site
+    """The convolution that takes in the other."""
+    branch: Site
+    """The other, which leaves a shortcut: the first channels of its input, at its stride."""
+    bias: nn.Parameter | None
+    """A new bias for `site`, where it has none and the other adds one."""
+
+
+@dataclass(frozen=True)
 class Absorption:
     """A norm, or those of its channels that one layer gives, that goes into a layer."""
 
@@ -61,6 +73,9 @@ class Swap:
     """Tensors of the model that take new values in place, so that optimizers and other holders of a parameter keep it.
     A large value is a function, which is called when its turn comes."""
     absorptions: tuple[Absorption, ...] = ()
+    """Of a norm: the layers that it goes into."""
+    merger: Merger | None = None
+    """Of a convolution: the one that it goes into."""
     first: bool = False
     """Whether it comes before any norm is folded: the layer is one that a norm can go into only then."""
     tied_lengths: Mapping[int, nn.Parameter] = field(default_factory=dict)
@@ -87,8 +102,8 @@ class Context:
     """What calibration data showed of recurrent layers, by path and vector."""
     recorded_groups: Mapping[str, int] = field(default_factory=dict)
     """The groups of norms that the recipe of a converted file tells, by path."""
-    recorded_changes: frozenset[str] = frozenset()
-    """The layers that the recipe of a converted file tells to have changed, by path."""
+    recorded_changes: Mapping[str, str] = field(default_factory=dict)
+    """The layers that the recipe of a converted file tells to have changed, by path, and what they became."""
     told_apart: frozenset[Site] = frozenset()
     """Layers that a forward was seen to go another way for, were they what they would become."""
     measured_exact: bool = False
@@ -99,6 +114,8 @@ class Context:
     """By the path of a norm: how strict standardization multiplies the filters of the convolution before it."""
     folded: Mapping[str, Sequence[Absorption]] = field(default_factory=dict)
     """By the path of a weight layer: the norms that are folded into it."""
+    merged: Mapping[str, Sequence[Merger]] = field(default_factory=dict)
+    """By the path of a convolution: those that it takes in."""
     tied_lengths: Mapping[int, nn.Parameter] = field(default_factory=dict)
     """The lengths of filters that layers planned before share with others, by the id of the weight."""
 

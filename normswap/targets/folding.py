@@ -14,11 +14,11 @@ from normswap.analysis.sites import Site
 from normswap.analysis.standardizing import class_without_standardization
 from normswap.analysis.statistics import is_untrained
 from normswap.analysis.trials import own_forward
-from normswap.layers.matching import Affine, add_to_middle_, as_affine, scale_filters_, scale_inputs_
+from normswap.layers.matching import Affine, add_filters_, add_to_middle_, as_affine, scale_filters_, scale_inputs_
 from normswap.layers.reparametrized import CONVOLUTIONS, PLAIN, filter_groups
 from normswap.layers.subclasses import as_plain
 from normswap.layers.torch_normalization import is_torchs_hook, kind_of_normalization
-from normswap.targets.context import Absorption, Context, Place, Swap
+from normswap.targets.context import Absorption, Context, Merger, Place, Swap
 from normswap.targets.groups import share_channels
 from normswap.targets.parameters import is_trained, read_statistics
 
@@ -36,7 +36,7 @@ def to_folded(site: Site, context: Context) -> Swap | str:
     absorptions = _into_layers_before(site, affine, context)
     # Standardized strictly, a layer loses what a norm gives it, unless it stands before the norm.
     strict = bool(context.rescaling)
-    if isinstance(absorptions, str) and site.form == "data" and not strict and _is_bare(site):
+    if isinstance(absorptions, str) and site.form == "data" and not strict and is_bare(site):
         behind = _into_layers_behind(site, affine, context)
         beside = [] if isinstance(behind, list) and behind else _into_a_layer_beside(site, affine, context)
         reason = f"{absorptions}; {behind}" if behind and isinstance(behind, str) else absorptions
@@ -61,39 +61,52 @@ def in_order(absorptions: Iterable[Absorption]) -> list[Absorption]:
 def apply_to_weight_(absorption: Absorption, weight: Tensor) -> None:
     """What an absorption does to the weight of its layer, done to `weight`, of the same shape."""
     layer: Any = absorption.site.module
-    scale, groups = absorption.affine.scale, getattr(layer, "groups", 1)
+    scale = absorption.affine.scale
     if absorption.place is Place.BEFORE:
         scale_filters_(weight, scale, filter_groups(layer))
     elif absorption.place is Place.BEHIND:
-        scale_inputs_(weight, scale, groups)
+        scale_inputs_(weight, scale, getattr(layer, "groups", 1))
     else:
-        add_to_middle_(weight, scale, groups)
+        add_to_middle_(weight, scale)
+
+
+def merge_weights_(merger: Merger, weight: Tensor, branch: Tensor) -> None:
+    """What a merger does to the weight of its layer, done to `weight`, where the other convolution's is `branch`."""
+    layer: Any = merger.site.module
+    add_filters_(weight, branch)
+    add_to_middle_(weight, -torch.ones(min(layer.in_channels, layer.out_channels), device=weight.device))
 
 
 def folded_weight(site: Site, weight: Tensor, context: Context) -> Tensor:
-    """The weight of a layer as it is when norms have gone into it; `weight` itself where none does."""
-    absorptions = context.folded.get(site.path, ())
-    if not absorptions:
+    """The weight of a layer as it is when norms and other layers have gone into it; `weight` itself where none does."""
+    absorptions, mergers = context.folded.get(site.path, ()), context.merged.get(site.path, ())
+    if not absorptions and not mergers:
         return weight
     with torch.no_grad():
         folded = weight.detach().clone()
         for absorption in in_order(absorptions):
             apply_to_weight_(absorption, folded)
+        for merger in mergers:
+            branch: Any = merger.branch.module
+            merge_weights_(merger, folded, folded_weight(merger.branch, branch.weight, context))
     return folded
 
 
 def _absorption(into: Site, norm: Site, affine: Affine, place: Place, needs: tuple[str, ...] = ()) -> Absorption:
     """The absorption, with a bias where the layer has none."""
     layer: Any = into.module
-    bias = None
-    if layer.bias is None:
-        like: Tensor = next(layer.parameters())
-        zeros = torch.zeros(into.channels, dtype=like.dtype, device=like.device)
-        bias = nn.Parameter(zeros, requires_grad=is_trained(norm, "bias"))
+    bias = zero_bias(into, is_trained(norm, "bias")) if layer.bias is None else None
     return Absorption(into, affine, bias, place, needs)
 
 
-def _is_bare(norm: Site) -> bool:
+def zero_bias(layer: Site, requires_grad: bool) -> nn.Parameter:
+    """A bias for a layer that has none."""
+    like: Tensor = next(layer.module.parameters())
+    zeros = torch.zeros(layer.channels, dtype=like.dtype, device=like.device)
+    return nn.Parameter(zeros, requires_grad=requires_grad)
+
+
+def is_bare(norm: Site) -> bool:
     """Whether a norm gives what it computes: no activation and no hook behind it."""
     hooked = norm.module._forward_hooks or norm.module._forward_pre_hooks
     inner = [child for child in norm.module.modules() if child is not norm.module]
@@ -127,14 +140,9 @@ def _cannot_absorb(into: Site, norm: Site, context: Context, place: Place) -> st
     baked = bool(into.obstacle) and class_without_standardization(layer) is not None  # which is done first
     if into.obstacle and not baked:
         return into.obstacle
-    if into in context.excluded:
-        return "is excluded"
-    if into.path in context.flow.touched:
-        return "has a weight that is also read directly"
-    if any(id(p) in context.shared for p in layer.parameters()):
-        return "shares its weight with another layer"
-    normalized_alone = all(map(is_torchs_hook, layer._forward_pre_hooks.values()))
-    if layer._forward_hooks or not normalized_alone or norm.module._forward_pre_hooks:
+    if problem := why_values_stay(into, context):
+        return problem
+    if norm.module._forward_pre_hooks:
         return "has a forward hook, which would see other values"
     if by_torch := kind_of_normalization(layer):  # it takes a norm in as a plain layer only
         old, new = type(layer), type(as_plain(layer))
@@ -149,6 +157,19 @@ def _cannot_absorb(into: Site, norm: Site, context: Context, place: Place) -> st
             "are, which example_inputs or --input-shape do"
         )
     return "has its channels in another dimension than the norm takes" if shared is False else ""
+
+
+def why_values_stay(layer: Site, context: Context) -> str:
+    """Why a layer of a known class must go on giving what it gives; "": it need not."""
+    if layer in context.excluded:
+        return "is excluded"
+    if layer.path in context.flow.touched:
+        return "has a weight that is also read directly"
+    if any(id(p) in context.shared for p in layer.module.parameters()):
+        return "shares its weight with another layer"
+    normalized_alone = all(map(is_torchs_hook, layer.module._forward_pre_hooks.values()))
+    hooked = layer.module._forward_hooks or not normalized_alone
+    return "has a forward hook, which would see other values" if hooked else ""
 
 
 # ---- into the layers behind it ----
@@ -206,7 +227,7 @@ def _into_a_layer_beside(norm: Site, affine: Affine, context: Context) -> list[A
     """
     for branch in sorted(context.flow.parallel(norm.path)):
         into = context.sites[branch.layer]
-        bare = all(_is_bare(context.sites[path]) for path in branch.norms)
+        bare = all(is_bare(context.sites[path]) for path in branch.norms)
         if bare and not _cannot_absorb(into, norm, context, Place.BESIDE) and _keeps_elements(into, norm):
             beside = affine._replace(scale=affine.scale - 1)
             return [_absorption(into, norm, beside, Place.BESIDE, branch.norms)]

@@ -40,7 +40,8 @@ NEIGHBOURS = (
     ),
     Neighbour(
         "timm, folded further", ("timm",), "test_timm_folding.py",
-        "RepVGG, MobileOne, RepGhost, RepViT, MixNet without a norm left; `StdConv2d` of BiT and NF-nets baked in",
+        "RepVGG and MobileOne with one convolution a block, as timm's own `reparameterize` leaves; RepGhost, RepViT, "
+        "MixNet without a norm left; `StdConv2d` of BiT and NF-nets baked in",
     ),
     Neighbour(
         "torchvision detection and segmentation", ("torchvision",), "test_torchvision_tasks.py",

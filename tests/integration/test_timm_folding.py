@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.checks import distance
+from helpers.checks import check_named, distance
 from helpers.nets import randomize
 from torch import Tensor, nn
 
@@ -22,6 +22,10 @@ def model_of(name: str) -> nn.Module:
     return randomize(timm.create_model(name, num_classes=5)).double().eval()
 
 
+def convolutions(model: nn.Module) -> int:
+    return sum(isinstance(m, nn.Conv2d) for m in model.modules())
+
+
 @pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s1", "mixnet_s"])
 def test_every_norm_folds(name: str) -> None:
     model = model_of(name)
@@ -29,6 +33,20 @@ def test_every_norm_folds(name: str) -> None:
     assert not [left for left in report.left if left.kind == "norm"]
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
     assert distance(model(picture()), folded(picture())) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4", "mobileone_s0", "mobileone_s2", "mobileone_s4"])
+def test_parallel_branches_become_one_convolution(name: str) -> None:
+    """As many convolutions as timm's own `reparameterize` leaves, and the same function in plain torch layers."""
+    model = model_of(name)
+    folded, report = normswap.convert(model, "fold")
+    check_named(model, report)
+    assert distance(before := model(picture()), folded(picture())) < 1e-10
+    changed = [folded.get_submodule(change.paths[0]) for change in report.changes]
+    assert all(type(layer).__module__.startswith("torch.nn.") for layer in changed)
+    plain = timm.utils.reparameterize_model(model)
+    assert distance(before, plain(picture())) < 1e-10
+    assert convolutions(folded) == convolutions(plain) < convolutions(model)
 
 
 @pytest.mark.parametrize("name", ["resnetv2_50x1_bit", "nf_resnet26", "dm_nfnet_f0"])
