@@ -1,5 +1,5 @@
 """`python -m normswap`."""
 
-from normswap.cli.commands import main
+from normswap.cli import main
 
 main()

@@ -42,6 +42,6 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
-def path_error(path: object, error: OSError | ValueError) -> FileError:
+def path_error(path: object, error: Exception) -> FileError:
     """The error for a path that cannot be opened, with what the system says; a `ValueError` means an odd name."""
     return FileError(f"{path}: {getattr(error, 'strerror', None) or error}; check the name and the folder")

@@ -224,5 +224,7 @@ def write_distributed(state: dict[str, Any], folder: Path, mappings: Mapping[str
         writer = FileSystemWriter(folder, sync_files=False)
         try:
             save(plain, storage_writer=writer, planner=_SavePlanner(nested), **_ALONE)
+            return
         except CheckpointException as error:
-            raise _first_failure(error) from None
+            failure = _first_failure(error)
+    raise failure  # here, so that it keeps the error behind it: a full disk

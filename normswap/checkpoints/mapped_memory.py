@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     import resource
@@ -43,6 +43,29 @@ def release(tensor: Tensor) -> None:
     if tensor.device.type == "cpu" and tensor.numel():
         storage = tensor.untyped_storage()
         release_block(storage.data_ptr(), storage.nbytes())
+
+
+def hold(model: nn.Module) -> None:
+    """Copy the tensors of a model into memory of the process's own: what becomes of their file then does not matter.
+
+    Tensors that share memory go on sharing it.
+    """
+    copies: dict[int, torch.UntypedStorage] = {}
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    tensors = [*model.parameters(), *model.buffers(), *(value for value in attributes if isinstance(value, Tensor))]
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        if (
+            tensor.layout is torch.strided
+            and tensor.device.type == "cpu"
+            and not tensor.is_quantized
+            and tensor.numel()
+        ):
+            old = tensor.untyped_storage()
+            if old.data_ptr() not in copies:
+                copies[old.data_ptr()] = old.clone()  # type: ignore[no-untyped-call]
+            plain = torch.empty(0, dtype=tensor.dtype)
+            new = copies[old.data_ptr()]
+            tensor.data = plain.set_(new, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
 
 
 def release_block(address: int, size: int) -> None:

@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,29 +21,59 @@ from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
 from normswap.checkpoints.contents import SavedBytes
 from normswap.checkpoints.state_keys import memory_of
 from normswap.checkpoints.stored_recipes import stored_recipe
-from normswap.errors import FileError, OptionError, first_line
+from normswap.errors import FileError, OptionError, first_line, path_error
 
 FORMATS = ("pt", "safetensors", "dcp")
 _NO_MODELS = (".onnx", ".pt2", ".npz", ".json", ".pb")
+_DISTRIBUTED = (".metadata", "*.distcp")
 _PYTORCH = {"format": "pt"}  # without it in the header transformers refuses a safetensors file
 
 
-def check_format(out: Path, form: str | None, overwrite: bool) -> None:
+def check_format(out: Path, form: str | None, overwrite: bool, *, source: Path | None = None) -> None:
     """Check before any work that a checkpoint can be written to `out`, and in the format `form`; None: any.
+
+    Args:
+        out: the file or the folder.
+        form: one of `FORMATS`, or the kind of a checkpoint.
+        overwrite: whether an existing output may be replaced.
+        source: the folder that is read, if one is; what else is in it is copied to a folder of the kind `folder`.
 
     Raises:
         OptionError: no such format.
-        FileError: `out` exists, its folder cannot be written, or its ending is of another kind of file.
+        FileError: `out` exists, or is no checkpoint; its folder cannot be written, or its ending is of another kind of
+            file.
     """
-    if form is not None and form not in FORMATS:
+    if form is not None and form not in (*FORMATS, "folder"):
         raise OptionError(f"format: {form!r} is not one of {', '.join(FORMATS)}")
-    atomic_write.check_writable(out, overwrite)
+    if str(out) == "-":
+        raise FileError("-: a model is not written to the standard output; give the name of a file")
+    atomic_write.check_writable(out, overwrite, folder=None if form is None else form in ("dcp", "folder"))
     if out.suffix in _NO_MODELS or (form == "pt" and out.suffix == ".safetensors"):
         raise FileError(f"{out}: a model is not written as {out.suffix}; give a name that ends in .pt or .safetensors")
+    if out.is_dir() and form is not None:
+        _check_replaceable(out, form, source)
 
 
-def write_checkpoint(found: Checkpoint, out: Path, form: str | None, *, overwrite: bool, mapped: bool = False) -> Path:
-    """Write a checkpoint whole or not at all, see `atomic_write`, and return where.
+def _check_replaceable(out: Path, form: str, source: Path | None) -> None:
+    """Raise `FileError` for a folder that holds what the new one will not: all that goes is an older checkpoint."""
+    try:
+        held = sorted(os.listdir(out))
+        if form == "dcp":
+            others = [name for name in held if not any(fnmatchcase(name, part) for part in _DISTRIBUTED)]
+        else:
+            new = set(os.listdir(source)) if source is not None else set()
+            others = [name for name in held if name not in new]
+    except OSError as error:
+        raise path_error(out, error) from None
+    if others:
+        raise FileError(f"{out}: holds {others[0]}, which would be lost; give the name of a new folder")
+
+
+@contextmanager
+def stage_checkpoint(
+    found: Checkpoint, out: Path, form: str | None, *, overwrite: bool, mapped: bool = False
+) -> Iterator[atomic_write.Staged]:
+    """Write a checkpoint in full beside its place, see `atomic_write.stage_file`.
 
     Args:
         found: what to write.
@@ -53,19 +86,31 @@ def write_checkpoint(found: Checkpoint, out: Path, form: str | None, *, overwrit
         FileError: with nothing written.
     """
     kind, content = form or found.kind, found.content
+    stage: AbstractContextManager[atomic_write.Staged]
     if kind == "pt":
-        return atomic_write.write_file(out, partial(_save, content, out=out, mapped=mapped), overwrite=overwrite)
-    if kind == "safetensors":
+        write_file = partial(_save, content, out=out, mapped=mapped)
+        stage = atomic_write.stage_file(out, write_file, overwrite=overwrite)
+    elif kind == "safetensors":
         tensors, aliases = _stored_once(_tensors(content, out), found.aliases)
         header = (_texts(found.header) or _PYTORCH) | aliases | _recipe_as_text(content)
-        write = partial(_save_safetensors, tensors, header=header, out=out, mapped=mapped)
-        return atomic_write.write_file(out, write, overwrite=overwrite)
-    if kind == "dcp":
+        write_file = partial(_save_safetensors, tensors, header=header, out=out, mapped=mapped)
+        stage = atomic_write.stage_file(out, write_file, overwrite=overwrite)
+    elif kind == "dcp":
         recipe = {name: SavedBytes(_saved(text)) for name, text in _recipe_as_text(content).items()}
         state = {**_flat_entries(content, out), **recipe}
         write_entries = partial(_save_distributed, state, nested=found.nested, out=out)
-        return atomic_write.write_folder(out, write_entries, overwrite=overwrite)
-    return atomic_write.write_folder(out, lambda folder: _write_into_folder(found, folder, mapped), overwrite=overwrite)
+        stage = atomic_write.stage_folder(out, write_entries, overwrite=overwrite)
+    else:
+        stage = atomic_write.stage_folder(out, partial(_write_into_folder, found, mapped=mapped), overwrite=overwrite)
+    with stage as staged:
+        yield staged
+
+
+def write_checkpoint(found: Checkpoint, out: Path, form: str | None, *, overwrite: bool, mapped: bool = False) -> Path:
+    """`stage_checkpoint`, and its name given: the checkpoint appears whole or not at all. Returns where."""
+    with stage_checkpoint(found, out, form, overwrite=overwrite, mapped=mapped) as staged:
+        atomic_write.give_names([staged])
+    return out
 
 
 def _save(content: Any, file: BinaryIO, out: Path, mapped: bool) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import os
 import sys
 import traceback
 import warnings
@@ -18,8 +19,9 @@ from typer.core import TyperGroup
 
 from normswap.cli import options as opt
 from normswap.cli.progress import show_progress
+from normswap.cli.signals import end_on_signals
 from normswap.cli.values import allowed_classes, parse_numbers, parse_shape, parse_size
-from normswap.errors import NormswapError, OptionError
+from normswap.errors import NormswapError, OptionError, path_error
 from normswap.printable import printable
 from normswap.report.formats import to_json
 from normswap.report.inspection import Inspection
@@ -95,12 +97,11 @@ def convert(
     [bold]normswap convert torchvision:resnet50 --to gn --calibrate pictures/ --report report.html[/]
     """
     from normswap.conversion.request import phases
-    from normswap.files import convert_file, model_specs, paths, report_file
+    from normswap.files import convert_file, model_specs, paths
 
     form, data = format.value if format else None, calibrate is not None
     count = len(phases(data)) + sum((True, data, fold, not dry_run))  # reading, the data too; folding; writing
     with _exit_on_error(), show_progress(count, silent=quiet or as_json) as progress:
-        report_file.check_report_file(report, overwrite)
         done = convert_file.convert_file(
             input, to, out,
             input_shape=parse_shape(input_shape), model=model, model_args=model_specs.parse_arguments(model_arg or []),
@@ -109,9 +110,9 @@ def convert(
             layers=tuple(layers.split(",")), recurrent=recurrent, include=include or None, exclude=exclude or None,
             input_size=parse_size(input_size), mean=parse_numbers("--mean", mean, float),
             std=parse_numbers("--std", std, float), calibrate=calibrate, calibrate_seconds=calibrate_seconds,
-            fold=fold, format=form, overwrite=overwrite, dry_run=dry_run, progress=progress,
+            fold=fold, format=form, overwrite=overwrite, dry_run=dry_run, reports=report or (),
+            progress=progress,
         )  # fmt: skip
-        report_file.write_report_file(done, input, report, overwrite)
     written = "" if dry_run else str(out or paths.default_output(input, to, form))
     _show(done, ReportView(done, input, written, full), as_json, quiet)
 
@@ -146,11 +147,10 @@ def fold(
 
     [bold]normswap fold resnet50.gn-ws.pt[/]
     """
-    from normswap.files import convert_file, model_specs, paths, report_file
+    from normswap.files import convert_file, model_specs, paths
     from normswap.targets.target import PLAIN_TARGET
 
     with _exit_on_error(), show_progress(2, silent=quiet or as_json) as progress:
-        report_file.check_report_file(report, overwrite)
         if model_specs.is_spec(input):
             hint = "convert it first: --to fold, or --to gn-ws --fold"
             raise OptionError(f"{input} is a model, not a converted file; {hint}")
@@ -158,9 +158,8 @@ def fold(
         out = out or paths.default_output(input, "fold")
         done = convert_file.convert_file(
             input, PLAIN_TARGET, out, model=model, model_args=model_specs.parse_arguments(model_arg or []), key=key,
-            allow=allowed_classes(allow), trust=trust, overwrite=overwrite,
+            allow=allowed_classes(allow), trust=trust, overwrite=overwrite, reports=report or (),
         )  # fmt: skip
-        report_file.write_report_file(done, input, report, overwrite)
     _show(done, ReportView(done, input, str(out), full), as_json, quiet)
 
 
@@ -175,14 +174,16 @@ def diff(
 
     [bold]normswap diff model.pt model.gn-ws.pt[/]
     """
-    from normswap.files import report_file
+    from normswap.files import paths, report_file
     from normswap.files.diff import diff as compare
 
     with _exit_on_error(), show_progress(2, silent=quiet or as_json) as progress:
-        report_file.check_report_file(report, overwrite)
+        files = report or []
+        paths.check_apart(None, files, (a, b))
+        report_file.check_report_files(files, overwrite)
         progress(f"comparing {a} with {b}")
         done = compare(a, b, key=key, allow=allowed_classes(allow), trust=trust)
-        report_file.write_report_file(done, f"{a} and {b}", report, overwrite)
+        report_file.write_report_files(done, f"{a} and {b}", files, overwrite)
     _show(done, ReportView(done, f"{a} and {b}", full=full), as_json, quiet)
 
 
@@ -212,20 +213,37 @@ def _exit_on_error() -> Iterator[None]:
             warnings.simplefilter("ignore", UserWarning)  # the report repeats ours; torch's are not the user's doing
             yield
     except NormswapError as error:
-        Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise _told(error) from None
+    except OSError as error:  # of a path that no call of ours has looked at
+        if error.filename is None:
+            raise
+        raise _told(path_error(error.filename, error)) from None
+
+
+def _told(error: Exception) -> typer.Exit:
+    """The end of the command, with an error told in one line on stderr."""
+    Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
+    return typer.Exit(1)
 
 
 def _show(found: Report | Inspection, view: ReportView | InspectionView, as_json: bool, quiet: bool) -> None:
     """A report or an inspection on stdout, as data or as the view shows it."""
-    if as_json:
-        sys.stdout.write(to_json(found))
-    elif not quiet:
-        Console().print(view)
+    try:
+        if as_json:
+            sys.stdout.write(to_json(found))
+        elif not quiet:
+            Console().print(view)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`: click ends the command
+        raise
+    except OSError as error:  # a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that what is left of it is not tried again at the end
+        raise _told(path_error("standard output", error)) from None
 
 
 def main() -> None:
     """The command `normswap`."""
+    end_on_signals()  # again, for a script that comes here without `normswap.cli.main`
     # Importing torch makes a million objects that stay: a tenth of the time went into looking through them for garbage.
     gc.set_threshold(100_000)
     for stream in (sys.stdout, sys.stderr):

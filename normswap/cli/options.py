@@ -95,8 +95,8 @@ FormatChoice = Annotated[Format | None, _option(WRITING,
     "Write another kind of file than the input's: of a training checkpoint, the model.")]
 Overwrite = Annotated[bool, _option(WRITING, "Replace what exists, a report too.", "--overwrite")]
 DryRun = Annotated[bool, _option(WRITING, "Report, and write no model.", "--dry-run")]
-ReportFile = Annotated[Path | None, _option(SHOWING,
-    "Write the report too: a page (.html), .md, .json or a picture (.svg).", "--report", metavar="FILE")]
+ReportFile = Annotated[list[Path] | None, _option(SHOWING,
+    "Write the report too: a page (.html), .md, .json or a picture (.svg). Repeatable.", "--report", metavar="FILE")]
 Json = Annotated[bool, _option(SHOWING, "Print it as JSON, and nothing else.", "--json")]
 Full = Annotated[bool, _option(SHOWING, "Print a line for every layer.", "--full")]
 Quiet = Annotated[bool, _option(SHOWING, "Print nothing but errors.", "--quiet")]

@@ -3,19 +3,21 @@
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from normswap.calibration.batches import input_batches, read_samples
-from normswap.checkpoints import contents, mapped_memory, reading, stored_recipes, writing
+from normswap.checkpoints import atomic_write, contents, mapped_memory, reading, stored_recipes, writing
 from normswap.checkpoints.checkpoint import Checkpoint
+from normswap.checkpoints.steady_files import steady_files
 from normswap.conversion.request import Progress
 from normswap.errors import OptionError
-from normswap.files import inputs, model_specs, one_model, paths, recipe
+from normswap.files import inputs, model_specs, one_model, paths, recipe, report_file
 from normswap.files.file_request import ConvertedEntry, FileRequest
 from normswap.report.report import Change, Cost, Report
 from normswap.targets.options import Options
@@ -30,7 +32,7 @@ def convert_file(
     input_shape: Sequence[int] | None = None, example_inputs: Any = None, calibrate: Any = None,
     input_size: int | Sequence[int] | None = None, mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None, fold: bool = False, format: str | None = None, allow: Iterable[str | type] = (),
-    trust: bool = False, overwrite: bool = False, dry_run: bool = False,
+    trust: bool = False, overwrite: bool = False, dry_run: bool = False, reports: Iterable[str | os.PathLike[str]] = (),
     progress: Progress = lambda phase: None, **options: Any,
 ) -> Report:  # fmt: skip
     """Convert the model in a file or a folder, or a model of a library, and write it in the same kind.
@@ -54,7 +56,8 @@ def convert_file(
         fold: bake standardized weights in and leave plain torch layers.
         format: write `pt`, `safetensors` or `dcp` instead; of a training checkpoint, the model alone.
         allow, trust: which classes a file may hold; see `normswap.load`.
-        overwrite, dry_run: replace an existing output; write nothing.
+        overwrite, dry_run: replace existing outputs; write no model.
+        reports: files for the report (`.html`, `.md`, `.json`, `.svg`), which come with the model or not at all.
         progress: called with the name of each phase.
         options: those of `normswap.convert`.
 
@@ -66,39 +69,62 @@ def convert_file(
     check_options(target, asked)
     out = paths.default_output(path, target.name, format) if out is None else Path(out)
     format = format or paths.format_by_ending(out)
-    _check_paths(path, out, format, None if dry_run else overwrite)
-    spec = next((str(s) for s in (path, model) if isinstance(s, str) and model_specs.is_spec(s)), None)
+    outputs = Outputs(str(path), None if dry_run else out, format, tuple(map(Path, reports)), overwrite)
+    paths.check_apart(outputs.model, outputs.reports, (path, model, calibrate))
+    _check_paths(path, outputs)
     pictures = {"input_size": input_size, "mean": mean, "std": std}
     request = FileRequest(target, asked, model, model_args or {}, eps, input_shape, example_inputs, fold, progress)
-    progress(f"reading {path}")
-    found = inputs.read_input(
-        path, model=model, key=key, weights=weights, model_args=request.model_args,
-        trust=trust, allow=allow, scratch=None if dry_run else out.resolve().parent
-    )  # fmt: skip
-    with inputs.errors_name(path):
-        one_model.check_request(entries := contents.find_entries(found.content, key, found.path), found.path, request)
-        asked = replace(asked, calibrate=_read_data(calibrate, spec, weights, pictures, progress))
-        converted, report = _convert_models(found, entries, replace(request, options=asked))
-    if not dry_run:
-        progress(f"writing {out}")
-        _write(converted, out, format, key, overwrite)
-    return replace(report, cost=Cost(time.monotonic() - started, mapped_memory.peak_memory()))
+    with steady_files(path, calibrate) as check_inputs:
+        progress(f"reading {path}")
+        found = inputs.read_input(
+            path, model=model, key=key, weights=weights, model_args=request.model_args,
+            trust=trust, allow=allow, scratch=None if dry_run else out.resolve().parent
+        )  # fmt: skip
+        _check_kind(found, outputs)
+        with inputs.errors_name(path):
+            one_model.check_request(entries := contents.find_entries(found.content, key, path), found.path, request)
+            asked = replace(asked, calibrate=_read_data(calibrate, (path, model), weights, pictures, progress))
+            converted, report = _convert_models(found, entries, replace(request, options=asked))
+        return _write(_in_format(converted, format, key), report, outputs, check_inputs, started, progress)
 
 
-def _check_paths(path: str | os.PathLike[str], out: Path, format: str | None, overwrite: bool | None) -> None:
-    """Raise, before any work, for an input of another kind or an output that cannot be written (None: none is)."""
+@dataclass(frozen=True)
+class Outputs:
+    """What is written, and where."""
+
+    source: str
+    """The path or the spec of what is converted."""
+    model: Path | None
+    """None: a report alone."""
+    format: str | None
+    """None: that of the input."""
+    reports: tuple[Path, ...]
+    overwrite: bool
+
+
+def _check_paths(path: str | os.PathLike[str], outputs: Outputs) -> None:
+    """Raise, before any work, for an input of another kind or an output that cannot be written."""
+    report_file.check_report_files(outputs.reports, outputs.overwrite)
     if not model_specs.is_spec(str(path)):
         reading.check_input(Path(path))
-    if overwrite is not None:
-        writing.check_format(out, format, overwrite)
+    if outputs.model is not None:
+        writing.check_format(outputs.model, outputs.format, outputs.overwrite)
+
+
+def _check_kind(found: Checkpoint, outputs: Outputs) -> None:
+    """Raise where the model cannot take the place of what stands there, now that its kind is known."""
+    if outputs.model is not None:
+        kind = outputs.format or found.kind
+        writing.check_format(outputs.model, kind, outputs.overwrite, source=found.path)
 
 
 def _read_data(
-    calibrate: Any, spec: str | None, weights: str | None, pictures: Mapping[str, Any], progress: Progress
+    calibrate: Any, sources: Iterable[object], weights: str | None, pictures: Mapping[str, Any], progress: Progress
 ) -> Any:
-    """The batches of calibration data, or None; `pictures` says how pictures are prepared, or else the model `spec`."""
+    """The batches of calibration data, or None; `pictures` says how pictures are prepared, or else a library's model in `sources`."""
     if isinstance(calibrate, str | os.PathLike):
         progress(f"reading {calibrate}")
+        spec = next((str(s) for s in sources if isinstance(s, str) and model_specs.is_spec(s)), None)
         return read_samples(calibrate, spec=spec, weights=weights, **pictures)
     if calibrate is not None:
         return input_batches(calibrate)
@@ -162,11 +188,34 @@ def _remap_optimizers(
 # ---- writing ----
 
 
-def _write(found: Checkpoint, out: Path, format: str | None, key: str | None, overwrite: bool) -> None:
-    """Write `found` like the input; in another format the model alone, since not every format holds other entries."""
-    if format is not None and format != found.kind:
-        found = replace(found, content=_model_alone(found, format, key))
-    writing.write_checkpoint(found, out, format, overwrite=overwrite, mapped=not model_specs.is_spec(str(found.path)))
+def _write(
+    found: Checkpoint, report: Report, outputs: Outputs, check_inputs: Callable[[], None], started: float,
+    progress: Progress,
+) -> Report:  # fmt: skip
+    """Write the model and the reports in full, then give them their names; gives the report with what all that cost."""
+    staged = []
+    with ExitStack() as stack:
+        if outputs.model is not None:
+            progress(f"writing {outputs.model}")
+            writing_model = writing.stage_checkpoint(
+                found,
+                outputs.model,
+                outputs.format,
+                overwrite=outputs.overwrite,
+                mapped=not model_specs.is_spec(outputs.source),
+            )
+            staged.append(stack.enter_context(writing_model))
+        report = replace(report, cost=Cost(time.monotonic() - started, mapped_memory.peak_memory()))
+        writing_reports = report_file.stage_report_files(report, outputs.source, outputs.reports, outputs.overwrite)
+        staged += stack.enter_context(writing_reports)
+        check_inputs()
+        atomic_write.give_names(staged)
+    return report
+
+
+def _in_format(found: Checkpoint, format: str | None, key: str | None) -> Checkpoint:
+    """`found` like the input; in another format the model alone, since not every format holds other entries."""
+    return found if format in (None, found.kind) else replace(found, content=_model_alone(found, format, key))
 
 
 def _model_alone(found: Checkpoint, format: str, key: str | None) -> Any:

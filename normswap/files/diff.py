@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normswap.analysis.drift import relative_distance
 from normswap.checkpoints import contents, reading, stored_recipes
 from normswap.checkpoints.mapped_memory import release
+from normswap.checkpoints.steady_files import steady_files
 from normswap.conversion.accounting import count_elements
 from normswap.report.report import Change, Left, Node, Report, Totals
 
@@ -35,7 +36,13 @@ def diff(a: Side, b: Side, *, key: str | None = None, trust: bool = False, allow
     Raises:
         FileError: as `normswap.load` does.
     """
-    old, new = (_opened(side, key, trust, allow) for side in (a, b))
+    with steady_files(a, b) as check_inputs:
+        found = _compared(*(_opened(side, key, trust, allow) for side in (a, b)))
+        check_inputs()
+    return found
+
+
+def _compared(old: Any, new: Any) -> Report:
     before, after = _tensors(old), _tensors(new)
     nodes = tuple(_module_tree(old, new))
     changes = [*_module_changes(nodes), *_tensor_changes(before, after)]

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from normswap.checkpoints import contents, stored_recipes
+from normswap.checkpoints.checkpoint import Checkpoint
+from normswap.checkpoints.steady_files import steady_files
 from normswap.conversion.request import Progress
 from normswap.errors import OptionError
 from normswap.files import model_for_state, model_specs, norms_by_keys, one_model
@@ -34,12 +36,25 @@ def inspect_file(
     The arguments and the errors are those of `convert_file`. A file of tensors without their model is inspected as far
     as its keys tell: the batch norms, and what has the shape of a convolution.
     """
-    progress(f"reading {path}")
-    arguments = model_args or {}
-    found = read_input(path, model=model, key=key, weights=weights, model_args=arguments, trust=trust, allow=allow)
-    if model_specs.is_spec(str(path)):
+    with steady_files(path) as check_input:
+        progress(f"reading {path}")
+        arguments = model_args or {}
+        checkpoint = read_input(
+            path, model=model, key=key, weights=weights, model_args=arguments, trust=trust, allow=allow
+        )
+        found = _examine(checkpoint, str(path), model, arguments, key, input_shape, progress)
+        check_input()
+    return found
+
+
+def _examine(
+    found: Checkpoint, given: str, model: model_specs.ModelSource | None, arguments: Mapping[str, Any],
+    key: str | None, input_shape: Sequence[int] | None, progress: Progress,
+) -> Inspection:  # fmt: skip
+    """The inspection of what was read from the path or the spec `given`."""
+    if model_specs.is_spec(given):
         return _examine_module(found.content, input_shape, progress)
-    path = Path(path)
+    path = Path(given)
     value = contents.find_entries(found.content, key, path)[0].value
     with errors_name(path):
         if isinstance(value, nn.Module):

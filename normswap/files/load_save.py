@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from normswap.checkpoints import contents, reading, state_keys, stored_recipes, writing
+from normswap.checkpoints import contents, mapped_memory, reading, state_keys, stored_recipes, writing
 from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
+from normswap.checkpoints.steady_files import steady_files
 from normswap.errors import FileError, OptionError
 from normswap.files import inputs, model_for_state, model_specs, paths, recipe
 from normswap.printable import printable
@@ -48,13 +49,24 @@ def load(
         UnsafeFileError: a class that is not allowed, by name.
     """
     path = Path(path)
+    with steady_files(path) as check_input:
+        loaded = _loaded(path, model, model_args, key, trust, allow)
+        check_input()
+    return loaded
+
+
+def _loaded(
+    path: Path, model: model_specs.ModelSource | None, model_args: Mapping[str, Any] | None, key: str | None,
+    trust: bool, allow: Iterable[str | type],
+) -> nn.Module:  # fmt: skip
     found = reading.read_checkpoint(path, trust=trust, allow=allow)
     entry = contents.find_entries(found.content, key, path)[0]
     value = entry.value
     if entry.note:
-        warnings.warn(printable(f"{path}: {entry.note}"), stacklevel=2)
+        warnings.warn(printable(f"{path}: {entry.note}"), stacklevel=3)
     if isinstance(value, nn.Module):
         stored_recipes.keep_in_state_dicts(value)
+        mapped_memory.hold(value)  # its file may be written anew while it trains
         return value
     source, arguments = model_for_state.find_source(value, model, model_args, path)
     try:
@@ -68,7 +80,7 @@ def load(
     beside = state_keys.keys_beside(value, bindings, bindings[0].prefix)
     if beside:
         notice = f"{path}: left out what the model does not have: {state_keys.first_names(beside)}"
-        warnings.warn(printable(notice), stacklevel=2)
+        warnings.warn(printable(notice), stacklevel=3)
     return filled[0][1]
 
 

@@ -26,6 +26,12 @@ def is_spec(text: str) -> bool:
     return text.partition(":")[0] in LIBRARIES
 
 
+def file_of(text: str) -> str:
+    """The file in `file.py:factory`; any other text as it is."""
+    origin, _, name = text.rpartition(":")
+    return origin if origin.endswith(".py") and name.replace(".", "").isidentifier() else text
+
+
 def short_name(spec: str) -> str:
     """The model's own name in a spec: `resnet50` of `torchvision:resnet50`."""
     return spec.partition(":")[2].rpartition("/")[2]

@@ -1,9 +1,13 @@
-"""Where a converted model goes, and in which format."""
+"""Where a converted model goes and in which format, and that no output is in the way of another path."""
 
 import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 
 from normswap.checkpoints.checkpoint import INDEX_ENDING
+from normswap.errors import FileError, OptionError
 from normswap.files import model_specs
 
 
@@ -15,10 +19,12 @@ def default_output(path: str | os.PathLike[str], suffix: str, format: str | None
     """
     endings = {"pt": ".pt", "safetensors": ".safetensors"}
     path = Path(f"{model_specs.short_name(str(path))}.pt" if model_specs.is_spec(str(path)) else path)
-    if path.name.endswith(INDEX_ENDING) or path.is_dir():
+    if path.name.endswith(INDEX_ENDING) or os.path.isdir(path):
         folder = path.parent if path.name.endswith(INDEX_ENDING) else path
         if folder.name in ("", ".", ".."):
             folder = folder.resolve()
+        if not folder.name:
+            raise FileError(f"{path}: is the root of all folders; give the folder or the file of the checkpoint")
         return folder.with_name(f"{folder.name}.{suffix}{endings.get(format or '', '')}")
     own = path.suffix or ".pt"
     as_pt = ".pt" if own == ".safetensors" else own  # `.bin` and `.pth` are files of torch.save too, and stay
@@ -29,3 +35,45 @@ def default_output(path: str | os.PathLike[str], suffix: str, format: str | None
 def format_by_ending(out: Path) -> str | None:
     """The format that the name of the output tells; None where that of the input stays."""
     return "safetensors" if out.suffix == ".safetensors" else None
+
+
+def check_apart(out: Path | None, reports: Sequence[Path], inputs: Iterable[object]) -> None:
+    """Raise `OptionError` where two outputs are one file or one lies in the other, or an output is a file that is read.
+
+    Links and other spellings of a path do not matter. The model alone may take the place of the first input.
+
+    Args:
+        out: where the model goes; None: nowhere.
+        reports: where reports go.
+        inputs: the checkpoint first, then what else is read; what is no path does not count.
+    """
+    outputs = [*([] if out is None else [out]), *reports]
+    for a, b in combinations(outputs, 2):
+        if _is_same(a, b) or _is_in(a, b) or _is_in(b, a):
+            raise OptionError(
+                f"{a} and {b}: two outputs cannot be the same file, nor one in the other; give other names"
+            )
+    for number, source in enumerate(inputs):
+        if not isinstance(source, str | os.PathLike) or model_specs.is_spec(str(source)):
+            continue
+        path = Path(model_specs.file_of(str(source)))
+        for output in outputs if number else reports:
+            if _is_same(output, path) or (os.path.lexists(output) and _is_in(output, path)):
+                raise OptionError(f"{output}: is read too, as {source}; give another name for what is written")
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    with suppress(OSError, ValueError):  # one of them is not there yet
+        return a.samefile(b)
+    return _real(a) == _real(b)
+
+
+def _is_in(a: Path, b: Path) -> bool:
+    return _real(b) in _real(a).parents
+
+
+def _real(path: Path) -> Path:
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError):  # it cannot be opened either, which says more
+        return path.absolute()

@@ -1,5 +1,8 @@
-"""The file of a report: `--report FILE`, checked before any work and written after it."""
+"""The files of a report: `--report FILE`, checked before any work, written beside the model and named with it."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from operator import methodcaller
 from pathlib import Path
 
 from normswap.checkpoints import atomic_write
@@ -8,21 +11,31 @@ from normswap.report.formats import REPORT_FORMATS
 from normswap.report.report import Report
 
 
-def check_report_file(path: Path | None, overwrite: bool) -> None:
-    """Raise `OptionError` or `FileError` where no report can be written to `path`; None: none is asked for."""
-    if path is None:
-        return
-    if path.suffix.lower() not in REPORT_FORMATS:
-        raise OptionError(f"--report {path}: give a name that ends in one of {', '.join(REPORT_FORMATS)}")
-    atomic_write.check_writable(path, overwrite)
+def check_report_files(files: Sequence[Path], overwrite: bool) -> None:
+    """Raise `OptionError` or `FileError` where a report cannot be written to one of `files`."""
+    for path in files:
+        if path.suffix.lower() not in REPORT_FORMATS:
+            raise OptionError(f"--report {path}: give a name that ends in one of {', '.join(REPORT_FORMATS)}")
+        atomic_write.check_writable(path, overwrite, folder=False)
 
 
-def write_report_file(report: Report, source: str, path: Path | None, overwrite: bool) -> None:
-    """Write the report on a conversion of `source`, in the format that the ending of `path` names; with None, nothing.
+@contextmanager
+def stage_report_files(
+    report: Report, source: str, files: Sequence[Path], overwrite: bool
+) -> Iterator[list[atomic_write.Staged]]:
+    """Write the report on a conversion of `source` to temporary files, in the formats that the endings of `files` name.
 
     Raises `FileError`; nothing is written then.
     """
-    if path is None:
-        return
-    text = REPORT_FORMATS[path.suffix.lower()](report, source)
-    atomic_write.write_file(path, lambda file: file.write(text.encode("utf-8")), overwrite=overwrite)
+    texts = [REPORT_FORMATS[path.suffix.lower()](report, source).encode("utf-8") for path in files]
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(atomic_write.stage_file(path, methodcaller("write", text), overwrite=overwrite))
+            for path, text in zip(files, texts, strict=True)
+        ]
+
+
+def write_report_files(report: Report, source: str, files: Sequence[Path], overwrite: bool) -> None:
+    """Write the report to `files`: to all of them, or to none."""
+    with stage_report_files(report, source, files, overwrite) as staged:
+        atomic_write.give_names(staged)
