@@ -70,8 +70,7 @@ def convert_file(
     out = paths.default_output(path, target.name, format) if out is None else Path(out)
     format = format or paths.format_by_ending(out)
     outputs = Outputs(str(path), None if dry_run else out, format, tuple(map(Path, reports)), overwrite)
-    paths.check_apart(outputs.model, outputs.reports, (path, model, calibrate))
-    _check_paths(path, outputs)
+    _check_paths(path, outputs, (model, calibrate))
     pictures = {"input_size": input_size, "mean": mean, "std": std}
     request = FileRequest(target, asked, model, model_args or {}, eps, input_shape, example_inputs, fold, progress)
     with steady_files(path, calibrate) as check_inputs:
@@ -102,8 +101,9 @@ class Outputs:
     overwrite: bool
 
 
-def _check_paths(path: str | os.PathLike[str], outputs: Outputs) -> None:
-    """Raise, before any work, for an input of another kind or an output that cannot be written."""
+def _check_paths(path: str | os.PathLike[str], outputs: Outputs, read_too: Iterable[object]) -> None:
+    """Raise, before any work, for an input of another kind, or an output that cannot be written or is read too."""
+    paths.check_apart(outputs.model, outputs.reports, (path, *read_too))
     report_file.check_report_files(outputs.reports, outputs.overwrite)
     if not model_specs.is_spec(str(path)):
         reading.check_input(Path(path))
@@ -121,7 +121,7 @@ def _check_kind(found: Checkpoint, outputs: Outputs) -> None:
 def _read_data(
     calibrate: Any, sources: Iterable[object], weights: str | None, pictures: Mapping[str, Any], progress: Progress
 ) -> Any:
-    """The batches of calibration data, or None; `pictures` says how pictures are prepared, or else a library's model in `sources`."""
+    """The batches of calibration data, or None; how pictures are prepared say `pictures`, or a library's model."""
     if isinstance(calibrate, str | os.PathLike):
         progress(f"reading {calibrate}")
         spec = next((str(s) for s in sources if isinstance(s, str) and model_specs.is_spec(s)), None)
