@@ -137,7 +137,7 @@ def imported(name: str, path: Path) -> Any:
         raise FileError(f"--allow {name}: is no full class name; write package.module.Class")
     try:
         return getattr(import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError):
+    except (ImportError, AttributeError, ValueError, TypeError):
         raise FileError(
             f"{path}: needs {name}, which cannot be imported here; install its package, "
             "or run in the folder that holds it"

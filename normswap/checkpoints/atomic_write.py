@@ -54,6 +54,9 @@ def check_writable(path: str | os.PathLike[str], overwrite: bool, *, folder: boo
     path = Path(path)
     try:
         kind = _kind_of(path)
+        if kind not in (None, stat.S_IFREG, stat.S_IFDIR):
+            said = "is a pipe, a device or a socket, which is never replaced"
+            raise FileError(f"{path}: {said}; give the name of a file")
         if os.path.lexists(path) and not overwrite:
             said = "is a folder that exists" if kind == stat.S_IFDIR else "exists"
             raise FileError(f"{path}: {said} already; give another name, or --overwrite (overwrite=True)")
@@ -73,8 +76,6 @@ def _kind_of(path: Path) -> int | None:
 
 
 def _check_kind(path: Path, kind: int | None, folder: bool | None) -> None:
-    if kind not in (None, stat.S_IFREG, stat.S_IFDIR):
-        raise FileError(f"{path}: is a pipe, a device or a socket, which is never replaced; give the name of a file")
     if folder is False and kind == stat.S_IFDIR:
         raise FileError(f"{path}: is a folder; give the name of a file")
     if folder is True and kind == stat.S_IFREG:
