@@ -1,10 +1,11 @@
-"""Every tensor that code of a model can come by, wherever it stands."""
+"""Every tensor that code of a model can come by, wherever it stands, and numbers that stand in for some."""
 
 import gc
 import types
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 from torch import Tensor, nn
 
 _ENDS = (type, types.ModuleType, types.CodeType, types.FrameType, types.BuiltinFunctionType, str, bytes, int, float)
@@ -17,6 +18,11 @@ def reachable_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Among them are those in lists, dicts and objects of any class, in closures, default arguments and partial functions,
     and in modules that are hidden in one of these. What is global or belongs to a class is not.
     """
+    return ((name, value) for name, value in reachable_values(model) if isinstance(value, Tensor))
+
+
+def reachable_values(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What `reachable_tensors` gives, with arrays of numpy, and for each list what numbers it has, as a tuple."""
     seen: set[int] = {id(module) for module in model.modules()}
     for path, module in model.named_modules():
         for attribute, value in vars(module).items():
@@ -25,18 +31,20 @@ def reachable_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             named = value.items() if attribute in ("_parameters", "_buffers") else ((attribute, value),)
             for name, held in named:
                 place = f"{path}.{name}" if path else name
-                yield from ((place, tensor) for tensor in _tensors_within(held, seen))
+                yield from ((place, value) for value in _values_within(held, seen))
 
 
-def _tensors_within(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """The tensors that `value` leads to, itself included, without what is in `seen`, which grows."""
+def _values_within(value: Any, seen: set[int]) -> Iterator[Any]:
+    """What `value` leads to, itself included, without what is in `seen`, which grows."""
     waiting = [value]
     while waiting:
         found = waiting.pop()
         if id(found) in seen or isinstance(found, _ENDS):
             continue
         seen.add(id(found))
-        if isinstance(found, Tensor):
+        if type(found) is list and (numbers := tuple(n for n in found if type(n) in (int, float))):
+            yield numbers
+        if isinstance(found, Tensor | numpy.ndarray):
             yield found
         elif isinstance(found, types.FunctionType):  # without its globals
             waiting += [found.__closure__, found.__defaults__, found.__kwdefaults__, vars(found)]

@@ -1,5 +1,6 @@
 """Tensors without their model: keys and shapes show which are norms, convolutions and parameters."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,8 @@ class BatchNorm(nn.SyncBatchNorm):
 
 def norm_prefixes(state: Mapping[str, Any]) -> list[str]:
     """What stands before the keys of each batch norm in `state`, the dot included, in order."""
-    return [prefix for prefix in _prefixes_of(state, "running_mean") if not _why_no_norm(state, prefix)]
+    names = _names_by_prefix(state)
+    return [prefix for prefix in _prefixes_of(state, "running_mean") if not _why_no_norm(state, prefix, names)]
 
 
 def statistics_that_are_no_norm(state: Mapping[str, Any]) -> dict[str, str]:
@@ -33,11 +35,12 @@ def statistics_that_are_no_norm(state: Mapping[str, Any]) -> dict[str, str]:
 
     Policies keep statistics of what they observe, datasets those of their features, under the same or similar names.
     """
-    found = {prefix: _why_no_norm(state, prefix) for prefix in _prefixes_of(state, "running_mean")}
-    for names in _OTHER_STATISTICS:
-        for prefix in _prefixes_of(state, names[0]):
-            if any(isinstance(state.get(prefix + spread), Tensor) for spread in names[1:]):
-                found[prefix] = _why_no_norm(state, prefix)
+    names = _names_by_prefix(state)
+    found = {prefix: _why_no_norm(state, prefix, names) for prefix in _prefixes_of(state, "running_mean")}
+    for mean, *spreads in _OTHER_STATISTICS:
+        for prefix in _prefixes_of(state, mean):
+            if any(isinstance(state.get(prefix + spread), Tensor) for spread in spreads):
+                found[prefix] = _why_no_norm(state, prefix, names)
     return {prefix.removesuffix("."): reason for prefix, reason in found.items() if reason}
 
 
@@ -46,10 +49,20 @@ def _prefixes_of(state: Mapping[str, Any], leaf: str) -> list[str]:
     return [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
 
 
-def _why_no_norm(state: Mapping[str, Any], prefix: str) -> str:
+def _names_by_prefix(state: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The last parts of all keys by what stands before them, the dot included."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for key in state:
+        owner, dot, name = key.rpartition(".")
+        names[owner + dot].append(name)
+    return names
+
+
+def _why_no_norm(state: Mapping[str, Any], prefix: str, names: Mapping[str, list[str]]) -> str:
     """Why what stands under `prefix` is no batch norm, if only by its tensors; "" where it is one.
 
-    A batch norm has mean, variance, gain and bias, vectors of one length; files of older versions do not count batches.
+    A batch norm has mean, variance, gain and bias, vectors of one length, and nothing else but the number of batches,
+    which files of older versions lack.
     """
     found = {name: state[prefix + name] for name in (*_STATISTICS, *_AFFINE) if prefix + name in state}
     vectors = [v for v in found.values() if isinstance(v, Tensor) and v.dim() == 1 and _is_plain(v)]
@@ -61,6 +74,8 @@ def _why_no_norm(state: Mapping[str, Any], prefix: str) -> str:
         )
     if len(vectors) < len(found) or len({len(v) for v in vectors}) > 1 or not len(vectors[0]):
         return "mean, variance, gain and bias are not vectors of one length, of floating point"
+    if others := [name for name in names[prefix] if name not in (*_AFFINE, *_BUFFERS)]:
+        return f"has {others[0]} beside them, which no batch norm has; if it is one, give its model (--model)"
     counted = state.get(f"{prefix}num_batches_tracked")
     return "" if counted is None or isinstance(counted, Tensor) else "its num_batches_tracked is no tensor"
 

@@ -1,5 +1,7 @@
 """Models filled from files: every tensor that a forward reads is the file's, wherever the model holds it."""
 
+import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -261,6 +263,9 @@ DRAWS: dict[str, Callable[[nn.Parameter], object]] = {
     "in a closure": lambda scale, drawn=None: (lambda made: lambda: made)(torch.rand(4)),
     "from first values": lambda scale: scale.detach() ** 2,
     "by numpy": lambda scale: from_numpy(),
+    "an array": lambda scale: numpy.random.permutation(4),
+    "a list of numbers": lambda scale: random.sample(range(1, 1000), 4),
+    "numbers in an object": lambda scale: partial(list, torch.rand(4).tolist()),
 }
 
 
@@ -271,6 +276,7 @@ def test_random_numbers_that_no_file_has_are_named(draw: str, tmp_path: Path) ->
     def seeded() -> nn.Module:
         torch.manual_seed(5)
         numpy.random.seed(5)
+        random.seed(5)
         return cls()
 
     model = randomize(seeded()).eval()
@@ -280,6 +286,24 @@ def test_random_numbers_that_no_file_has_are_named(draw: str, tmp_path: Path) ->
     torch.testing.assert_close(output(normswap.load(path, model=seeded)), output(model))
     torch.testing.assert_close(output(normswap.load(path, model=model)), output(model))
     assert normswap.convert_file(path, "frozen", model=cls).totals.norms_changed == 1  # the file goes on without them
+
+
+def test_numbers_of_a_generator_that_no_seed_reaches_are_named(tmp_path: Path) -> None:
+    cls = type("Drawing", (Drawn,), {"draw": staticmethod(lambda scale: numpy.random.default_rng().random(4))})
+    path = saved(randomize(cls()).eval(), tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="random numbers that the file does not have: held"):
+        normswap.load(path, model=cls)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_counter_and_a_time_are_no_random_numbers(tmp_path: Path) -> None:
+    class Counting(Net):
+        def hold(self) -> None:
+            self.handle = self.register_forward_hook(lambda *_: None)
+            self.made = [time.time_ns(), id(self)]
+
+    path = saved(randomize(Counting()).eval(), tmp_path / "w.pt")
+    assert torch.equal(normswap.load(path, model=Counting).scale, torch.load(path)["scale"])
 
 
 def test_what_is_only_not_written_yet_is_no_random_number(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ NO_NORMS: dict[str, tuple[State, str]] = {
     "without a bias": (OBSERVATIONS | {"weight": torch.ones(7).double()}, "lacks bias"),
     "whole numbers": ({k: v.long() for k, v in nn.BatchNorm1d(7).state_dict().items()}, "floating point"),
     "of other lengths": (nn.BatchNorm1d(7).state_dict() | {"running_var": torch.ones(6)}, "of one length"),
+    "a normalizer with a gain": (nn.BatchNorm1d(7).state_dict() | {"count": torch.ones(())}, "has count beside them"),
+    "a head of values": (nn.BatchNorm1d(1).state_dict() | {"mean_sq": torch.ones(1)}, "has mean_sq beside them"),
+    "a batch-channel norm": (nn.BatchNorm1d(8).state_dict() | {"group_bias": torch.ones(2)}, "has group_bias beside"),
     "a matrix": (nn.BatchNorm1d(7).state_dict() | {"weight": torch.ones(7, 7)}, "of one length"),
 }
 
