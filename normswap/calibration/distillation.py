@@ -21,7 +21,7 @@ size (94.7 to 96.2).
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normswap.analysis.running import batch_size, eval_mode
-from normswap.calibration.paired_runs import FittedPair, Tap, Train, channel_map, random_state_kept
+from normswap.calibration.paired_runs import FittedPair, Tap, Train, channel_map, channel_moments, random_state_kept
 from normswap.errors import first_line
 from normswap.report.report import Calibration
 
@@ -39,6 +39,7 @@ _SHARE = 5  # one sample in so many is held out
 _LEAST = 10  # samples with which there is anything to fit and to hold out
 _RATE, _WARM = 1e-2, 20  # Adam's highest rate, reached after so many steps; of weights, times their root mean square
 _PATIENCE = 20  # passes without a better loss before the rate falls at once
+_RE_ESTIMATION = 0.2  # of the time, at most, goes into statistics layer by layer
 _EXACT = 1e-6  # a relative error that needs no repair
 _SEED = 0
 
@@ -115,22 +116,29 @@ def _fit_and_compare(
     if not before.relative > _EXACT:
         why = "nothing to repair" if before.relative <= _EXACT else "nothing could be compared"
         return replace(outcome, note=why)
-    deadline = started + settings.seconds - comparing  # the last comparison takes as long as the first
-    best, best_values = before, pair.copy_values()
-    _re_estimate(pair, samples.fitted, deadline - comparing)
-    result, _ = pair.distance(samples.held_out, place)
-    if result.is_better(before):
-        best, best_values = result, pair.copy_values()
-    pair.set_values(best_values)
-    steps, problem = _descend(pair, samples.fitted, settings.steps, deadline, progress)
-    if not steps and not problem:
-        problem = "there was no time for a step of distillation"
-    elif not problem:
+    deadline = started + settings.seconds - 1.2 * comparing  # the last comparison takes about as long as the first
+    result = best = before
+    best_values, problem = pair.copy_values(), ""
+    schedule = _Schedule(len(samples.fitted), settings.steps, deadline)
+    try:
+        _re_estimate(pair, samples.fitted, started + _RE_ESTIMATION * (deadline - started))
+        result, _ = pair.distance(samples.held_out, place)
+        if result.is_better(before):
+            best, best_values = result, pair.copy_values()
+        pair.set_values(best_values)
+        problem = _descend(pair, samples.fitted, schedule, progress)
+    except KeyboardInterrupt:  # whoever watches has seen enough; what is best so far is kept, unless it comes twice
+        problem = f"stopped by hand after {schedule.step} steps" if schedule.step else "stopped by hand"
+    if schedule.is_sound and schedule.step:
         distilled, _ = pair.distance(samples.held_out, place)
         better = distilled.is_better(best)
         result = distilled if better or best is before else best  # what was tried is told even where it is worse
         best_values = pair.copy_values() if better else best_values
-    outcome = replace(outcome, steps=steps, calibrated_error=result.relative, calibrated_top1=result.top1, note=problem)
+    elif not problem:
+        problem = "there was no time for a step of distillation"
+    outcome = replace(outcome, steps=schedule.step, note=problem)
+    if result is not before:
+        outcome = replace(outcome, calibrated_error=result.relative, calibrated_top1=result.top1)
     if not result.is_better(before):
         return outcome
     pair.set_values(best_values)
@@ -148,10 +156,10 @@ def _re_estimate(pair: FittedPair, batches: Sequence[Any], deadline: float) -> N
     the mean over batches.
     """
     maps: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for index, batch in enumerate(batches):
+    for batch in batches:
         if time.monotonic() > deadline:
             break
-        for path, found in _channel_maps(pair, batch, index).items():
+        for path, found in _channel_maps(pair, batch).items():
             maps.setdefault(path, []).append(found)
     with torch.no_grad():
         for path, pairs in maps.items():
@@ -160,23 +168,23 @@ def _re_estimate(pair: FittedPair, batches: Sequence[Any], deadline: float) -> N
             pair.values[f"{path}.bias"].mul_(ratio).add_(shift)
 
 
-def _channel_maps(pair: FittedPair, batch: Any, index: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _channel_maps(pair: FittedPair, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """By path, ratio and shift a channel with which the output of each norm has the original's moments on a batch."""
-    wanted: Mapping[Tap, Tensor] = pair.teacher_outputs(batch, index).taps
+    wanted = pair.teacher_outputs(batch).moments
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def correct(path: str, output: Tensor) -> Tensor:
+    def correct(tap: Tap, output: Tensor) -> Tensor | None:
         """`output` with the moments that the first call of its norm should have."""
-        target = wanted.get((path, 0))
-        if path not in found and target is not None and target.shape == output.shape and _is_affine(pair, path, output):
-            found[path] = channel_map(output, target)
+        path, target = tap[0], wanted.get((tap[0], 0))
+        if path not in found and target is not None and _is_affine(pair, path, output):
+            found[path] = channel_map(channel_moments(output), target)
         if path not in found:
-            return output
+            return None
         ratio, shift = (v.view(-1, *[1] * (output.dim() - 2)).to(output.dtype) for v in found[path])
         return output * ratio + shift
 
     with torch.no_grad():
-        pair.student_outputs(batch, correct)
+        pair.run_student(batch, pair.paths, correct)
     return found
 
 
@@ -197,12 +205,16 @@ class _Schedule:
 
     def __init__(self, batches: int, steps: int, deadline: float):
         self.batches, self.steps, self.deadline = batches, steps, deadline
-        self.begun = time.monotonic()
+        self.begun = math.inf
         self.generator = torch.Generator().manual_seed(_SEED)
         self.order: list[int] = []  # the rest of this pass over the batches
         self.step = 0
         self.loss, self.best_loss = 0.0, math.inf  # summed over this pass; of the best one
         self.stale_passes = 0
+        self.is_sound = True  # nothing went wrong
+
+    def begin(self) -> None:
+        self.begun = time.monotonic()
 
     def share(self) -> float:
         by_clock = (time.monotonic() - self.begun) / max(self.deadline - self.begun, 1e-9)
@@ -230,33 +242,42 @@ class _Schedule:
         self.step += 1
 
 
-def _descend(
-    pair: FittedPair, batches: Sequence[Any], steps: int, deadline: float, progress: ShareProgress
-) -> tuple[int, str]:
-    """Adam on the values; the number of steps, and what went wrong."""
+def _descend(pair: FittedPair, batches: Sequence[Any], schedule: _Schedule, progress: ShareProgress) -> str:
+    """Adam on the values, until the schedule ends; what went wrong."""
     values = list(pair.values.values())
-    rates = [_RATE * (1.0 if v.dim() < 2 else v.detach().square().mean().sqrt().item()) for v in values]
-    optimizer = torch.optim.Adam([{"params": [value]} for value in values])
+    optimizer = _adam(values)
+    highest = [group["lr"] for group in optimizer.param_groups]
     half = any(p.dtype == torch.float16 for p in pair.student.parameters())
     scale = 1024.0 if half else 1.0  # small gradients would vanish; Adam does not mind the factor
-    schedule = _Schedule(len(batches), steps, deadline)
     reported = 0.0
+    schedule.begin()
     while (share := schedule.share()) < 1:
         if share >= reported + 0.01:
             progress(reported := share)
-        index = schedule.next_batch()
-        loss = pair.loss(batches[index], index)
+        loss = pair.loss(batches[schedule.next_batch()])
         if not loss.requires_grad:
-            return schedule.step, "no gradient reaches the norms: the forward detaches its tensors"
+            schedule.is_sound = False
+            return "no gradient reaches the norms: the forward detaches its tensors"
         gradients = torch.autograd.grad(loss * scale, values, allow_unused=True)
         if not loss.isfinite() or not all(g is None or g.isfinite().all() for g in gradients):
-            return schedule.step, "the fit met values that are not finite"
-        for value, gradient, group, rate in zip(values, gradients, optimizer.param_groups, rates, strict=True):
+            schedule.is_sound = False
+            return "the fit met values that are not finite"
+        for value, gradient in zip(values, gradients, strict=True):
             value.grad = gradient
+        for group, rate in zip(optimizer.param_groups, highest, strict=True):
             group["lr"] = rate * schedule.rate(share)
         optimizer.step()
         schedule.count_step(loss.item())
-    return schedule.step, ""
+    return ""
+
+
+def _adam(values: Sequence[Tensor]) -> torch.optim.Adam:
+    """Adam on `values`, a group for each of their rates: one for all vectors."""
+    groups: dict[float, list[Tensor]] = {}
+    for value in values:
+        rate = _RATE * (1.0 if value.dim() < 2 else value.detach().square().mean().sqrt().item())
+        groups.setdefault(rate, []).append(value)
+    return torch.optim.Adam([{"params": params, "lr": rate} for rate, params in groups.items()], foreach=True)
 
 
 # ---- samples ----

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -16,12 +16,15 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from normswap.analysis.running import as_arguments, temporary_hooks
+from normswap.calibration.sample_moments import sample_moments
 
 TRAINED = ("weight", "bias", "group_weight", "group_bias")
 """What is fitted of each norm."""
 TRAINED_RECURRENT = ("gain_", "bias_")
 """How the names begin of what is fitted of a recurrent layer with layer normalization inside."""
 _OUTPUT_WEIGHT = 50.0  # of the network's output in the loss, beside the mean over its norms
+_TAPS = 8  # norms, spread over the network, whose outputs are in the loss: each one costs passes over its gradient
+_TAP_POSITIONS, _OUTPUT_POSITIONS = 64, 1024  # of a sample, at most, where norms and the network's output are compared
 _CACHE = 1 << 30  # bytes of the teacher's outputs that are kept; the others are computed again each time
 _SEED = 0
 
@@ -29,20 +32,24 @@ Train = Literal["norms", "biases", "all"]
 """What is fitted: gains and biases of the changed norms, and beside these all biases, or all parameters."""
 ComparedPart = Literal["output", "norms"]
 """Where two networks are compared: at their output, or at the outputs of the changed norms."""
-ChangeOutput = Callable[[str, Tensor], Tensor]
-"""From the path of a norm and its output to the output that it shall have."""
 Tap = tuple[str, int]
 """The path of a norm, and how many times it had been called before."""
+Watch = Callable[[Tap, Tensor], Tensor | None]
+"""From the call of a norm and its output to the output that it shall have, or None for the same."""
+ChannelMoments = tuple[Tensor, Tensor]
+"""Variance and mean of each channel, (C,)."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one forward gave."""
+    """What one forward gave, at a grid of positions."""
 
-    taps: dict[Tap, Tensor]
-    """The output of each call of a norm."""
     tensors: list[Tensor]
     """The floating-point tensors of the network's output."""
+    taps: dict[Tap, Tensor]
+    """The output of each call of a tapped norm."""
+    moments: dict[Tap, ChannelMoments]
+    """Of the output of each call of a norm, over all positions; for the teacher alone."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class FittedPair:
 
     def __init__(self, teacher: nn.Module, student: nn.Module, paths: Sequence[str], train: Train = "norms"):
         self.teacher, self.student, self.paths = teacher, student, tuple(paths)
+        self.tapped = _spread(self.paths, _TAPS)
         self._teacher_tensors, self._student_tensors = _tensors_of(teacher), _tensors_of(student)
         self.parameters: dict[str, nn.Parameter] = {}
         for name, parameter in student.named_parameters():
@@ -94,7 +102,7 @@ class FittedPair:
             name: p.detach().to(torch.promote_types(p.dtype, torch.float32)).clone().requires_grad_()
             for name, p in self.parameters.items()
         }
-        self.cache: dict[int, Outputs] = {}
+        self.cache: dict[int, tuple[Any, Outputs]] = {}  # by the id of the batch, which stays with them
         self._cache_left = _CACHE
 
     def copy_values(self) -> list[Tensor]:
@@ -111,26 +119,45 @@ class FittedPair:
             with torch.inference_mode(parameter.is_inference()), torch.no_grad():
                 parameter.copy_(self.values[name])
 
-    def teacher_outputs(self, batch: Any, index: int | None = None) -> Outputs:
-        """The teacher's outputs on a batch; those of a batch that has an `index` are kept where there is room."""
-        if index is not None and index in self.cache:
-            return self.cache[index]
+    def teacher_outputs(self, batch: Any) -> Outputs:
+        """The teacher's outputs on a batch; kept where there is room."""
+        if id(batch) in self.cache:
+            return self.cache[id(batch)][1]
+        taps: dict[Tap, Tensor] = {}
+        moments: dict[Tap, ChannelMoments] = {}
+
+        def watch(tap: Tap, output: Tensor) -> None:
+            if output.dim() > 1 and output.numel():
+                moments[tap] = channel_moments(output)
+            if tap[0] in self.tapped:
+                taps[tap] = on_grid(output, _TAP_POSITIONS).clone()  # what follows may write to it
+
         with torch.no_grad():
-            outputs = _forward(self.teacher, self._teacher_tensors, batch, self.paths)
-        size = sum(t.numel() * t.itemsize for t in (*outputs.taps.values(), *outputs.tensors))
-        if index is not None and size <= self._cache_left:
+            tensors = _forward(self.teacher, self._teacher_tensors, batch, self.paths, watch)
+        outputs = Outputs([tensor.clone() for tensor in tensors], taps, moments)
+        size = sum(t.numel() * t.itemsize for t in (*taps.values(), *outputs.tensors))
+        if size <= self._cache_left:
             self._cache_left -= size
-            self.cache[index] = outputs
+            self.cache[id(batch)] = batch, outputs
         return outputs
 
-    def student_outputs(self, batch: Any, change: ChangeOutput | None = None) -> Outputs:
-        """The student's outputs on a batch, with the values as they now are, norms' outputs as `change` makes them."""
-        values = {name: value.to(self.parameters[name].dtype) for name, value in self.values.items()}
-        return _forward(self.student, {**self._student_tensors, **values}, batch, self.paths, change)
+    def student_outputs(self, batch: Any) -> Outputs:
+        """The student's outputs on a batch, with the values as they now are."""
+        taps: dict[Tap, Tensor] = {}
 
-    def loss(self, batch: Any, index: int) -> Tensor:
+        def watch(tap: Tap, output: Tensor) -> None:
+            taps[tap] = on_grid(output, _TAP_POSITIONS).clone()
+
+        return Outputs(self.run_student(batch, self.tapped, watch), taps, {})
+
+    def run_student(self, batch: Any, paths: Collection[str], watch: Watch) -> list[Tensor]:
+        """The student's output on a batch; `watch` is told of the calls of the norms at `paths`."""
+        values = {name: value.to(self.parameters[name].dtype) for name, value in self.values.items()}
+        return _forward(self.student, {**self._student_tensors, **values}, batch, paths, watch)
+
+    def loss(self, batch: Any) -> Tensor:
         """Mean square error over variance: the mean of it over the norms, and of the outputs."""
-        wanted, given = self.teacher_outputs(batch, index), self.student_outputs(batch)
+        wanted, given = self.teacher_outputs(batch), self.student_outputs(batch)
         norms = [relative_square(given.taps[tap], wanted.taps[tap]) for tap in wanted.taps if tap in given.taps]
         outputs = [relative_square(a, b) for a, b in zip(given.tensors, wanted.tensors, strict=False)]
         loss = torch.zeros((), dtype=torch.float32)
@@ -168,18 +195,18 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _forward(
-    model: nn.Module, tensors: dict[str, Tensor], batch: Any, paths: Sequence[str], change: ChangeOutput | None = None
-) -> Outputs:
-    """A forward of `model` on `tensors` in place of its own, with the outputs of its layers at `paths`."""
-    taps: dict[Tap, Tensor] = {}
+    model: nn.Module, tensors: dict[str, Tensor], batch: Any, paths: Collection[str], watch: Watch
+) -> list[Tensor]:
+    """The output of `model` on `tensors` in place of its own: floating-point tensors, at a grid of positions.
+
+    `watch` is told of each call of the layers at `paths`.
+    """
     calls = dict.fromkeys(paths, 0)
 
     def note(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, Tensor) and output.is_floating_point():
-            output = output if change is None else change(path, output)
-            taps[path, calls[path]] = output.clone()  # what follows may write to it
+        tap = path, calls[path]
         calls[path] += 1
-        return output
+        return watch(tap, output) if isinstance(output, Tensor) and output.is_floating_point() else None
 
     with temporary_hooks([model.get_submodule(path).register_forward_hook(partial(note, path)) for path in paths]):
         torch.manual_seed(_SEED)  # a forward that draws numbers draws the same in both
@@ -187,7 +214,7 @@ def _forward(
         args, kwargs = as_arguments(batch)
         output = functional_call(model, tensors, args, kwargs)
     leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return Outputs(taps, leaves)
+    return [on_grid(leaf, _OUTPUT_POSITIONS) for leaf in leaves]
 
 
 def random_state_kept() -> AbstractContextManager[None]:
@@ -199,13 +226,32 @@ def random_state_kept() -> AbstractContextManager[None]:
 # ---- comparing ----
 
 
-def channel_map(given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Ratio and shift a channel with which `given` has the mean and variance of `wanted`, both (N, C, *spatial).
+def _spread(paths: Sequence[str], count: int) -> tuple[str, ...]:
+    """At most `count` of `paths`, evenly spread, with the last."""
+    count = min(count, len(paths))
+    return tuple(paths[(i + 1) * len(paths) // count - 1] for i in range(count))
 
-    A constant channel is only shifted.
-    """
-    dims = [0, *range(2, given.dim())]
-    (var, mean), (to_var, to_mean) = (torch.var_mean(t.float(), dims, correction=0) for t in (given, wanted))
+
+def on_grid(values: Tensor, positions: int) -> Tensor:
+    """`values`, (N, C, *spatial), at evenly spaced positions, at most about so many; all others pass as they are."""
+    dims = values.dim() - 2
+    if dims < 1 or math.prod(values.shape[2:]) <= positions:
+        return values
+    most = math.ceil(positions ** (1 / dims))  # along each dimension
+    steps = [max(1, math.ceil(size / most)) for size in values.shape[2:]]
+    return values[(slice(None), slice(None), *(slice(step // 2, None, step) for step in steps))]
+
+
+def channel_moments(values: Tensor) -> ChannelMoments:
+    """Variance and mean a channel of values of shape (N, C, *spatial)."""
+    moments = sample_moments(values)
+    mean = moments.mean.mean(0)
+    return moments.var.mean(0) + (moments.mean - mean).square().mean(0), mean
+
+
+def channel_map(given: ChannelMoments, wanted: ChannelMoments) -> tuple[Tensor, Tensor]:
+    """Ratio and shift a channel that take moments `given` to those `wanted`; a constant channel is only shifted."""
+    (var, mean), (to_var, to_mean) = given, wanted
     alive = var > var.max() * 1e-6
     ratio = torch.where(alive, to_var / torch.where(alive, var, 1), 1).sqrt()
     return ratio, to_mean - ratio * mean

@@ -81,7 +81,8 @@ InputShape = Annotated[str | None, _option(DATA,
 Calibrate = Annotated[Path | None, _option(DATA,
     "Unlabelled data: a folder of pictures, or tensors in .pt, .npy, .npz, .safetensors.", metavar="PATH")]
 CalibrateSeconds = Annotated[float, _option(DATA,
-    "The most time that the new norms are fitted to the data; 0: not at all.", metavar="S")]
+    "The most time that measuring and fitting take; 0: no fit. Ctrl-C ends the fit: the best so far is kept.",
+    metavar="S")]
 InputSize = Annotated[str | None, _option(DATA,
     "Size of the pictures, where the model's own is not known.", metavar="N|H,W")]
 Mean = Annotated[str | None, _option(DATA, "Their mean, for values from 0 to 1.", metavar="R,G,B")]

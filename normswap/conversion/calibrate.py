@@ -33,7 +33,10 @@ def keep_original(model: nn.Module, plan: Plan, request: Request) -> tuple[nn.Mo
 def calibrate(
     original: nn.Module | None, work: nn.Module, plan: Plan, evidence: Evidence, request: Request
 ) -> Calibration | None:
-    """Fit the new norms of `work` to `original` on the calibration data; None where there is nothing to fit."""
+    """Fit the new norms of `work` to `original` on the calibration data; None where there is nothing to fit.
+
+    The fit gets what the runs of the model before it have left of the time.
+    """
     if original is None:
         return None
     request.begin(Phase.CALIBRATE)
@@ -42,7 +45,8 @@ def calibrate(
         request.progress(f"{Phase.CALIBRATE.value}: {share:.0%}")
 
     def fit() -> Calibration:
-        settings = FitSettings(request.options.calibrate_seconds)
-        return distill(original, work, evidence.batches, plan.fitted, settings, tell)
+        settings = FitSettings(max(0.0, request.options.calibrate_seconds - evidence.seconds))
+        fitted = distill(original, work, evidence.batches, plan.fitted, settings, tell)
+        return replace(fitted, seconds=evidence.seconds + fitted.seconds)
 
     return processes.fit_in_first(fit, work, plan.fitted) if request.on_all_processes else fit()

@@ -1,5 +1,6 @@
 """The first two phases: what is in a model, and what runs of it show."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,8 @@ class Evidence:
     """Whether the inputs are noise."""
     outside: frozenset[str] = frozenset()
     """Sites that the run has called outside of the parts of the model whose traces tell of them."""
+    seconds: float = 0.0
+    """How long all of it took."""
 
     @property
     def tells_of_exactness(self) -> bool:
@@ -101,7 +104,7 @@ class Evidence:
 
 def gather_evidence(survey: Survey, request: Request) -> Evidence:
     """Run the model on the example inputs and on the calibration data; raises `ModelError` where it does not run."""
-    options, model = request.options, survey.model
+    options, model, begun = request.options, survey.model, time.monotonic()
     batches = [inputs_like(model, first_inputs(model, batch)) for batch in options.calibrate or ()]
     inputs, name = request.example_inputs, request.inputs_name
     if batches and inputs is None:
@@ -129,9 +132,9 @@ def gather_evidence(survey: Survey, request: Request) -> Evidence:
             inner = [site for site in survey.chosen if site.base in LAYER_NORMALIZED and not site.obstacle]
             vectors = measure_recurrent(model, batches, inner)
         seen = {path: norm.seen for path, norm in measured.items()} | seen
-    output, sketches = observed.output, observed.sketches
+    output, sketches, spent = observed.output, observed.sketches, time.monotonic() - begun
     return Evidence(
-        batches, inputs, name, output, problem, sketches, seen, measured, vectors, made_up, frozenset(outside)
+        batches, inputs, name, output, problem, sketches, seen, measured, vectors, made_up, frozenset(outside), spent
     )
 
 

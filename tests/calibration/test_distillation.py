@@ -18,7 +18,7 @@ from normswap.analysis.running import eval_mode
 from normswap.calibration import distillation, paired_runs
 from normswap.calibration.distillation import FitSettings, distill, split
 from normswap.calibration.paired_runs import FittedPair
-from normswap.conversion import pipeline
+from normswap.conversion import calibrate, pipeline
 from normswap.conversion.request import Request
 from normswap.report.report import Calibration
 from normswap.targets.options import Options
@@ -152,9 +152,9 @@ def test_outputs_that_are_not_kept_are_computed_again(monkeypatch: pytest.Monkey
     assert same(state(fit(Net(), steps=10)[1]), kept)
     net = Net()
     pair = FittedPair(net, *matched(net))
-    held = [pair.teacher_outputs(batch, index) for index, batch in enumerate(X.split(5))]
+    held = [pair.teacher_outputs(batch) for batch in X.split(5)]
     assert 0 < len(pair.cache) < len(held)
-    assert sum(t.nbytes for o in pair.cache.values() for t in (*o.taps.values(), *o.tensors)) <= 100_000
+    assert sum(t.nbytes for _, o in pair.cache.values() for t in (*o.taps.values(), *o.tensors)) <= 100_000
 
 
 def test_it_stops_where_nothing_improves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +168,130 @@ def test_it_keeps_to_the_time() -> None:
     student, paths = matched(net)
     outcome = distill(net, student, DATA, paths, FitSettings(0.5, 10**9))
     assert 0 < outcome.seconds < 60  # the steps alone would take days
+
+
+def stopping(after: int) -> tuple[list[float], Callable[[float], None]]:
+    """Progress that is told, and ends with Ctrl-C when it has been told so often."""
+    told: list[float] = []
+
+    def tell(share: float) -> None:
+        told.append(share)
+        if len(told) == after:
+            raise KeyboardInterrupt
+
+    return told, tell
+
+
+def test_stopped_by_hand_it_keeps_the_best_so_far() -> None:
+    net = Net()
+    start, paths = matched(net)
+    student = copy.deepcopy(start)
+    outcome = distill(net, student, DATA, paths, FitSettings(1e6, 200), stopping(40)[1])
+    assert 60 < outcome.steps < 120 and outcome.note == f"stopped by hand after {outcome.steps} steps"
+    assert outcome.kept == "calibrated" and outcome.calibrated_error < outcome.matched_error
+    held = torch.cat(split(DATA)[1])
+    assert outcome.calibrated_error == pytest.approx(error(net, student, held), rel=1e-4)
+
+
+def test_stopped_before_the_first_step_it_keeps_what_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distillation, "_re_estimate", interrupted)
+    start, student, outcome = fit(Net())
+    assert outcome.kept == "matched" and outcome.note == "stopped by hand" and outcome.calibrated_error is None
+    assert same(state(start), state(student))
+
+
+def test_a_second_ctrl_c_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    student, paths = matched(net)
+    before = state(student)
+    compare, (told, tell) = FittedPair.distance, stopping(10)
+
+    def distance(*args: Any) -> Any:
+        if len(told) >= 10:
+            raise KeyboardInterrupt
+        return compare(*args)
+
+    monkeypatch.setattr(FittedPair, "distance", distance)
+    with pytest.raises(KeyboardInterrupt):
+        distill(net, student, DATA, paths, FitSettings(1e6, 100), tell)
+    assert same(before, state(student)) and not any(m._forward_hooks for m in student.modules())
+
+
+def test_measuring_takes_its_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[FitSettings] = []
+
+    def note(*args: Any) -> Calibration:
+        given.append(args[4])
+        return Calibration(60, 12, "matched", seconds=1.0)
+
+    monkeypatch.setattr(calibrate, "distill", note)
+    _, report = normswap.convert(Net(), "gn", calibrate=DATA, calibrate_seconds=50)
+    spent = 50 - given[0].seconds
+    assert 0 < spent < 50 and report.calibration.seconds == pytest.approx(spent + 1)
+    normswap.convert(Net(), "gn", calibrate=DATA, calibrate_seconds=1e-9)
+    assert given[1].seconds == 0
+
+
+# ---- what the loss looks at ----
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 100), (2, 3, 57, 33), (2, 3, 9, 10, 11)])
+def test_a_grid_covers_all_positions_evenly(shape: tuple[int, ...]) -> None:
+    values = torch.arange(math.prod(shape)).view(shape)
+    chosen = paired_runs.on_grid(values, 64)
+    along = round(64 ** (1 / (len(shape) - 2)))
+    assert chosen.shape[:2] == shape[:2] and chosen[0, 0].numel() <= 64
+    assert all(along / 2 <= count <= along for count in chosen.shape[2:])
+    means = values.double().mean(tuple(range(2, len(shape))))  # of a ramp: they tell where a grid's middle lies
+    torch.testing.assert_close(chosen.double().mean(tuple(range(2, len(shape)))), means, rtol=0.05, atol=25)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 7), (4, 7, 8, 8)])
+def test_small_outputs_are_compared_in_full(shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape)
+    assert paired_runs.on_grid(values, 64) is values
+
+
+def test_few_norms_are_tapped_and_the_last_is_among_them() -> None:
+    paths = [f"norm{i}" for i in range(50)]
+    tapped = paired_runs._spread(paths, 8)
+    assert len(tapped) == 8 and tapped[-1] == paths[-1] and list(tapped) == sorted(set(tapped), key=paths.index)
+    assert paired_runs._spread(paths[:3], 8) == tuple(paths[:3]) and paired_runs._spread([], 8) == ()
+
+
+def test_a_norm_that_is_not_tapped_is_fitted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paired_runs, "_TAPS", 1)
+    start, student, outcome = fit(Net())
+    assert outcome.kept == "calibrated" and outcome.calibrated_error < outcome.matched_error
+    assert not torch.equal(start.bn1.weight, student.bn1.weight)
+
+
+def test_the_original_is_run_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+
+    def counting(net: nn.Module, x: Tensor) -> Tensor:
+        runs.append(len(x))
+        return net.plain(x)
+
+    net = Net(counting)
+    student, paths = matched(net)
+    student.way = None
+    distill(net, student, DATA, paths, FitSettings(1e6, 40))
+    assert sum(runs) == 60
+
+
+def test_dense_outputs_are_fitted_on_a_grid() -> None:
+    class Dense(Net):
+        def plain(self, x: Tensor) -> Tensor:
+            x = torch.relu_(self.bn1(self.conv1(x)))
+            return nn.functional.interpolate(torch.relu_(self.bn2(self.conv2(x))), (70, 50))
+
+    net = Dense()
+    _, _, outcome = fit(net)
+    assert outcome.measure == "output" and outcome.calibrated_error < outcome.matched_error
 
 
 def test_progress_rises_to_the_end() -> None:
