@@ -17,6 +17,7 @@ import torch
 
 from normswap.checkpoints.allowed_calls import Row, row_of
 from normswap.checkpoints.allowed_classes import class_behind, find_row, parse_allowance, refusal
+from normswap.checkpoints.native_path import native_path
 from normswap.checkpoints.pickled_values import Claims
 from normswap.checkpoints.unpickler import UnknownName, Unpickler, names_in
 from normswap.errors import FileError, UnsafeFileError, first_line
@@ -44,7 +45,8 @@ def read_pickle(path: Path, *, trust: bool = False, allow: Iterable[str | type] 
 
 def _trusted(path: Path, zipped: bool) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=False, mmap=zipped or None)
+        with native_path(path) as name:
+            return torch.load(name, map_location="cpu", weights_only=False, mmap=zipped or None)
     except pickle.UnpicklingError as error:
         raise FileError(f"{path}: is damaged ({first_line(error)})") from None
     except (AttributeError, ImportError) as error:
@@ -92,7 +94,8 @@ def _read_archive(path: Path, rows: Callable[[str], Row | None]) -> Any:
         places = _places_in(file)
         data = _content(places, "data.pkl", file)
         swapped = _content(places, "byteorder", file) == (b"big" if sys.byteorder == "little" else b"little")
-    mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    with native_path(path) as name:
+        mapped = torch.UntypedStorage.from_file(name, shared=False, nbytes=size)
     storages: dict[str, Any] = {}
 
     def load_storage(pid: Any) -> Any:

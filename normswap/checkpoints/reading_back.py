@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
+from normswap.checkpoints.native_path import native_path
 from normswap.errors import FileError, first_line
 
 _MODULE_PARTS = ("_parameters", "_buffers", "_modules")
@@ -93,7 +94,7 @@ def _texts(names: Iterable[Any]) -> list[str]:
 
 def check_safetensors(path: Path, names: Iterable[str], metadata: Mapping[str, str]) -> None:
     """Raise unless the library that others use opens the file, and finds the tensors and the metadata."""
-    with safe_open(path, framework="pt") as opened:
+    with native_path(path) as name, safe_open(name, framework="pt") as opened:
         check_names(names, opened.keys())
         check_names(metadata, opened.metadata() or {})
 

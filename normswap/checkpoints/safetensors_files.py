@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from normswap.checkpoints.mapped_memory import release
+from normswap.checkpoints.native_path import native_path
 from normswap.errors import FileError, first_line
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -44,7 +45,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     # and shapes beyond all bounds where one number is 0.
     size = path.stat().st_size
     try:
-        with safe_open(path, framework="pt") as checked:  # the library checks offsets, shapes and sizes
+        with (
+            native_path(path) as name,
+            safe_open(name, framework="pt") as checked,
+        ):  # the library checks offsets, shapes and sizes
             metadata = dict(checked.metadata() or {})
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise FileError(f"{path}: is a broken safetensors file ({first_line(error)})") from None
@@ -52,7 +56,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop(_METADATA, None)
-    mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    with native_path(path) as name:
+        mapped = torch.UntypedStorage.from_file(name, shared=False, nbytes=size)
     tensors = {}
     for name, entry in header.items():
         kind, (start, end) = entry["dtype"], entry["data_offsets"]

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -124,7 +125,7 @@ def _imported_factory(spec: str) -> Callable[..., Any]:
 
 def _module_of_file(path: Path) -> Any:
     name = path.stem
-    described = importlib.util.spec_from_file_location(name, path) if path.is_file() else None
+    described = importlib.util.spec_from_file_location(name, path) if os.path.isfile(path) else None
     if described is None or described.loader is None:
         raise OptionError(f"{path}: no such file; the model is looked for in file.py:factory")
     module = importlib.util.module_from_spec(described)
