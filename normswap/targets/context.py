@@ -34,7 +34,8 @@ class Merger:
     site: Site
     """The convolution that takes in the other."""
     branch: Site
-    """The other, which leaves a shortcut: the first channels of its input, at its stride."""
+    """The other, which leaves a shortcut: the first `channels` of its input, at its stride, and zeros for the rest."""
+    channels: int
     bias: nn.Parameter | None
     """A new bias for `site`, where it has none and the other adds one."""
 

@@ -72,9 +72,8 @@ def apply_to_weight_(absorption: Absorption, weight: Tensor) -> None:
 
 def merge_weights_(merger: Merger, weight: Tensor, branch: Tensor) -> None:
     """What a merger does to the weight of its layer, done to `weight`, where the other convolution's is `branch`."""
-    layer: Any = merger.site.module
     add_filters_(weight, branch)
-    add_to_middle_(weight, -torch.ones(min(layer.in_channels, layer.out_channels), device=weight.device))
+    add_to_middle_(weight, -torch.ones(merger.channels, device=weight.device))
 
 
 def folded_weight(site: Site, weight: Tensor, context: Context) -> Tensor:

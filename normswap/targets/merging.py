@@ -79,22 +79,29 @@ def _swap(into: _Member, member: _Member, context: Context) -> Swap:
     branch: Any = member.site.module
     adds = branch.bias is not None or member.site.path in context.folded
     bias = zero_bias(into.site, layer.weight.requires_grad) if adds and layer.bias is None else None
-    shortcut = _shortcut(branch, member.branch.written)
+    channels = _kept_channels(branch)
+    shortcut = _shortcut(branch, channels, member.branch.written)
     after = ", ".join(type(part).__name__ for part in (shortcut if isinstance(shortcut, nn.Sequential) else [shortcut]))
     how = "merged into the convolution beside it"
-    return Swap(member.site, shortcut, after, how, True, merger=Merger(into.site, member.site, bias))
+    return Swap(member.site, shortcut, after, how, True, merger=Merger(into.site, member.site, channels, bias))
 
 
-def _shortcut(layer: Any, written: bool) -> nn.Module:
-    """What a convolution leaves: its input's first channels, at its stride, as a tensor of its own if that is `written`
-    into.
+def _kept_channels(layer: Any) -> int:
+    """How many of its input's first channels a convolution can give at its own first outputs, with a filter of 1."""
+    fewest = int(min(layer.in_channels, layer.out_channels))
+    return (
+        fewest if layer.in_channels == layer.out_channels else fewest // int(layer.groups)
+    )  # those of the first group
+
+
+def _shortcut(layer: Any, channels: int, written: bool) -> nn.Module:
+    """What a convolution leaves: its input's first channels, at its stride, and zeros for the rest; as a tensor of its
+    own if that is `written` into.
     """
-    dims, more = len(layer.kernel_size), layer.out_channels - layer.in_channels
-    parts: list[nn.Module] = []
-    if any(step != 1 for step in layer.stride) or (written and not more):
-        parts.append(_POOLINGS[dims](1, layer.stride))
-    if more:
-        parts.append(_PADDINGS[dims]((*[0, 0] * dims, 0, more), 0.0))
+    dims, strided = len(layer.kernel_size), any(step != 1 for step in layer.stride)
+    changes = [change for change in (channels - layer.in_channels, layer.out_channels - channels) if change]
+    parts: list[nn.Module] = [_POOLINGS[dims](1, layer.stride)] if strided or (written and not changes) else []
+    parts += [_PADDINGS[dims]((*[0, 0] * dims, 0, change), 0.0) for change in changes]
     if not parts:
         return nn.Identity()
     return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
@@ -157,8 +164,8 @@ def _why_no_shortcut(layer: Any) -> str:
     sizes = list(zip(layer.kernel_size, layer.dilation, _padding(layer) or (), strict=True))
     if any(size % 2 == 0 or 2 * pad != step * (size - 1) for size, step, pad in sizes):
         return "they give fewer or more elements than they read"
-    if layer.in_channels != layer.out_channels and (layer.groups > 1 or len(sizes) not in _PADDINGS):
-        return "they change the number of channels within groups" if layer.groups > 1 else "they change the channels"
+    if layer.in_channels != layer.out_channels and len(sizes) not in _PADDINGS:
+        return "they change the number of channels in three dimensions"
     if layer.weight.dtype not in _PRECISE:  # the shortcut's part is large beside what it is taken from
         return f"digits would be lost in {str(layer.weight.dtype)[6:]}: fold in float32"
     return ""

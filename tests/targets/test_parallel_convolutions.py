@@ -71,6 +71,16 @@ PAIRS: dict[str, tuple[type[nn.Module], dict[str, object], dict[str, object], st
         nn.Conv2d, of(stride=2, out_channels=7), of(kernel_size=1, padding=0, stride=2, out_channels=7),
         "AvgPool2d, ConstantPad3d",
     ),
+    "more channels in groups": (
+        nn.Conv2d, of(groups=2, out_channels=6), of(groups=2, out_channels=6), "ConstantPad3d, ConstantPad3d"
+    ),
+    "fewer channels in groups": (
+        nn.Conv2d, of(groups=2, out_channels=2), of(groups=2, out_channels=2), "ConstantPad3d, ConstantPad3d"
+    ),
+    "a filter for each channel twice": (
+        nn.Conv2d, of(groups=4, out_channels=8, stride=2), of(groups=4, out_channels=8, stride=2),
+        "AvgPool2d, ConstantPad3d, ConstantPad3d",
+    ),
     "1d": (nn.Conv1d, of(stride=2), of(kernel_size=1, padding=0, stride=2), "AvgPool1d"),
     "1d and more channels": (nn.Conv1d, of(out_channels=6), of(out_channels=6), "ConstantPad2d"),
     "3d": (nn.Conv3d, of(kernel_size=5, padding=2), of(), "Identity"),
@@ -205,7 +215,6 @@ STAY: dict[str, tuple[Callable[..., Tensor], dict[str, object], dict[str, object
     "crosswise": (add, of(kernel_size=(3, 1), padding=(1, 0)), of(kernel_size=(1, 3), padding=(0, 1)), "kernel"),
     "padding modes": (add, of(kernel_size=5, padding=2), of(padding_mode="reflect"), "padding_mode"),
     "fewer elements": (add, of(padding=0), of(padding=0), "elements"),
-    "channels in groups": (add, of(groups=2, out_channels=6), of(groups=2, out_channels=6), "channels within groups"),
     "another input": (lambda self, x: self.a(x) + self.b(x + 1), of(), of(), ""),
     "an activation": (lambda self, x: self.a(x) + self.b(x).relu(), of(), of(), ""),
     "a factor": (lambda self, x: torch.add(self.a(x), self.b(x), alpha=2), of(), of(), ""),
