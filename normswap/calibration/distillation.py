@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normswap.analysis.running import batch_size, eval_mode
+from normswap.calibration.interruption import Stop, ended_by_ctrl_c
 from normswap.calibration.paired_runs import FittedPair, Tap, Train, channel_map, channel_moments, random_state_kept
 from normswap.errors import first_line
 from normswap.report.report import Calibration
@@ -117,18 +118,15 @@ def _fit_and_compare(
         why = "nothing to repair" if before.relative <= _EXACT else "nothing could be compared"
         return replace(outcome, note=why)
     deadline = started + settings.seconds - 1.2 * comparing  # the last comparison takes about as long as the first
-    result = best = before
-    best_values, problem = pair.copy_values(), ""
+    best, best_values = before, pair.copy_values()
     schedule = _Schedule(len(samples.fitted), settings.steps, deadline)
-    try:
-        _re_estimate(pair, samples.fitted, started + _RE_ESTIMATION * (deadline - started))
+    with ended_by_ctrl_c() as stop:
+        _re_estimate(pair, samples.fitted, started + _RE_ESTIMATION * (deadline - started), stop)
         result, _ = pair.distance(samples.held_out, place)
         if result.is_better(before):
             best, best_values = result, pair.copy_values()
         pair.set_values(best_values)
-        problem = _descend(pair, samples.fitted, schedule, progress)
-    except KeyboardInterrupt:  # whoever watches has seen enough; what is best so far is kept, unless it comes twice
-        problem = f"stopped by hand after {schedule.step} steps" if schedule.step else "stopped by hand"
+        problem = _descend(pair, samples.fitted, schedule, stop, progress)
     if schedule.is_sound and schedule.step:
         distilled, _ = pair.distance(samples.held_out, place)
         better = distilled.is_better(best)
@@ -136,9 +134,8 @@ def _fit_and_compare(
         best_values = pair.copy_values() if better else best_values
     elif not problem:
         problem = "there was no time for a step of distillation"
-    outcome = replace(outcome, steps=schedule.step, note=problem)
-    if result is not before:
-        outcome = replace(outcome, calibrated_error=result.relative, calibrated_top1=result.top1)
+    found: dict[str, Any] = {"calibrated_error": result.relative, "calibrated_top1": result.top1}
+    outcome = replace(outcome, steps=schedule.step, note=problem, **found)
     if not result.is_better(before):
         return outcome
     pair.set_values(best_values)
@@ -149,7 +146,7 @@ def _fit_and_compare(
 # ---- statistics, layer by layer ----
 
 
-def _re_estimate(pair: FittedPair, batches: Sequence[Any], deadline: float) -> None:
+def _re_estimate(pair: FittedPair, batches: Sequence[Any], deadline: float, stop: Stop = lambda: False) -> None:
     """Give each norm the gain and bias with which, a channel, its output's mean and variance are the original's.
 
     In the order of execution, each norm on what the norms before it give once they are corrected; on each batch, and
@@ -157,7 +154,7 @@ def _re_estimate(pair: FittedPair, batches: Sequence[Any], deadline: float) -> N
     """
     maps: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for batch in batches:
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or stop():
             break
         for path, found in _channel_maps(pair, batch).items():
             maps.setdefault(path, []).append(found)
@@ -242,8 +239,8 @@ class _Schedule:
         self.step += 1
 
 
-def _descend(pair: FittedPair, batches: Sequence[Any], schedule: _Schedule, progress: ShareProgress) -> str:
-    """Adam on the values, until the schedule ends; what went wrong."""
+def _descend(pair: FittedPair, batches: Sequence[Any], schedule: _Schedule, stop: Stop, progress: ShareProgress) -> str:
+    """Adam on the values, until the schedule ends; what came in between."""
     values = list(pair.values.values())
     optimizer = _adam(values)
     highest = [group["lr"] for group in optimizer.param_groups]
@@ -252,6 +249,8 @@ def _descend(pair: FittedPair, batches: Sequence[Any], schedule: _Schedule, prog
     reported = 0.0
     schedule.begin()
     while (share := schedule.share()) < 1:
+        if stop():
+            return f"stopped by Ctrl-C after {schedule.step} steps"
         if share >= reported + 0.01:
             progress(reported := share)
         loss = pair.loss(batches[schedule.next_batch()])

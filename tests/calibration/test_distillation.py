@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -170,54 +172,52 @@ def test_it_keeps_to_the_time() -> None:
     assert 0 < outcome.seconds < 60  # the steps alone would take days
 
 
-def stopping(after: int) -> tuple[list[float], Callable[[float], None]]:
-    """Progress that is told, and ends with Ctrl-C when it has been told so often."""
+def stopping(after: int, times: int = 1) -> Callable[[float], None]:
+    """Progress that sends Ctrl-C when it has been told so often."""
     told: list[float] = []
 
     def tell(share: float) -> None:
         told.append(share)
         if len(told) == after:
-            raise KeyboardInterrupt
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
 
-    return told, tell
+    return tell
 
 
-def test_stopped_by_hand_it_keeps_the_best_so_far() -> None:
+def test_stopped_by_ctrl_c_it_keeps_the_best_so_far() -> None:
     net = Net()
     start, paths = matched(net)
     student = copy.deepcopy(start)
-    outcome = distill(net, student, DATA, paths, FitSettings(1e6, 200), stopping(40)[1])
-    assert 60 < outcome.steps < 120 and outcome.note == f"stopped by hand after {outcome.steps} steps"
+    handler = signal.getsignal(signal.SIGINT)
+    outcome = distill(net, student, DATA, paths, FitSettings(1e6, 200), stopping(40))
+    assert 60 < outcome.steps < 120 and outcome.note == f"stopped by Ctrl-C after {outcome.steps} steps"
     assert outcome.kept == "calibrated" and outcome.calibrated_error < outcome.matched_error
     held = torch.cat(split(DATA)[1])
     assert outcome.calibrated_error == pytest.approx(error(net, student, held), rel=1e-4)
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_stopped_before_the_first_step_it_keeps_what_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(distillation, "_re_estimate", interrupted)
+    monkeypatch.setattr(distillation, "_re_estimate", lambda *_: signal.raise_signal(signal.SIGINT))
     start, student, outcome = fit(Net())
-    assert outcome.kept == "matched" and outcome.note == "stopped by hand" and outcome.calibrated_error is None
+    assert outcome.kept == "matched" and outcome.steps == 0 and "stopped by Ctrl-C" in outcome.note
     assert same(state(start), state(student))
 
 
-def test_a_second_ctrl_c_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_ctrl_c_ends_all() -> None:
     net = Net()
     student, paths = matched(net)
-    before = state(student)
-    compare, (told, tell) = FittedPair.distance, stopping(10)
-
-    def distance(*args: Any) -> Any:
-        if len(told) >= 10:
-            raise KeyboardInterrupt
-        return compare(*args)
-
-    monkeypatch.setattr(FittedPair, "distance", distance)
+    before, handler = state(student), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        distill(net, student, DATA, paths, FitSettings(1e6, 100), tell)
+        distill(net, student, DATA, paths, FitSettings(1e6, 100), stopping(10, times=2))
     assert same(before, state(student)) and not any(m._forward_hooks for m in student.modules())
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_in_another_thread_it_is_fitted_too() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(fit, Net()).result()[2].kept == "calibrated"
 
 
 def test_measuring_takes_its_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
