@@ -163,9 +163,12 @@ def _convert_models(
 
 
 def _convert_each(entries: Sequence[contents.Entry], where: Path, request: FileRequest) -> list[ConvertedEntry]:
-    """Every entry converted in turn; a module that stands under two names once, since it is changed in place."""
+    """Every entry converted; a module that stands under two names once, since it is changed in place.
+
+    Modules come last: a state dict may be on the same tensors.
+    """
     done: dict[int, ConvertedEntry] = {}
-    for entry in entries:
+    for entry in sorted(entries, key=lambda entry: isinstance(entry.value, nn.Module)):
         if id(entry.value) not in done:
             done[id(entry.value)] = one_model.convert_entry(entry, where, request)
     return [done[id(entry.value)] for entry in entries]

@@ -93,12 +93,11 @@ def norm_keys(state: Mapping[str, Any]) -> list[str]:
 
 
 def module_of_norms(state: Mapping[str, Any], eps: float) -> nn.Module:
-    """A module whose children are the norms in `state`, each with its full path as its name, on the tensors of `state`.
+    """A module whose children are the norms in `state`, each with its full path as its name, on its statistics.
 
     A lone norm at the root of `state` is returned itself.
     """
     root = nn.Module()
-    held: set[int] = set()
     shared: dict[Any, nn.Module] = {}
     for prefix in norm_prefixes(state):
         memory = tuple(memory_of(state.get(prefix + name)) for name in (*_AFFINE, *_BUFFERS))
@@ -109,10 +108,8 @@ def module_of_norms(state: Mapping[str, Any], eps: float) -> nn.Module:
         for name in _AFFINE:
             tensor = state.get(prefix + name)
             if tensor is not None:
-                # Two norms may share a gain. Each gets its own new one, so what they share cannot be written into.
-                again = tensor.data_ptr() in held and not tensor.is_meta
-                held.add(tensor.data_ptr())
-                tensor = nn.Parameter(tensor.detach().clone() if again else tensor.detach())
+                # Two norms, or two models of one file, may share a gain: it cannot be written into.
+                tensor = nn.Parameter(tensor.detach().clone())
             norm.register_parameter(name, tensor)
         norm.affine = norm.weight is not None
         for name in _BUFFERS:

@@ -69,3 +69,21 @@ def test_statistics_are_no_parameters_of_an_optimizer() -> None:
     as_parameters = norms_by_keys.parameters_by_keys(state, with_statistics=True)
     assert [p.name for p in as_parameters] == ["obs.count", *(p.name for p in found)]
     assert norms_by_keys.count_elements_by_keys(state) == (7 * 8 + 8 + 16, 15 + 17)
+
+
+@pytest.mark.parametrize("target", ["gn", "frozen"])
+@pytest.mark.parametrize("beside", ["a state dict", "under another prefix", "a module"])
+def test_copies_on_the_same_tensors_are_converted_once(tmp_path: Path, target: str, beside: str) -> None:
+    """Two calls of `state_dict` give two dicts on one memory, which `torch.save` keeps so."""
+    model, prefix = resnet(), "module." if beside == "under another prefix" else ""
+    wanted = normswap.convert(model, target).model.state_dict()
+    other = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    content = {"model": model if beside == "a module" else other, "ema": {"shadow": model.state_dict()}}
+    torch.save(content, tmp_path / "x.pt")
+    report = normswap.convert_file(tmp_path / "x.pt", target)
+    found = torch.load(tmp_path / f"x.{target}.pt", weights_only=False)
+    first = found["model"].state_dict() if beside == "a module" else found["model"]
+    states = [first, found["ema"]["shadow"]] if "ema" not in str(report.warnings) else [first]
+    for state in states:
+        assert {name.removeprefix(prefix) for name in state} == {*wanted}
+        assert all(torch.equal(value, wanted[name.removeprefix(prefix)]) for name, value in state.items())
