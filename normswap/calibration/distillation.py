@@ -1,9 +1,14 @@
 """Label-free distillation: the new norms of a converted network learn to give what the original's gave.
 
-The network is run as it is, from input to output; its norms' gains and biases are fitted so that the output of each
-changed norm, and the network's, come near the original's on the same samples: mean square error over variance. Adam,
+The network is run as it is, from input to output; its norms' gains and biases are fitted so that the network's output,
+and those of some changed norms, come near the original's on the same samples: mean square error over variance. Adam,
 at a rate that falls to 0 as the time runs out. No label is needed, no weight is touched, and samples that are held out
 tell what helped.
+
+Few norms on a grid of positions are enough, and the original's outputs there are small enough to be kept, so that it is
+run once a batch. ResNet-20 on CIFAR-10, 512 pictures, 200 steps; held-out error, top-1 on 2,000 others (.806 before,
+.777 matched in groups chosen on data), seconds of one core: every norm in full .291, .797, 34 s; every norm at 64
+positions .291, .797, 25 s; eight norms at 64 positions .291, .797, 23 s; the output alone .292, .797, 22 s.
 
 It starts from the better of matched values and statistics re-estimated layer by layer. Measured as in
 tests/bench/calibration.py, 256 unlabelled samples, top-1 on pictures never seen, seconds of one core:
