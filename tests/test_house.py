@@ -21,7 +21,7 @@ calibration training
 analysis
 checkpoints report layers libraries
 errors target_table
-printable
+printable signals
 """
 """From the top down. `weights` and `recurrent` are the old places of layer classes that saved files name."""
 FLOORS = {room: floor for floor, line in enumerate(reversed(LINES.split("\n"))) for room in line.split()}

@@ -6,17 +6,16 @@ import glob
 import os
 import secrets
 import shutil
-import signal
 import stat
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from normswap.errors import FileError, first_line, path_error
+from normswap.signals import before_end, uninterrupted
 
 try:
     import fcntl
@@ -32,8 +31,6 @@ _NO_ROOM = {
     errno.EFBIG: "; the system limits the size of files here (ulimit -f), or the disk's format does",
     getattr(errno, "EDQUOT", -1): "; your share of the disk is used up: free some space, or write to another disk",
 }
-ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""What asks a process to end, and can be answered."""
 _in_progress: set[Path] = set()  # of the whole process, as signals are: what to remove if one of them ends it
 
 
@@ -213,28 +210,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 # ---- temporary files ----
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Signals that a handler in Python answers, as Ctrl-C, wait until the end."""
-    came: list[int] = []
-    held: dict[int, Any] = {}
-    try:
-        if threading.current_thread() is threading.main_thread():  # no other thread is interrupted
-            for number in ENDING_SIGNALS:
-                if callable(signal.getsignal(number)):
-                    held[number] = signal.signal(number, lambda number, frame: came.append(number))
-        yield
-    finally:
-        for number, handler in held.items():
-            signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
-
-
-def remove_temporaries() -> None:
+def _remove_temporaries() -> None:
     """Remove all that this process is writing: for a process that ends at once."""
     for temporary in list(_in_progress):
         _remove(temporary)
+
+
+before_end(_remove_temporaries)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The command line. No torch is imported before a command needs it: the help comes at once."""
 
-from normswap.cli.signals import end_on_signals
+from normswap.signals import end_on_signals
 
 __all__ = ["main"]
 

@@ -19,7 +19,6 @@ from typer.core import TyperGroup
 
 from normswap.cli import options as opt
 from normswap.cli.progress import show_progress
-from normswap.cli.signals import end_on_signals
 from normswap.cli.values import allowed_classes, parse_numbers, parse_shape, parse_size
 from normswap.errors import NormswapError, OptionError, path_error
 from normswap.printable import printable
@@ -28,6 +27,7 @@ from normswap.report.inspection import Inspection
 from normswap.report.report import Report
 from normswap.report.terminal import ReportView
 from normswap.report.terminal_inspection import InspectionView
+from normswap.signals import end_on_signals
 from normswap.target_table import NORM_FORMS, RECURRENT_FORMS, TARGET_FORMS, WEIGHT_FORMS
 
 # What a command needs is imported when it runs: `normswap --help` does without torch, which takes seconds.

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import normswap
+from normswap import signals
 from normswap.checkpoints import distributed_folders, reading  # imported before the forks, as torch is
-from normswap.cli import commands, signals
+from normswap.cli import commands
 
 SIGNALS = int(os.environ.get("NORMSWAP_SIGNALS", "24"))
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
@@ -159,7 +160,7 @@ def test_signals_at_random_moments(kind: str, tmp_path: Path) -> None:
 def test_a_signal_while_torch_is_imported(number: int, seconds: float, tmp_path: Path) -> None:
     """The whole command, from the start of Python: one line or none, and no traceback."""
     torch.save(net().state_dict(), tmp_path / "m.pt")
-    marked = "import sys, runpy; from normswap.cli import signals; r = signals.end_on_signals\n"
+    marked = "import sys, runpy; from normswap import signals; r = signals.end_on_signals\n"
     marked += "def told(): r(); print('ready', flush=True)\n"
     marked += "signals.end_on_signals = told; import normswap.cli; normswap.cli.end_on_signals = told\n"
     marked += f"sys.argv = ['normswap', *{arguments(tmp_path, 'pt')!r}]; normswap.cli.main()"
@@ -177,7 +178,7 @@ def test_a_signal_while_torch_is_imported(number: int, seconds: float, tmp_path:
 
 def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
     """As SIGHUP under nohup, and SIGINT in the background of a script; SIGTERM ends the run all the same."""
-    code = "import signal; from normswap.cli.signals import end_on_signals; end_on_signals()\n"
+    code = "import signal; from normswap.signals import end_on_signals; end_on_signals()\n"
     code += "signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGHUP); print('goes on', flush=True)\n"
     code += "signal.raise_signal(signal.SIGTERM)"
     ignored = "trap '' INT HUP; exec \"$@\""
