@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from normswap.analysis.copies import clone
 from normswap.analysis.sites import Site, find_sites, hidden_modules
+from normswap.checkpoints.module_graph import why_endless
 from normswap.errors import ModelError, OptionError
 from normswap.report.report import Left
 
@@ -18,10 +19,15 @@ Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise `ModelError` for what is no module, or has layers that are TorchScript, wrapped, sharded or lazy."""
+    """Raise `ModelError` for what is no module, or has layers that are TorchScript, wrapped, sharded or lazy.
+
+    And for one with more paths to its layers than can be walked along, see `module_graph`.
+    """
     if not isinstance(model, nn.Module):
         name = type(model).__name__
         raise ModelError(f"expected a torch.nn.Module, not {name}; for a file, use normswap.convert_file")
+    if problem := why_endless(model):
+        raise ModelError(f"the model {problem}")
     for path, module in model.named_modules():
         if reason := _unfit(module):
             raise ModelError(f"{path or 'the model'} {reason}")
@@ -103,6 +109,8 @@ def hidden_layers(model: nn.Module) -> tuple[list[Left], list[str]]:
     left, notices = [], []
     for where, module in hidden_modules(model):
         reason = "is not registered (a plain list or attribute): its parameters are neither saved nor trained"
+        if problem := why_endless(module):
+            raise ModelError(f"{where} {problem}")
         inside = find_sites(module)
         for site in inside:
             left += [Left(f"{where}.{path}".rstrip("."), site.kind, site.name, reason) for path in site.paths]

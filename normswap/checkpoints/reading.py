@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.checkpoints import pickle_files, safetensors_files
+from normswap.checkpoints import module_graph, pickle_files, safetensors_files
 from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint
-from normswap.checkpoints.contents import SavedBytes, models_in
+from normswap.checkpoints.contents import SavedBytes, models_in, tensors_of
 from normswap.checkpoints.stored_recipes import store_recipe
 from normswap.errors import FileError, first_line, path_error
 
@@ -21,7 +21,6 @@ _LONGEST_RECIPE = 1 << 26  # characters
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "model.pt")
 _OPTIMIZERS = "optimizer*.bin"
 _MODULE_PARTS = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
-_MOST_PATHS, _DEEPEST = 1_000_000, 100  # paths to a module's parts; levels of modules within modules
 
 
 def read_checkpoint(
@@ -77,14 +76,16 @@ def _read_file(path: Path, trust: bool, allow: tuple[str | type, ...]) -> Checkp
     if _is_safetensors(path):
         tensors, header = safetensors_files.read_safetensors(path)
         tensors, header, aliases = _with_aliases(tensors, header)
+        _check_names(tensors, path)
         content = _with_recipe(tensors, path, header.pop(RECIPE, None))
         return Checkpoint(path, "safetensors", content, header, aliases)
     found = pickle_files.read_pickle(path, trust=trust, allow=allow)
     on_top = [found, *found.values()] if isinstance(found, Mapping) else [found]
     held = {id(part): part for part in (*on_top, *(entry.value for entry in models_in(found)))}
     for model in held.values():
-        if isinstance(model, nn.Module) and _count_paths(model, path, {}) > _MOST_PATHS:
-            raise FileError(f"{path}: holds a {type(model).__name__} with more paths to its parts than can be followed")
+        if isinstance(model, nn.Module):
+            _check_module(model, path)
+        _check_names(tensors_of(model), path)
     return Checkpoint(path, "pt", found)
 
 
@@ -187,24 +188,21 @@ def _saved_text(data: bytes) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _count_paths(module: nn.Module, path: Path, known: dict[int, int | None], depth: int = 0) -> int:
-    """How many paths lead to `module` and its parts, each counted once for every way that leads to it.
-
-    A file of few bytes can hold a module whose parts are shared at each level, so that following all paths never ends.
-    `known` holds the count of each module by id, None while it is being counted. Raises `FileError` for a module that
-    holds itself, is nested too deep, or is not built as torch builds one.
-    """
-    if id(module) not in known:
-        known[id(module)] = None  # if it is met again before its count is known, it holds itself
+def _check_module(model: nn.Module, path: Path) -> None:
+    """Raise `FileError` for a module whose parts cannot be walked along, or that is not built as torch builds one."""
+    for module in module_graph.all_modules(model):
         held = vars(module)
         for name, kind in _MODULE_PARTS.items():
             part = held.get(name)
             if not isinstance(part, dict) or not all(v is None or isinstance(v, kind) for v in part.values()):
                 raise FileError(f"{path}: is damaged: its {type(module).__name__} lacks {name}")
-        children = [child for child in module._modules.values() if child is not None]
-        if depth < _DEEPEST:
-            known[id(module)] = 1 + sum(_count_paths(child, path, known, depth + 1) for child in children)
-    found = known[id(module)]
-    if found is None:
-        raise FileError(f"{path}: holds a {type(module).__name__} that holds itself, or is nested too deep")
-    return found
+    if problem := module_graph.why_endless(model):
+        raise FileError(f"{path}: its {type(model).__name__} {problem}")
+
+
+def _check_names(tensors: Mapping[str, Any], path: Path) -> None:
+    """Raise `FileError` for more tensors, or longer names of them, than are read."""
+    if len(tensors) > module_graph.MOST_TENSORS:
+        raise FileError(f"{path}: holds more than {module_graph.MOST_TENSORS:,} tensors, the most that is read")
+    if max((len(str(name)) for name in tensors), default=0) > module_graph.LONGEST_NAME:
+        raise FileError(f"{path}: holds a name of more than {module_graph.LONGEST_NAME:,} characters")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from normswap.checkpoints.mapped_memory import release
 from normswap.checkpoints.native_path import native_path
+from normswap.checkpoints.module_graph import MOST_TENSORS
 from normswap.errors import FileError, first_line
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -26,6 +27,7 @@ _DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"
 _LARGEST_HEADER = 100_000_000  # bytes, as in the library
+_LEAST_ENTRY = 48  # bytes that the header has for a tensor, at least
 
 
 def is_safetensors(head: bytes) -> bool:
@@ -44,6 +46,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     # It is not used for them: it gives names in alphabetical order and not in the file's, tensors that are not aligned,
     # and shapes beyond all bounds where one number is 0.
     size = path.stat().st_size
+    _check_count(path)
     try:
         with (
             native_path(path) as name,
@@ -72,6 +75,29 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         except (RuntimeError, TypeError) as error:  # a shape of which one number is 0 and another beyond all bounds
             raise FileError(f"{path}: {name} has an impossible shape ({first_line(error)})") from None
     return tensors, metadata
+
+
+def _check_count(path: Path) -> None:
+    """Raise `FileError` for too many tensors, before the library or anybody makes an object of each."""
+    entries = 0
+
+    def count(pairs: object) -> None:
+        nonlocal entries
+        entries += 1
+        if entries > MOST_TENSORS + 2:  # and the header itself, and its metadata
+            raise OverflowError
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length <= MOST_TENSORS * _LEAST_ENTRY:
+            return
+        header = file.read(length)
+    try:
+        json.loads(header, object_pairs_hook=count)
+    except OverflowError:
+        raise FileError(f"{path}: holds more than {MOST_TENSORS:,} tensors, the most that is read") from None
+    except (ValueError, RecursionError):
+        return  # the library says better what is wrong
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], file: BinaryIO, metadata: Mapping[str, str], mapped: bool) -> None:
