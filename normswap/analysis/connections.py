@@ -1,6 +1,7 @@
 """Which norms and weight layers stand next to each other in one traced graph, as far as folding a norm goes."""
 
 import operator
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from normswap.analysis.tracing import TracedGraph
 
 _IN_PLACE = {operator.iadd, "add_"}
 _ADDITIONS = {operator.add, torch.add, "add", *_IN_PLACE}
+_MOST_NORMS = 16  # between a layer and a sum, as far as anybody looks
 
 
 class Branch(NamedTuple):
@@ -44,6 +46,10 @@ class Connections:
 
     def __init__(self, run: TracedGraph, part: TracedPart):
         self.run, self.part = run, part
+        # What one value is asked for by each that reads it: every value is followed once.
+        self._beside: dict[fx.Node, dict[fx.Node, frozenset[Branch]]] = {}
+        self._last: dict[fx.Node, fx.Node] = {}
+        self._seen: dict[tuple[fx.Node, bool], fx.Node] = {}
 
     # ---- a norm behind layers ----
 
@@ -108,36 +114,57 @@ class Connections:
     def beside(self, node: fx.Node) -> frozenset[Branch]:
         """The layers of branches that are parallel to a norm, or to a layer, which is one of them."""
         source, own = self._source(node, flattened=False), self._sum_of(node)
-        uses = [] if source is None else list(self._uses(source))
-        if own is None or any(self._may_write(user) for user in uses):
+        if source is None or own is None:
             return frozenset()
         site = self.part.site_of(node)
         if site is not None and site.kind == "norm" and (own.norms or own.written):  # an identity could not stand there
             return frozenset()
-        branches = set()
+        if source not in self._beside:
+            self._beside[source] = self._branches(source)
+        return self._beside[source].get(own.total, frozenset())
+
+    def _branches(self, source: fx.Node) -> dict[fx.Node, frozenset[Branch]]:
+        """The layers that read a value and whose output is added up, by the last addition."""
+        uses = list(self._uses(source))
+        if any(self._may_write(user) for user in uses):
+            return {}
+        branches: dict[fx.Node, set[Branch]] = defaultdict(set)
         for node in uses:
             reads = operations.input_of(node)
             alone = reads is not None and self._seen_through(reads, flattened=False) is source
             site, reached = self.part.site_of(node) if alone else None, self._sum_of(node)
-            if site is not None and site.kind == "weight" and reached is not None and reached.total is own.total:
-                branches.add(Branch(site.path, reached.norms, reached.written))
-        return frozenset(branches)
+            if site is not None and site.kind == "weight" and reached is not None:
+                branches[reached.total].add(Branch(site.path, reached.norms, reached.written))
+        return {total: frozenset(found) for total, found in branches.items()}
 
     def _sum_of(self, node: fx.Node) -> _Sum | None:
         """The sum that the value of a node goes into; None where it goes elsewhere, too."""
         norms: list[str] = []
-        total, written = None, False
         while (user := self._only_user(node)) is not None:
             site = self.part.site_of(user)
-            if operations.input_of(user) is node and site is not None and site.kind == "norm" and total is None:
+            if operations.input_of(user) is node and site is not None and site.kind == "norm":
                 norms.append(site.path)
+                if len(norms) > _MOST_NORMS:
+                    break
             elif _adds(user):
-                written = written or (total is None and user.target in _IN_PLACE and user.args[0] is node)
-                total = user
+                written = user.target in _IN_PLACE and user.args[0] is node
+                return _Sum(self._last_addition(user), tuple(norms), written)
             elif not self._hands_on(user):
                 break
             node = user
-        return None if total is None else _Sum(total, tuple(norms), written)
+        return None
+
+    def _last_addition(self, total: fx.Node) -> fx.Node:
+        """The last addition that a sum goes into, by way of additions and of what hands it on alone."""
+        way, node, last = [total], total, total
+        while node not in self._last and (user := self._only_user(node)) is not None:
+            if not (added := _adds(user)) and not self._hands_on(user):
+                break
+            node, last = user, user if added else last
+            way.append(node)
+        last = self._last.get(node, last)
+        self._last.update(dict.fromkeys(way, last))
+        return last
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
         users = [user for user in node.users if not operations.reads_shape_only(user)]
@@ -167,11 +194,15 @@ class Connections:
         return None if source is None else self._seen_through(source, flattened)
 
     def _seen_through(self, node: fx.Node, flattened: bool) -> fx.Node:
-        while self._hands_on(node) or (flattened and self._flattens(node)):
+        way = [node]
+        while (node, flattened) not in self._seen and (self._hands_on(node) or (flattened and self._flattens(node))):
             source = operations.input_of(node)
             if source is None:
                 break
             node = source
+            way.append(node)
+        node = self._seen.get((node, flattened), node)
+        self._seen.update(dict.fromkeys(((on_way, flattened) for on_way in way), node))
         return node
 
     def _hands_on(self, node: fx.Node) -> bool:

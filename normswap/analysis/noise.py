@@ -1,19 +1,22 @@
 """Made-up inputs: noise of a shape that a model may take, where no data is at hand."""
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
+from normswap.analysis.budget import MEMORY
 from normswap.analysis.running import SEED, inputs_like
 from normswap.errors import OptionError, first_line
 
-PATIENCE = 10.0
-"""Seconds that a run on noise may take which nobody asked for."""
+_MOST_ELEMENTS = MEMORY // 8  # of an input that nobody has asked for
 
 
 def guess_inputs(model: nn.Module, shape: tuple[int, ...] | None = None) -> tuple[Any, str] | None:
-    """Noise that the model may take, and its name; None where no convolution or linear layer tells a size.
+    """Noise that the model may take, and its name.
+
+    None where no convolution or linear layer tells a size, or only one that no input of bounded memory has.
 
     `shape` is that of one input batch; without it, it is made up from the first layer.
     torchvision's detection models take a list of pictures, its optical flow models two.
@@ -31,6 +34,8 @@ def guess_inputs(model: nn.Module, shape: tuple[int, ...] | None = None) -> tupl
         else:
             dims = len(first.kernel_size)
             shape = (2, first.in_channels, *{1: (1024,), 2: (224, 224), 3: (16, 112, 112)}[dims])
+        if not all(isinstance(n, int) and n > 0 for n in shape) or math.prod(shape) > _MOST_ELEMENTS:
+            return None
     name = f"noise {'×'.join(map(str, shape))}, seed {SEED}"
     try:
         value = inputs_like(model, torch.randn(shape, generator=torch.Generator().manual_seed(SEED)))

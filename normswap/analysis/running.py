@@ -1,10 +1,9 @@
 """Runs of a model on inputs, in eval mode and without a trace left in it: its output, and what its layers see."""
 
 import math
-import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from normswap.analysis.budget import MEMORY, SECONDS, Budget, OverBudget
 from normswap.analysis.copies import MODULE_STATE, opened
 from normswap.analysis.sites import Site
 from normswap.errors import ModelError
@@ -47,6 +47,10 @@ class Observed(NamedTuple):
     """By path, what each watched site saw that the run reached."""
     sketches: Sketches
     """By path, in the order in which they run, some elements of what each tapped layer put out."""
+
+
+class TooCostly(ModelError):
+    """A run that nobody has asked for takes more memory or time than it may."""
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -148,24 +152,21 @@ def run_model(
     model: nn.Module,
     inputs: Any,
     sites: Iterable[Site] = (),
-    limit: float | None = None,
+    unasked: bool = False,
     name: str = "example inputs",
     taps: Iterable[str] = (),
 ) -> Observed:
     """Run `model` in eval mode on `inputs`; note what each of `sites` sees, and what layers at the paths `taps` give.
 
-    Raises `ModelError` where the forward fails, or reaches a site after more than `limit` seconds; `name` is what the
-    message calls the inputs.
+    Raises `ModelError` where the forward fails; `name` is what the message calls the inputs. A run that is `unasked`
+    has a budget of memory and time, and raises `TooCostly` where that does not do.
     """
     seen: dict[str, Seen] = {}
     sketches: Sketches = {}
-    started = time.monotonic()
     before = {"samples": 0, "channels": 0}  # what the last watched layer read, and gave
 
     def watch(site: Site) -> RemovableHandle:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if limit is not None and time.monotonic() - started > limit:
-                raise TimeoutError
             if args and isinstance(args[0], Tensor) and args[0].dim() >= 2:
                 spatial = tuple(args[0].shape[2:])
                 size = math.prod(spatial)
@@ -193,11 +194,14 @@ def run_model(
             temporary_hooks(handles),
             eval_mode(model),
             torch.random.fork_rng(devices=[]),
+            Budget() if unasked else nullcontext(),
         ):
             torch.manual_seed(SEED)
             output = call_model(model, pytree.tree_map_only(Tensor, Tensor.clone, inputs))
-    except TimeoutError:
-        raise ModelError(f"not measured: the model takes more than {limit:g} s; give --input-shape") from None
+    except OverBudget:
+        cost = f"more than {MEMORY >> 20} MiB or {SECONDS:g} s"
+        advice = "give --input-shape (example_inputs), for which there is no limit"
+        raise TooCostly(f"not run: on {name} the model takes {cost}; {advice}") from None
     except Exception as error:  # the forward is anybody's code
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ModelError(f"the model does not run on the {name}: {type(error).__name__}: {reason}") from error

@@ -9,7 +9,7 @@ from torch import nn
 
 from normswap.analysis.dataflow import find_flow
 from normswap.analysis.flow import Flow
-from normswap.analysis.noise import PATIENCE, guess_inputs
+from normswap.analysis.noise import guess_inputs
 from normswap.analysis.running import Observed, Seen, Sketches, batch_size, calls_outside, inputs_like, run_model
 from normswap.analysis.selection import hidden_layers, select, shared_tensors
 from normswap.analysis.sites import Site, find_sites
@@ -117,7 +117,7 @@ def gather_evidence(survey: Survey, request: Request) -> Evidence:
         request.begin(Phase.RUN_BEFORE)
         try:
             with calls_outside(model, survey.flow.in_parts) as outside:
-                observed = _run_before(survey, request, inputs, PATIENCE if made_up else None)
+                observed = _run_before(survey, request, inputs, made_up)
             seen |= {} if made_up else observed.seen
         except ModelError as error:
             if not made_up:
@@ -150,12 +150,11 @@ def _folds_in_parts(survey: Survey, request: Request) -> bool:
     return merges or any(flow.feeders(norm.path)[0] for norm in norms)
 
 
-def _run_before(survey: Survey, request: Request, inputs: Any, limit: float | None) -> Observed:
+def _run_before(survey: Survey, request: Request, inputs: Any, unasked: bool) -> Observed:
     """The output, the sizes that norms saw, and some elements of what the layers put out that the target changes."""
-    # Every site is watched: made-up inputs may make a model run for minutes, and it is stopped in time.
     kind = "norm" if request.target.norm else "weight"
     tapped = [site.path for site in survey.sites if site.kind == kind]
-    return run_model(survey.model, inputs, survey.sites, limit, taps=tapped)
+    return run_model(survey.model, inputs, survey.sites, unasked, taps=tapped)
 
 
 def _measure_norms(survey: Survey, request: Request, batches: Sequence[Any]) -> dict[str, Measured]:

@@ -9,8 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.analysis.dataflow import find_flow
 from normswap.analysis.flow import Flow
-from normswap.analysis.noise import PATIENCE
-from normswap.analysis.running import Seen, run_model
+from normswap.analysis.running import Seen, TooCostly, run_model
 from normswap.analysis.selection import check_model, shared_tensors
 from normswap.analysis.sites import Site, find_sites
 from normswap.analysis.statistics import statistics_of
@@ -21,7 +20,7 @@ from normswap.inspection.advice import Facts, advise
 from normswap.inspection.findings import Observations, find_problems
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import TRANSPOSED
-from normswap.report.inspection import Inspection, Layer, Outcome
+from normswap.report.inspection import Finding, Inspection, Layer, Outcome
 from normswap.target_table import NORM_FORMS, WEIGHT_FORMS
 from normswap.targets.context import Context
 from normswap.targets.options import Options
@@ -65,11 +64,13 @@ def examine(
     progress("tracing what feeds what")
     flow = find_flow(model, sites)
     seen: Mapping[str, Seen] = {}
-    probe = ""
+    probe, unmeasured = "", tuple[Finding, ...]()
     if inputs is not None:
         progress("running the model")
         try:
-            seen, probe = run_model(model, inputs, sites, PATIENCE if probe_only else None, name).seen, name
+            seen, probe = run_model(model, inputs, sites, probe_only, name).seen, name
+        except TooCostly as error:
+            unmeasured = (Finding("sizes of maps are not known", ("",), str(error)),)
         except ModelError:
             if not probe_only:
                 raise
@@ -80,7 +81,7 @@ def examine(
     context = Context(Options(), flow, by_path, shared_tensors(model), seen=proven, measured_exact=bool(proven))
     outcomes = tuple(_try_target(TARGETS[form], sites, context) for form in (*NORM_FORMS, *WEIGHT_FORMS))
     statistics = {layer.paths[0]: layer.statistics for layer in layers}
-    findings = tuple(find_problems(model, Observations(sites, flow, statistics)))
+    findings = (*find_problems(model, Observations(sites, flow, statistics)), *unmeasured)
     advice = advise(_facts(sites, layers, outcomes, flow))
     return Inspection(type(model).__name__, *count_elements(model), layers, outcomes, findings, advice, probe)
 

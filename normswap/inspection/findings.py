@@ -29,7 +29,7 @@ def _statistics(*states: str) -> Rule:
     """The rule that finds norms whose running statistics are in one of these states; part of its words will do."""
 
     def find(seen: Observations) -> Iterator[Site]:
-        found = [path for path, words in seen.statistics.items() if any(state in words for state in states)]
+        found = {path for path, words in seen.statistics.items() if any(state in words for state in states)}
         return (site for site in seen.sites if site.path in found)
 
     return find

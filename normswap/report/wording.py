@@ -174,7 +174,7 @@ def calibration_sentence(found: Calibration) -> str:
 def drift_sentence(found: Drift | None) -> str:
     """How far the output moved, and on what."""
     if found is None:
-        return "drift not measured: no probe input"
+        return "drift not measured: no probe input (--input-shape or example_inputs gives one)"
     measured = [
         f"relative L2 {found.relative_l2:.2g}" if found.relative_l2 is not None else "",
         f"cosine {found.cosine:.4f}" if found.cosine is not None else "",
