@@ -4,6 +4,7 @@ import copy
 import functools
 import sys
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,37 +50,44 @@ _FROZEN = ("weight", "bias", "running_mean", "running_var")  # the buffers of a 
 _MOST_TRIED = 1 << 16  # channels of a norm that is tried: a damaged file may claim any number
 
 
-def batch_norms() -> dict[type[nn.Module], int | None]:
+def batch_norms() -> Mapping[type[nn.Module], int | None]:
     """`BATCH_NORMS` with those of libraries; a model can hold these only if the library is imported."""
-    found = dict(BATCH_NORMS)
-    if (misc := sys.modules.get("torchvision.ops.misc")) is not None:
-        found[misc.FrozenBatchNorm2d] = 2
-    if (acts := sys.modules.get("timm.layers.norm_act")) is not None:
-        found[acts.FrozenBatchNormAct2d] = 2
-    return found
+    return _batch_norms(sys.modules.get("torchvision.ops.misc"), sys.modules.get("timm.layers.norm_act"))
 
 
-def _of_libraries(*names: str) -> set[type[nn.Module]]:
+@functools.lru_cache(maxsize=8)
+def _batch_norms(misc: Any, acts: Any) -> Mapping[type[nn.Module], int | None]:
+    frozen = [getattr(misc, "FrozenBatchNorm2d", None), getattr(acts, "FrozenBatchNormAct2d", None)]
+    return {**BATCH_NORMS, **{cls: 2 for cls in frozen if cls is not None}}
+
+
+def _of_libraries(*names: str) -> frozenset[type[nn.Module]]:
     """Those norms of timm and torchvision that the model can hold: a library that is not imported has none in it."""
     places = ("timm.layers.norm_act", "timm.layers.norm", "torchvision.models.convnext")
-    found = (getattr(sys.modules.get(place), name, None) for place in places for name in names)
-    return {cls for cls in found if cls is not None}
+    return _named(tuple(sys.modules.get(place) for place in places), names)
 
 
-def activated() -> set[type[nn.Module]]:
+@functools.lru_cache(maxsize=64)
+def _named(libraries: tuple[Any, ...], names: tuple[str, ...]) -> frozenset[type[nn.Module]]:
+    """The classes called so in modules of libraries, which are asked for of each layer."""
+    found = (getattr(library, name, None) for library in libraries for name in names)
+    return frozenset(cls for cls in found if cls is not None)
+
+
+def activated() -> frozenset[type[nn.Module]]:
     """Norms with children `drop` and `act` that run behind them: timm's, and what they become here."""
-    return {*ACTIVATED.values()} | _of_libraries(
+    return frozenset(ACTIVATED.values()) | _of_libraries(
         "BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d",
         "GroupNormAct", "GroupNorm1Act", "LayerNormAct", "LayerNormAct2d", "LayerNormAct2dFp32",
     )  # fmt: skip
 
 
-def positional() -> set[type[nn.Module]]:
+def positional() -> frozenset[type[nn.Module]]:
     """Layer norms over the channels at each position of (N, C, H, W)."""
     return _of_libraries("LayerNorm2d", "LayerNorm2dFp32", "LayerNormAct2d", "LayerNormAct2dFp32")
 
 
-def known_forwards() -> set[type[nn.Module]]:
+def known_forwards() -> frozenset[type[nn.Module]]:
     """Subclasses whose forward is their base's in another spelling, with an activation or moved axes at most."""
     return activated() | positional() | _of_libraries("GroupNorm", "GroupNorm1", "LayerNorm")
 

@@ -4,15 +4,17 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normswap.analysis import known_norms
 from normswap.analysis.copies import MODULE_STATE
 from normswap.analysis.holders import only_called
 from normswap.analysis.obstacles import obstacle_of
+from normswap.layers.matching import widen
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS, PLAIN
@@ -66,7 +68,7 @@ class Site:
             return len(self.module.weight)  # type: ignore[arg-type]
         return int(self.module.running_mean.numel())  # type: ignore[union-attr, operator]  # torchvision's frozen norm
 
-    @property
+    @cached_property
     def spatial_dims(self) -> int | None:
         """How many dimensions the input of a norm has behind (N, C); None: any number, or not known."""
         if isinstance(self.module, FrozenBatchNorm | EstimatedBatchNorm | PositionNorm):
@@ -78,7 +80,7 @@ class Site:
             return dims[0] if len(dims) == 1 else None
         return {**known_norms.SAMPLE_NORMS, **known_norms.batch_norms()}.get(self.base) if self.base else None
 
-    @property
+    @cached_property
     def form(self) -> NormForm:
         """Over what a norm takes its statistics in eval mode; "" for what is no source of a conversion."""
         if self.base is BatchChannelNorm:
@@ -93,6 +95,23 @@ class Site:
         if self.base is PositionNorm:
             return "position"
         return "group" if self.base in known_norms.SAMPLE_NORMS else ""
+
+    @cached_property
+    def damage(self) -> str:
+        """What is wrong with the tensors of a norm that has a `form`, so that no layer could stand in for it."""
+        norm: Any = self.module
+        mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+        if not isinstance(getattr(norm, "eps", 0.0), int | float):
+            return "has an eps that is no number"
+        tensors = [t for t in (mean, var, norm.weight, norm.bias) if isinstance(t, Tensor) and t.dim() == 1]
+        if any(len(tensor) != self.channels for tensor in tensors):
+            return "has tensors of different sizes"
+        if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.is_meta:
+            return ""
+        wide = widen(var)
+        if not (widen(mean).isfinite().all() and wide.isfinite().all()):
+            return "has running statistics that are not finite"
+        return "has a negative running variance" if (wide < 0).any() else ""
 
     @property
     def groups(self) -> int | None:

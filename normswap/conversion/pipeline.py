@@ -32,7 +32,7 @@ class Conversion(NamedTuple):
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Meanwhile no garbage collection, which would look at each of the many small objects again and again.
 
     And no inference mode of the caller's: tensors that are made in it could never be trained.
@@ -56,7 +56,7 @@ def _with_more_care(request: Request, survey: Survey, evidence: Evidence) -> Req
     return None
 
 
-@_undisturbed()
+@undisturbed()
 def run(model: nn.Module, request: Request) -> Conversion:
     """Convert `model` as `request` says; nothing changes unless all of it can. `normswap.convert` tells the errors."""
     check_model(model)

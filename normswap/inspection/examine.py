@@ -14,6 +14,7 @@ from normswap.analysis.selection import check_model, shared_tensors
 from normswap.analysis.sites import Site, find_sites
 from normswap.analysis.statistics import statistics_of
 from normswap.conversion.accounting import count_elements
+from normswap.conversion.pipeline import undisturbed
 from normswap.conversion.planning import plan_sites
 from normswap.errors import ModelError, NormswapError
 from normswap.inspection.advice import Facts, advise
@@ -41,6 +42,7 @@ def inspect(model: nn.Module, *, example_inputs: Any = None) -> Inspection:
     return examine(model, example_inputs)
 
 
+@undisturbed()
 def examine(
     model: nn.Module,
     inputs: Any = None,

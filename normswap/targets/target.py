@@ -5,11 +5,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from normswap.analysis.sites import Site
 from normswap.errors import OptionError
-from normswap.layers.matching import widen
 from normswap.layers.norms import ACTIVATED
 from normswap.layers.torch_normalization import kind_of_normalization
 from normswap.target_table import NORM_FORMS, PLAIN_FORM, TARGET_FORMS, WEIGHT_FORMS, Form
@@ -94,7 +93,7 @@ def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:
         return f"{site.name} is no norm that can be converted"
     if site.path in context.flow.touched:
         return "has tensors that a forward reads directly"
-    if problem := _unsound(site) or ("" if target is PLAIN_TARGET else _misplaced(site, context)):
+    if problem := site.damage or ("" if target is PLAIN_TARGET else _misplaced(site, context)):
         return problem
     if target.norm is not None and target.norm.within_sample and _mixes_samples(site, context):
         return "sees several samples in its channels (a split batch), so that no norm within a sample can stand in"
@@ -119,22 +118,6 @@ def _with_activation(site: Site, swap: Swap, target: Target) -> Swap:
         return replace(swap, module=nn.Sequential(), after="its activation")  # its children come into the empty one
     new.__class__ = ACTIVATED[type(new)]
     return replace(swap, after=swap.after.replace(name, type(new).__name__, 1))
-
-
-def _unsound(site: Site) -> str:
-    """What is wrong with a norm, so that no layer could stand in for it."""
-    norm = site.module
-    mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
-    if not isinstance(getattr(norm, "eps", 0.0), int | float):
-        return "has an eps that is no number"
-    sizes = {len(t) for t in (mean, var, norm.weight, norm.bias) if isinstance(t, Tensor) and t.dim() == 1}
-    if sizes and sizes != {site.channels}:
-        return "has tensors of different sizes"
-    if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.is_meta:
-        return ""
-    if not (widen(mean).isfinite().all() and widen(var).isfinite().all()):
-        return "has running statistics that are not finite"
-    return "has a negative running variance" if (widen(var) < 0).any() else ""
 
 
 def _mixes_samples(site: Site, context: Context) -> bool:

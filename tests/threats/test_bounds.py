@@ -1,0 +1,233 @@
+"""What a small file can claim is sized up before anything is made of it, and what follows is linear in its size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import normswap
+from normswap.analysis import connections
+from normswap.analysis.budget import Budget, OverBudget
+from normswap.analysis.noise import guess_inputs
+from normswap.checkpoints import module_graph
+from normswap.checkpoints.reading import read_checkpoint
+from normswap.files.inspect_file import inspect_file
+
+
+def lattice(levels: int, width: int, leaf: nn.Module) -> nn.Module:
+    """A module under `width ** levels` paths, of `levels` modules that hold one other several times."""
+    for _ in range(levels):
+        outer = nn.Sequential()
+        outer._modules.update({str(number): leaf for number in range(width)})
+        leaf = outer
+    return leaf
+
+
+def tower(levels: int) -> nn.Module:
+    model: nn.Module = nn.BatchNorm2d(2)
+    for _ in range(levels - 1):
+        model = nn.Sequential(model)
+    return model
+
+
+def holding_itself() -> nn.Module:
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Sequential())
+    model[1]._modules["up"] = model
+    return model
+
+
+def with_name(length: int) -> nn.Module:
+    model = nn.Sequential()
+    model._modules["n" * length] = nn.BatchNorm2d(2)
+    return model
+
+
+ENDLESS = {
+    "paths": (lambda: lattice(200, 2, nn.BatchNorm2d(2)), "levels"),
+    "aliases": (lambda: lattice(15, 2, nn.BatchNorm2d(2)), "further paths"),
+    "levels": (lambda: tower(module_graph.DEEPEST + 1), "levels"),
+    "circle": (holding_itself, "holds itself"),
+    "name": (lambda: with_name(module_graph.LONGEST_NAME), "characters"),
+    "names together": (lambda: lattice(1, 9_000, with_name(9_000)), "characters together"),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_paths_that_cannot_be_followed_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, reason = ENDLESS[name]
+    model = make()
+
+    def walked(*_: Any, **__: Any) -> None:
+        raise AssertionError("paths were walked along")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.Module, "named_modules", walked)
+        patched.setattr(nn.Module, "modules", walked)
+        for call in (normswap.inspect, lambda model: normswap.convert(model, "gn")):
+            with pytest.raises(normswap.NormswapError, match=reason):
+                call(model)
+    if name != "paths":  # torch's own pickler goes no deeper
+        torch.save(model, path := tmp_path / "x.pt")
+        with pytest.raises(normswap.FileError, match=reason):
+            normswap.convert_file(path, "gn")
+
+
+def test_a_module_in_a_plain_list_is_counted_too() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    model.spare = [lattice(15, 2, nn.BatchNorm2d(2))]  # type: ignore[assignment]
+    with pytest.raises(normswap.ModelError, match="further paths"):
+        normswap.convert(model, "gn")
+
+
+def test_paths_below_the_limits_are_followed() -> None:
+    shared = lattice(8, 2, nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)))
+    assert [len(layer.paths) for layer in normswap.inspect(shared).layers] == [256, 256]
+    assert not module_graph.why_endless(tower(module_graph.DEEPEST))
+
+
+def write_header(path: Path, header: dict[str, Any]) -> Path:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    return path
+
+
+def test_too_many_tensors_are_refused_before_any_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normswap.checkpoints.safetensors_files.MOST_TENSORS", 1000)
+    monkeypatch.setattr("normswap.checkpoints.safetensors_files.safe_open", None)
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    path = write_header(tmp_path / "x.safetensors", {f"w{number}": entry for number in range(1002)})
+    with pytest.raises(normswap.FileError, match="more than 1,000 tensors"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_names_and_numbers_of_tensors_are_bounded(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / f"x.{ending}"
+    for state, reason in (
+        ({"n" * (module_graph.LONGEST_NAME + 1): torch.ones(1)}, "characters"),
+        ({f"w{number}": torch.ones(1) for number in range(11)}, "more than 10 tensors"),
+    ):
+        if ending == "pt":
+            torch.save(state, path)
+        else:
+            from safetensors.torch import save_file
+
+            save_file(state, path)
+        monkeypatch.setattr(module_graph, "MOST_TENSORS", 10)
+        with pytest.raises(normswap.FileError, match=reason):
+            read_checkpoint(path)
+
+
+# ---- runs that nobody has asked for ----
+
+
+def many_layers(rnn: type[nn.RNNBase]) -> nn.Module:
+    layer = rnn(1, 1)
+    layer.num_layers = 10**9
+    return layer
+
+
+GREEDY = {
+    "LSTM": (lambda: many_layers(nn.LSTM), (2, 64, 1)),
+    "GRU": (lambda: many_layers(nn.GRU), (2, 64, 1)),
+    "adaptive pool": (lambda: nn.AdaptiveAvgPool2d(20_000), (2, 1, 8, 8)),
+    "upsample": (lambda: nn.Upsample(scale_factor=1e5), (1, 1, 8, 8)),
+    "transposed": (lambda: nn.ConvTranspose2d(1, 1, 1, stride=100_000), (1, 1, 8, 8)),
+    "padded": (lambda: nn.Conv2d(1, 1, 1, padding=100_000), (1, 1, 8, 8)),
+    "reflected": (lambda: nn.ReplicationPad2d(100_000), (1, 1, 8, 8)),
+    "unfolded": (lambda: nn.Unfold(1, padding=50_000), (1, 1, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_no_operation_is_run_that_is_too_large(name: str) -> None:
+    make, shape = GREEDY[name]
+    with torch.no_grad(), pytest.raises(OverBudget, match="memory"), Budget():
+        make().eval()(torch.ones(shape))
+
+
+def test_values_that_are_gone_do_not_count() -> None:
+    x = torch.ones(1 << 20)
+    with Budget(memory=x.nbytes * 5):
+        for _ in range(20):
+            x = x.sin()
+        kept = [x]
+        with pytest.raises(OverBudget, match="memory"):
+            for _ in range(20):
+                kept.append(kept[-1].sin())
+
+
+def test_time_is_bounded() -> None:
+    with pytest.raises(OverBudget, match="time"), Budget(seconds=-1):
+        torch.ones(1) + 1
+
+
+def test_a_budget_changes_no_result() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        wanted = model(x)
+        with Budget():
+            assert torch.equal(model(x), wanted)
+
+
+def test_a_conversion_goes_on_without_the_run(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(20_000)).eval()
+    torch.save(model, path := tmp_path / "x.pt")
+    report = normswap.convert_file(path, "gn")
+    assert report.totals.norms_changed == 1
+    assert report.drift is not None and "not run" in report.drift.note and "--input-shape" in report.drift.note
+    findings = inspect_file(path).findings
+    assert any("--input-shape" in finding.note for finding in findings)
+
+
+@pytest.mark.parametrize("channels", [10**9, -1, "many"])
+def test_no_noise_is_made_for_channels_that_cannot_be(channels: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model[0].in_channels = channels
+    assert guess_inputs(model) is None
+
+
+# ---- linear time ----
+
+
+@pytest.mark.parametrize("kind", ["one behind the other", "side by side", "added one by one"])
+def test_values_are_followed_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps from a value to its only user are counted: twice the layers take twice as many."""
+
+    class Wide(nn.Module):
+        def __init__(self, size: int):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.BatchNorm2d(2) for _ in range(size))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if kind == "one behind the other":
+                for norm in self.norms:
+                    x = norm(x)
+                return x
+            total = self.norms[0](x)
+            for norm in self.norms[1:]:
+                total = total + (norm(x) if kind == "side by side" else norm(x.relu()))
+            return total
+
+    steps = 0
+    only_user = connections.Connections._only_user
+
+    def counted(self: connections.Connections, node: fx.Node) -> fx.Node | None:
+        nonlocal steps
+        steps += 1
+        return only_user(self, node)
+
+    monkeypatch.setattr(connections.Connections, "_only_user", counted)
+    found = []
+    for size in (60, 120):
+        steps = 0
+        normswap.inspect(Wide(size))
+        found.append(steps)
+    assert 0 < found[1] < 2.5 * found[0]
