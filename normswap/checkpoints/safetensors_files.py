@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from normswap.checkpoints.mapped_memory import release
-from normswap.checkpoints.native_path import native_path
 from normswap.checkpoints.module_graph import MOST_TENSORS
+from normswap.checkpoints.native_path import native_path
 from normswap.errors import FileError, first_line
 
 _DTYPES: dict[str, torch.dtype] = {
