@@ -36,7 +36,15 @@ from torch.utils import _pytree as pytree
 
 from normswap.analysis.running import batch_size, eval_mode
 from normswap.calibration.interruption import Stop, ended_by_ctrl_c
-from normswap.calibration.paired_runs import FittedPair, Tap, Train, channel_map, channel_moments, random_state_kept
+from normswap.calibration.paired_runs import (
+    ChannelMoments,
+    FittedPair,
+    Tap,
+    Train,
+    channel_map,
+    channel_moments,
+    random_state_kept,
+)
 from normswap.errors import first_line
 from normswap.report.report import Calibration
 
@@ -178,7 +186,7 @@ def _channel_maps(pair: FittedPair, batch: Any) -> dict[str, tuple[Tensor, Tenso
     def correct(tap: Tap, output: Tensor) -> Tensor | None:
         """`output` with the moments that the first call of its norm should have."""
         path, target = tap[0], wanted.get((tap[0], 0))
-        if path not in found and target is not None and _is_affine(pair, path, output):
+        if path not in found and target is not None and _is_affine(pair, path, output, target):
             found[path] = channel_map(channel_moments(output), target)
         if path not in found:
             return None
@@ -190,13 +198,13 @@ def _channel_maps(pair: FittedPair, batch: Any) -> dict[str, tuple[Tensor, Tenso
     return found
 
 
-def _is_affine(pair: FittedPair, path: str, output: Tensor) -> bool:
-    """Whether a norm's output is its gain times something plus its bias, and both are fitted."""
+def _is_affine(pair: FittedPair, path: str, output: Tensor, target: ChannelMoments) -> bool:
+    """Whether a norm's output is its gain times something plus its bias, both fitted, with channels as in `target`."""
     norm = pair.student.get_submodule(path)
     if norm._modules or "group_weight" in norm._parameters:
         return False
     both = [pair.values.get(f"{path}.{name}") for name in ("weight", "bias")]
-    return all(v is not None and v.shape == output.shape[1:2] for v in both)
+    return all(v is not None and v.shape == output.shape[1:2] for v in (*both, target[1]))
 
 
 # ---- descent ----

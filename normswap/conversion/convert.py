@@ -56,8 +56,7 @@ def convert(
             chooses groups by it, and the new norms' gains and biases are fitted to the original's outputs, if that is
             nearer on held-out samples. Where torch.distributed runs, every process calls this with its share of the
             data, and all get the same values.
-        calibrate_seconds: the most time that all of this takes, measuring included; 0: no fit. Ctrl-C ends the fit
-            early and keeps what is best so far.
+        calibrate_seconds: the most time that all of that takes; 0: no fit. Ctrl-C ends the fit: the best is kept.
         inplace: change `model` itself; nothing changes unless all of it can.
 
     Returns:
