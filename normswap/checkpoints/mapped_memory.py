@@ -16,6 +16,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from normswap.errors import FileError
+
 try:
     import resource
 except ImportError:  # not on Windows
@@ -115,11 +117,19 @@ def scratch_tensor(shape: Sequence[int], dtype: torch.dtype, folder: Path | None
     """An uninitialized tensor whose memory is a nameless file in `folder`, so that it can be larger than the memory.
 
     A small one, or any without a folder, is in memory. The file is gone with the tensor.
+
+    Raises `FileError` where there is no room.
     """
     size = math.prod(shape) * dtype.itemsize
     if folder is None or size < _RELEASED_FROM or not os.path.isdir("/proc/self/fd"):
         return torch.empty(shape, dtype=dtype)
-    with tempfile.TemporaryFile(dir=folder) as file:  # without a name from the start, where the system can
-        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and no signal later
-        storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, nbytes=size)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:  # without a name from the start, where the system can
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and no signal later
+            storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, nbytes=size)
+    except OSError as error:
+        raise FileError(
+            f"{folder}: cannot be written, and holds what is read: {error.strerror}; free some space, "
+            "or have the output written elsewhere"
+        ) from None
     return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[call-overload, no-any-return]

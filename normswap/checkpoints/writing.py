@@ -50,6 +50,10 @@ def check_format(out: Path, form: str | None, overwrite: bool, *, source: Path |
     atomic_write.check_writable(out, overwrite, folder=None if form is None else form in ("dcp", "folder"))
     if out.suffix in _NO_MODELS or (form == "pt" and out.suffix == ".safetensors"):
         raise FileError(f"{out}: a model is not written as {out.suffix}; give a name that ends in .pt or .safetensors")
+    if form == "folder" and source is not None and source.resolve() in out.resolve().parents:
+        raise FileError(
+            f"{out}: is in the folder that is read, of which all is copied; give the name of another folder"
+        )
     if out.is_dir() and form is not None:
         _check_replaceable(out, form, source)
 

@@ -116,6 +116,8 @@ def test_a_folder_of_weight_files_replaces_its_older_copy_alone(model: Path) -> 
         normswap.convert_file(model, "gn", "out", overwrite=True)
     with pytest.raises(FileError, match="is a file"):
         normswap.convert_file("in", "gn", model, overwrite=True)
+    with pytest.raises(FileError, match="in the folder that is read"):
+        normswap.convert_file("in", "gn", "in/out")
     assert standing() == before
 
 
