@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 _ENDS = (type, types.ModuleType, types.CodeType, types.FrameType, types.BuiltinFunctionType, str, bytes, int, float)
 _CONTAINERS = (dict, list, tuple, set)
@@ -32,6 +34,18 @@ def reachable_values(model: nn.Module) -> Iterator[tuple[str, Any]]:
             for name, held in named:
                 place = f"{path}.{name}" if path else name
                 yield from ((place, value) for value in _values_within(held, seen))
+
+
+def memory_beside(module: nn.Module, content: Any) -> set[int]:
+    """The memory, by address, of the tensors in `content` that can be come by without `module`."""
+    values = _values_within(content, {id(module)})
+    return {memory for value in values if isinstance(value, Tensor) and (memory := memory_of_tensor(value))}
+
+
+def memory_of_tensor(tensor: Tensor) -> int:
+    """The address of what a tensor views; 0 where it views nothing."""
+    plain = tensor.layout is torch.strided and not is_lazy(tensor) and not tensor.is_meta
+    return tensor.untyped_storage().data_ptr() if plain else 0
 
 
 def _values_within(value: Any, seen: set[int]) -> Iterator[Any]:

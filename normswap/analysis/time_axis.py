@@ -26,8 +26,11 @@ APART = ("data", "batch", "position")
 CAUSAL, PADDED = "a causal network", "sequences that may be padded"
 _NAMED_CAUSAL = re.compile(r"causal(?!.*att)|chomp|stream", re.IGNORECASE)  # causal attention is another thing
 _NAMED_LENGTHS = re.compile(r"(len|lens|lengths?)$", re.IGNORECASE)
-_NAMED_PADDED = re.compile(rf"mask|padding|{_NAMED_LENGTHS.pattern}", re.IGNORECASE)
+_NAMED_PADDED = re.compile(
+    rf"mask|padding|^(is_|non_?)?pads?$|^valid$|n(um)?_frames$|^durations?$|{_NAMED_LENGTHS.pattern}", re.IGNORECASE
+)
 _POINTWISE_MODULES = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
+_SAME_VALUES = ("expand", "repeat", "to", "clone", "detach", "type_as")  # what a stream has kept, brought into shape
 _POSITIONS = 32  # of the trial of a convolution with a forward of its own; its reach has to be less
 
 ModuleOf = Callable[[fx.Node], nn.Module | None]
@@ -78,11 +81,11 @@ def _pads_one_side(node: fx.Node, module: Any) -> bool:
         padding = module.padding if type(module).__module__ == "torch.nn.modules.padding" else ()
     else:
         padding = node.args[1] if node.target is F.pad and len(node.args) > 1 else node.kwargs.get("pad", ())
-    if not isinstance(padding, tuple | list) or not all(type(size) is int for size in padding):
+    if not isinstance(padding, tuple | list) or not all(type(size) is int for size in padding[1::2]):
         return False
     sides = list(zip(padding[::2], padding[1::2], strict=False))
     # Along both dimensions of maps it is how strides are evened out.
-    return len([first for first, last in sides if first > 0 and last <= 0]) == 1
+    return len([first for first, last in sides if last <= 0 and (isinstance(first, fx.Node) or first > 0)]) == 1
 
 
 def _goes_on(node: fx.Node) -> bool:
@@ -94,6 +97,8 @@ def _goes_on(node: fx.Node) -> bool:
     first = parts[0]
     if dim not in (-1, 2) or not isinstance(first, fx.Node):
         return False
+    while first.op == "call_method" and first.target in _SAME_VALUES and isinstance(first.args[0], fx.Node):
+        first = first.args[0]
     return first.op in ("placeholder", "get_attr") or operations.name_of(first) in ("zeros", "new_zeros", "zeros_like")
 
 
@@ -115,7 +120,11 @@ def _cut_behind(nodes: Sequence[fx.Node], module_of: ModuleOf) -> set[fx.Node]:
 def _is_cut(node: fx.Node) -> bool:
     """Whether a value is taken without its last positions along one dimension: `x[:, :, :-2]`, `x[..., :n]`."""
     if node.target in ("narrow", torch.narrow):
-        return node.args[2:3] == (0,)
+        return (*node.args[2:3], *(node.kwargs[name] for name in ("start",) if name in node.kwargs)) == (0,)
+    if node.target is F.pad:
+        sizes: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad", ())
+        given = isinstance(sizes, tuple | list) and all(type(size) is int for size in sizes)
+        return given and any(last < 0 <= first for first, last in zip(sizes[::2], sizes[1::2], strict=False))
     index = node.args[1] if node.target is operator.getitem else None
     parts = index if isinstance(index, tuple) else ()
     ends = (part.stop for part in parts if isinstance(part, slice) and part.start in (None, 0))

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normswap.analysis.copies import clone
+from normswap.analysis.reachable import memory_beside, memory_of_tensor
 from normswap.calibration.batches import input_batches, read_samples
 from normswap.checkpoints import atomic_write, contents, mapped_memory, reading, stored_recipes, writing
 from normswap.checkpoints.checkpoint import Checkpoint
@@ -140,7 +142,7 @@ def _convert_models(
     found: Checkpoint, entries: Sequence[contents.Entry], request: FileRequest
 ) -> tuple[Checkpoint, Report]:
     """`found` with its `entries` converted, and what optimizers hold of their parameters carried over."""
-    converted = _convert_each(entries, found.path, request)
+    converted = _convert_each(entries, found, request)
     content = found.content
     for entry, new in zip(entries, converted, strict=True):
         content = contents.with_value_at(content, entry, new.value)
@@ -162,7 +164,7 @@ def _convert_models(
     return replace(found, content=content, optimizers=states), report
 
 
-def _convert_each(entries: Sequence[contents.Entry], where: Path, request: FileRequest) -> list[ConvertedEntry]:
+def _convert_each(entries: Sequence[contents.Entry], found: Checkpoint, request: FileRequest) -> list[ConvertedEntry]:
     """Every entry converted; a module that stands under two names once, since it is changed in place.
 
     Modules come last: a state dict may be on the same tensors.
@@ -170,8 +172,16 @@ def _convert_each(entries: Sequence[contents.Entry], where: Path, request: FileR
     done: dict[int, ConvertedEntry] = {}
     for entry in sorted(entries, key=lambda entry: isinstance(entry.value, nn.Module)):
         if id(entry.value) not in done:
-            done[id(entry.value)] = one_model.convert_entry(entry, where, request)
+            done[id(entry.value)] = one_model.convert_entry(_on_memory_of_its_own(entry, found), found.path, request)
     return [done[id(entry.value)] for entry in entries]
+
+
+def _on_memory_of_its_own(entry: contents.Entry, found: Checkpoint) -> contents.Entry:
+    """A module, which is changed in place, as a copy where something beside it in the file is on the same tensors."""
+    if not isinstance(entry.value, nn.Module) or not entry.keys:
+        return entry
+    own = {memory_of_tensor(tensor) for tensor in entry.value.state_dict().values() if isinstance(tensor, Tensor)} - {0}
+    return replace(entry, value=clone(entry.value)) if own & memory_beside(entry.value, found.content) else entry
 
 
 def _remap_optimizers(

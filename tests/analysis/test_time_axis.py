@@ -90,6 +90,22 @@ NETS: dict[str, tuple[nn.Module, str]] = {
     "zeros before": (
         Forward(lambda self, x: self.bn(self.conv(torch.cat([x.new_zeros(1, 4, 2), x], -1))), **lines()), CAUSAL
     ),
+    "padded by as much as is computed": (
+        Forward(lambda self, x: self.bn(self.conv(F.pad(x, (2 + x.shape[-1] % 2, 0)))), **lines()), CAUSAL
+    ),
+    "cut by narrow": (
+        Forward(lambda self, x: self.bn(self.conv(x).narrow(dim=2, start=0, length=x.shape[2])),
+                **lines(nn.Conv1d(4, 8, 3, padding=2))),
+        CAUSAL,
+    ),
+    "cut by a negative padding": (
+        Forward(lambda self, x: self.bn(F.pad(self.conv(x), (0, -2))), **lines(nn.Conv1d(4, 8, 3, padding=2))), CAUSAL
+    ),
+    "kept before": (
+        Forward(lambda self, x: self.bn(self.conv(torch.cat([self.kept.expand(x.shape[0], -1, -1), x], 2))),
+                kept=nn.ParameterList([torch.zeros(1, 4, 2)])[0], **lines()),
+        CAUSAL,
+    ),
     "the norm first": (
         Forward(lambda self, x: self.conv(F.pad(self.bn(x), (2, 0))), conv=nn.Conv1d(8, 4, 3), bn=nn.BatchNorm1d(8)),
         CAUSAL,
@@ -103,6 +119,9 @@ NETS: dict[str, tuple[nn.Module, str]] = {
     ),
     "lengths": (Masked(masked, **lines()), PADDED),
     "lengths of spectrograms": (Masked(masked, **maps()), PADDED),
+    "padded evenly by as much as is computed": (
+        Forward(lambda self, x: self.bn(self.conv(F.pad(x, (x.shape[-1] % 2, x.shape[-1] % 2)))), **lines()), ""
+    ),
     "padded on both sides": (Forward(both, **lines()), ""),
     "padded by the convolution": (after(nn.Conv1d(4, 8, 3, padding=2)), ""),
     "ahead": (after(SeesAhead(4, 8, 3, padding=2)), ""),
