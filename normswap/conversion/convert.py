@@ -43,8 +43,7 @@ def convert(
         groups: for targets with groups (`gn`): `auto` (at most 8 groups, at least 4 channels in each; on data fewer
             where these keep more), a number of groups (`32`), or channels a group (`"16c"`).
         transfer: `match` moves the statistics into gain and bias, `copy` keeps these, `reset` makes them 1 and 0.
-        ws: `preserve` starts from each filter's own std and mean, which is exact; `strict` takes the
-            paper's form, which is not.
+        ws: `preserve` starts from each filter's own std and mean, exactly; `strict` is the paper's form, not exact.
         ws_scope: `normed` standardizes layers that a norm follows, `all` every one; recurrent ones are always taken.
         layers: whose weights `ws` and `wn` change: some of `conv`, `linear`, `rnn`.
         recurrent: `ln` puts layer normalization into LSTMs, GRUs and their cells (Ba et al. 2016).
