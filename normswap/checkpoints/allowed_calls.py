@@ -137,7 +137,7 @@ _PYTHON: dict[str, Row] = {
     ),
     **{f"datetime.{kind.__name__}": _plain(kind)
        for kind in (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone)},
-    "time.struct_time": _plain(time.struct_time),
+    "time.struct_time": Row(_SHORT, time.struct_time, call=make.struct_time),
     "decimal.Decimal": Row(_SHORT, decimal.Decimal, call=bound(make.decimal_number, decimal.Decimal)),
     "uuid.UUID": Row(_SHORT, uuid.UUID, new=bound(make.blank, uuid.UUID), build=make.restore_uuid),
     **{f"{place}.{name}": Row("is text: it opens nothing", kind, call=bound(make.of_texts, kind))

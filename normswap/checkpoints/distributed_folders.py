@@ -27,7 +27,7 @@ from normswap.checkpoints.allowed_calls import Row, row_of
 from normswap.checkpoints.contents import SavedBytes
 from normswap.checkpoints.mapped_memory import release, scratch_tensor
 from normswap.checkpoints.pickle_files import text_problem
-from normswap.checkpoints.pickled_values import Claims, blank, of_plain, restore
+from normswap.checkpoints.pickled_values import Claims, blank, of_plain, restore, shown
 from normswap.checkpoints.unpickler import UnknownName, Unpickler
 from normswap.errors import FileError, UnsafeFileError, first_line
 
@@ -148,7 +148,7 @@ def _check_claims(path: Path, metadata: descriptions.Metadata) -> None:
     for info in metadata.storage_data.values():
         name = getattr(info, "relative_path", None)
         if not isinstance(name, str) or Path(name).name != name:
-            raise FileError(f"{path}: its .metadata names the file {name!r}, which is outside the folder")
+            raise FileError(f"{path}: its .metadata names the file {shown(name)}, which is outside the folder")
         if not (path / name).is_file():
             raise FileError(f"{path}: {name} is missing; the checkpoint is incomplete")
         with (path / name).open("rb") as shard:
@@ -158,7 +158,7 @@ def _check_claims(path: Path, metadata: descriptions.Metadata) -> None:
     claimed = 0
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(name, str):
-            raise FileError(f"{path}: an entry is called {name!r}, which is no text")
+            raise FileError(f"{path}: an entry is called {shown(name)}, which is no text")
         if isinstance(entry, descriptions.TensorStorageMetadata):
             if min(entry.size, default=0) < 0 or not isinstance(entry.size, torch.Size):
                 raise FileError(f"{path}: {name} has no size")

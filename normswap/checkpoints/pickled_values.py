@@ -3,9 +3,11 @@
 Each maker gets the `Claims` of the file first, then the arguments in the pickle. None trusts their kinds or numbers.
 """
 
+import datetime
 import functools
 import math
 import re
+import time
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,6 +29,7 @@ NUMBERS = {f"{kind}{size}" for kind, sizes in {"i": "1248", "u": "1248", "f": "2
 """The plain dtypes of numpy by name; beside them, texts of a length: `U5`, `S3`."""
 _TEXT = re.compile(r"[SU][1-9]\d{0,8}")
 _FACTORIES = (None, list, dict, set, tuple, int, float, bool, str, OrderedDict, Counter, deque)
+_PLAIN = (int, float, bool, str, bytes, type(None), datetime.timedelta, datetime.timezone)
 _LONGEST_NUMBER = 1000  # characters of a Decimal
 
 
@@ -86,6 +89,11 @@ class Claims:
 def refuse(what: str) -> UnsafeFileError:
     """The error for a pickle that does what those of torch never do."""
     return UnsafeFileError(f"is not what torch.save makes of a model: it {what}")
+
+
+def shown(value: Any) -> str:
+    """A value for a message: a text, and of all else its class, since what holds itself often is text without end."""
+    return repr(value)[:40] if type(value) is str else f"a {type(value).__name__}"
 
 
 def _is_count(value: Any) -> bool:
@@ -154,6 +162,8 @@ def quantized_tensor(claims: Claims, storage: Any, offset: Any, size: Any, strid
     _checked_view(claims, storage, offset, size, stride, getattr(storage, "dtype", None))
     if hooks:
         raise refuse("gives hooks to a tensor")
+    if type(quantizer) is not tuple or not all(type(part) in (Tensor, torch.qscheme, int, float) for part in quantizer):
+        raise FileError("it has a quantized tensor without the numbers that it is quantized with")
     rebuild: Callable[..., Tensor] = torch._utils._rebuild_qtensor
     return rebuild(storage, offset, size, stride, quantizer, bool(gradient), OrderedDict())
 
@@ -162,14 +172,18 @@ def sparse_tensor(claims: Claims, layout: Any, parts: Any) -> Tensor:
     """As `torch._utils._rebuild_sparse_tensor`; its indices are checked when all values have been read."""
     if layout is torch.sparse_coo:
         indices, values, size, *coalesced = parts
+        held = [indices, values]
         make = functools.partial(
             torch.sparse_coo_tensor, indices, values, _shape(size), is_coalesced=coalesced[0] if coalesced else None
         )
     elif layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
         outer, inner, values, size = parts
+        held = [outer, inner, values]
         make = functools.partial(torch.sparse_compressed_tensor, outer, inner, values, _shape(size), layout=layout)
     else:
-        raise FileError(f"it has a sparse tensor of the layout {layout!r:.40}")
+        raise FileError(f"it has a sparse tensor of the layout {shown(layout)}")
+    if not all(type(part) is Tensor for part in held):
+        raise FileError("it has a sparse tensor that is made of no tensors")
     claims.checks.append(functools.partial(make, check_invariants=True))
     return make(check_invariants=False)
 
@@ -207,7 +221,8 @@ def parameter(claims: Claims, data: Any, gradient: Any = True, hooks: Any = (), 
 def tensor_of_class(claims: Claims, rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any:
     """As `torch._tensor._rebuild_from_type_v2`, for tensors that have attributes: another maker's tensor with these."""
     maker = next((make for name, make in TENSOR_MAKERS.items() if getattr(torch._utils, name, None) is rebuild), None)
-    if maker is None or not any(kind is known for known in claims.kinds_of_tensor):
+    known = type(arguments) is tuple and any(kind is known for known in claims.kinds_of_tensor)
+    if maker is None or not known:
         raise refuse("calls what makes no tensor for one")
     made = maker(claims, *arguments)
     return with_attributes(made if type(made) is kind else made.as_subclass(kind), state)
@@ -235,7 +250,7 @@ def with_attributes(made: Any, state: Any) -> Any:
         raise FileError("it has a tensor whose attributes are none")
     for name, value in (state or {}).items():
         if type(name) is not str or hasattr(type(made), name):
-            raise refuse(f"changes {name!r:.40} of a tensor")
+            raise refuse(f"changes {shown(name)} of a tensor")
         setattr(made, name, value)
     return made
 
@@ -246,7 +261,7 @@ def with_attributes(made: Any, state: Any) -> Any:
 def number_dtype(claims: Claims, name: Any, align: Any = False, copy: Any = True) -> "numpy.dtype[Any]":
     """A plain dtype; for a text its length is bounded by the bytes that it is used on."""
     if type(name) is not str or (name not in NUMBERS and not _TEXT.fullmatch(name)):
-        raise refuse(f"asks for the dtype {name!r:.40} of numpy, which is not of plain numbers or text")
+        raise refuse(f"asks for the dtype {shown(name)} of numpy, which is not of plain numbers or text")
     return numpy.dtype(name, False, True)  # one of its own, since its order of bytes is set afterwards
 
 
@@ -354,8 +369,10 @@ def made_deque(claims: Claims, content: Any = (), longest: Any = None) -> deque[
 def ordered_dict(claims: Claims, *content: Any) -> OrderedDict[Any, Any]:
     """As `collections.OrderedDict`, to which Python 2 gave lists of two."""
     made: OrderedDict[Any, Any] = OrderedDict()
-    for key, value in _items(claims, content):
-        set_item(claims, made, key, value)
+    for pair in _items(claims, content):
+        if type(pair) not in (list, tuple) or len(pair) != 2:
+            raise refuse("makes an OrderedDict of other than pairs")
+        set_item(claims, made, *pair)
     return made
 
 
@@ -409,9 +426,24 @@ def of_texts(kind: Any, claims: Claims, *texts: Any) -> Any:
 
 
 def of_plain(kind: Any, claims: Claims, *arguments: Any) -> Any:
-    """An object of a class of Python's or torch's own that is made of few numbers, bytes, texts and the like."""
-    claims.take(sum(len(part) if isinstance(part, str | bytes | tuple | dict) else 1 for part in arguments))
+    """An object of a class of Python's or torch's own that is made of few numbers, bytes, texts and the like.
+
+    Of nothing else: to hash or to compare a tuple that holds itself many times over takes forever.
+    """
+    if not all(type(part) in _PLAIN for part in arguments):
+        raise refuse(f"makes a {kind.__name__} of other than numbers and texts")
+    claims.take(sum(len(part) if isinstance(part, str | bytes) else 1 for part in arguments))
     return kind(*arguments)
+
+
+def struct_time(claims: Claims, numbers: Any, others: Any = None) -> time.struct_time:
+    """As `time.struct_time`, of its nine numbers, and of those that have only names."""
+    held = (
+        [*numbers, *(others or {}).values()] if type(numbers) is tuple and type(others) in (dict, type(None)) else [()]
+    )
+    if len(held) > 20 or not all(type(part) in _PLAIN for part in held):
+        raise refuse("makes a struct_time of other than numbers")
+    return time.struct_time(numbers, others or {})
 
 
 def torch_version(claims: Claims, text: Any) -> Any:
@@ -481,7 +513,8 @@ def restore_library_module(claims: Claims, made: Any, state: Any) -> None:
 def restore_module(claims: Claims, made: Any, state: Any) -> None:
     """Give a module its parts by its `__setstate__`, most often torch's."""
     layers = state.get("num_layers", 0) if isinstance(state, dict) and isinstance(made, nn.RNNBase) else 0
-    if not 0 <= _plain(layers) <= _MOST_LAYERS:
+    names = state.get("_flat_weights_names", []) if isinstance(state, dict) and isinstance(made, nn.RNNBase) else []
+    if not 0 <= _plain(layers) <= _MOST_LAYERS or type(names) is not list:
         raise FileError(f"it has a {type(made).__name__} of {layers:,} layers")
     claims.take(_ITEM * len(state) if isinstance(state, dict) else 0)
     made.__setstate__(state)

@@ -85,7 +85,7 @@ class Unpickler(pickle._Unpickler):
 
     def load_reduce(self) -> None:
         """Call what was named, as its row says."""
-        arguments, function = self.stack.pop(), self.stack[-1]
+        arguments, function = self._arguments(), self.stack[-1]
         row = self.rows.get(id(function))
         if row is None or row.call is None:
             raise refuse(f"calls {_name(function)}(...)")
@@ -94,12 +94,18 @@ class Unpickler(pickle._Unpickler):
 
     def load_newobj(self) -> None:
         """Make an object without its constructor, as the row of its class says."""
-        arguments, kind = self.stack.pop(), self.stack.pop()
+        arguments, kind = self._arguments(), self.stack.pop()
         row = self.rows.get(id(kind))
         if row is None or row.new is None:
             raise refuse(f"makes a {_name(kind)} anew")
         self.claims.take(_EMPTY)
         self.append(row.new(self.claims, *arguments))
+
+    def _arguments(self) -> tuple[Any, ...]:
+        arguments: Any = self.stack.pop()
+        if type(arguments) is not tuple:
+            raise refuse("calls something with other than a tuple")
+        return arguments  # type: ignore[no-any-return]
 
     def load_build(self) -> None:
         """Give an object its state, as the row of its class says."""

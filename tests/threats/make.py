@@ -1380,6 +1380,144 @@ def a_state_dict_of_nothing(folder: Path) -> Path:
     return saved(OrderedDict(), folder / "bad.pt")
 
 
+# ---- pickles that make much of little, or what nobody can check ----
+
+
+def _dtype(name: str, state: bytes = b"") -> bytes:
+    """A dtype of numpy in a pickle, with the state that BUILD gives it."""
+    return named("numpy", "dtype") + b"(" + text(name) + b"\x89\x88tR" + (state + b"b" if state else b"")
+
+
+def _held(data: bytes) -> Maker:
+    """A training checkpoint whose further entry is the object of some instructions."""
+
+    def make(folder: Path) -> Path:
+        start = b"\x80\x02}(" + text("model") + b"}" + text("1.weight") + b"Ns" + text("more")
+        return archive(folder / "bad.pt", start + data + b"u.")
+
+    return make
+
+
+def _again(value: bytes, each: bytes, times: int) -> bytes:
+    """A list of what some instructions make of one value (`h\\x01`), many times over: it is in the file once."""
+    return b"]" + value + b"q\x010(" + each * times + b"e"
+
+
+_LATIN = named("_codecs", "encode")
+_DEEP = b")" + b"".join(b"r" + struct.pack("<I", n) + b"j" + struct.pack("<I", n) + b"\x86" for n in range(1, 80))
+_HALF = text("A" * 500_000)
+_ALIKE = b"".join(b"\x8a\x0b" + ((k << 61) - k + 5).to_bytes(11, "little") + b"N" for k in range(1, 50_000))
+_PLAIN = b"(K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00t"
+_INNER = b"(K\x03" + text("<") + b"(" + _dtype("u1") + b"J\x00\x00\x10\x00\x85tNNK\x08K\x08K\x00t"
+_FIELDS = b"(K\x03" + text("<") + b"N" + text("a") + b"\x85}" + text("a") + _dtype("O8") + b"K\x00\x86sK\x08K\x08K\x03t"
+
+
+def _array(dtype: bytes, shape: bytes, size: int) -> bytes:
+    data = _LATIN + b"(" + text("A" * size) + text("latin1") + b"tR"
+    start = (
+        named("numpy._core.multiarray", "_reconstruct") + b"(" + named("numpy", "ndarray") + b"K\x00\x85" + data + b"tR"
+    )
+    return start + b"(K\x01" + shape + dtype + b"\x89" + data + b"tb"
+
+
+def _calls(name: str, *arguments: bytes) -> bytes:
+    module, _, function = name.rpartition(".")
+    return named(module, function) + b"(" + b"".join(arguments) + b"tR"
+
+
+_BILLION = b"J\x00\xca\x9a\x3b"
+THREATS |= {
+    "a dtype of objects": _held(_array(_dtype("O8"), b"K\x01\x85", 8)),
+    "a dtype within a dtype": _held(_array(_dtype("f8", _INNER), b"K\x01\x85", 8)),
+    "a dtype of fields": _held(_array(_dtype("f8", _FIELDS), b"K\x01\x85", 8)),
+    "a dtype of two gigabytes": _held(_dtype("V2000000000")),
+    "a text dtype of gigabytes": _held(_array(_dtype("U500000000"), b"K\x01\x85", 8)),
+    "an array of more than its bytes": _held(_array(_dtype("f8", _PLAIN), _BILLION + b"\x85", 8)),
+    "an array of no bytes": _held(_array(_dtype("f8", _PLAIN), b"J\xff\xff\xff\xff\x85", 8)),
+    "a call of an array": _held(_calls("numpy.ndarray", _BILLION + b"\x85")),
+    "a number of other bytes": _held(_calls("numpy._core.multiarray.scalar", _dtype("f8"), b"U\x03AAA")),
+    "a bytearray of a size": _held(_calls("builtins.bytearray", _BILLION)),
+    "a tensor class called": _held(_calls("torch.FloatTensor", _BILLION)),
+    "a parameter of a size": _held(_calls("torch.nn.parameter.Parameter", _BILLION)),
+    "a slow encoding": _held(_calls("_codecs.encode", text("\u4e00" * 400_000), text("punycode"))),
+    "a text encoded often": _held(_again(_HALF, _LATIN + b"h\x01" + text("latin1") + b"\x86R", 20_000)),
+    "a list copied often": _held(
+        _again(b"](" + b"K\x01" * 200_000 + b"e", named("builtins", "frozenset") + b"h\x01\x85R", 5000)
+    ),
+    "a key that holds itself": _held(b"}" + _DEEP + b"Ns"),
+    "a layout that holds itself": _held(named("torch.serialization", "_get_layout") + _DEEP + b"\x85R"),
+    "an element that holds itself": _held(named("builtins", "set") + b"](" + _DEEP + b"e\x85R"),
+    "keys of one hash": _held(b"}(" + _ALIKE + b"u"),
+    "a factory that is a module": _held(_calls("collections.defaultdict", named("torch.nn.modules.rnn", "LSTM"))),
+    "a forward called": _held(
+        _calls("torch._tensor._rebuild_from_type_v2", named("torch.nn.modules.upsampling", "Upsample") + b")\x81",
+               named("torch", "Tensor"), b")", b"}")
+    ),
+    "a tensor with a changed shape": _held(
+        _calls("torch._utils._rebuild_parameter_with_state",
+               _calls("torch._utils._rebuild_meta_tensor_no_storage", named("torch", "float32"), b"))", b"\x89"),
+               b"\x88", b"N", b"}" + text("data") + b"Ns")
+    ),
+    "a sparse tensor of lists": _held(
+        _calls("torch._utils._rebuild_sparse_tensor",
+               _calls("torch.serialization._get_layout", text("torch.sparse_coo")),
+               _DEEP + _DEEP + b"K\x01\x85\x87")
+    ),
+    "an LSTM of a billion layers": _held(
+        named("torch.nn.modules.rnn", "LSTM") + b")\x81}(" + text("num_layers") + _BILLION
+        + text("_all_weights") + b"](]K\x01aeub"
+    ),
+    "a compiled layer": _held(named("torch.ao.nn.quantized.modules.conv", "Conv2d") + b")\x81(K\x01K\x01tb"),
+}  # fmt: skip
+
+
+def _storage_of(key: str, numbers: bytes) -> bytes:
+    return b"(" + text("storage") + named("torch", "FloatStorage") + text(key) + text("cpu") + numbers + b"tQ"
+
+
+def _tensor_of(storage: bytes, offset: bytes, size: bytes) -> bytes:
+    return _calls("torch._utils._rebuild_tensor_v2", storage, offset, size + b"\x85K\x01\x85\x89N")
+
+
+def _with_storage(data: bytes) -> Maker:
+    def make(folder: Path) -> Path:
+        path = _held(data)(folder)
+        with zipfile.ZipFile(path, "a") as made:
+            made.writestr("archive/data/0", bytes(64))
+        return path
+
+    return make
+
+
+THREATS |= {
+    "a storage of more than its entry": _with_storage(_tensor_of(_storage_of("0", _BILLION), b"K\x00", b"K\x01")),
+    "a storage of less than nothing": _with_storage(
+        _tensor_of(_storage_of("0", b"J\xff\xff\xff\xff"), b"K\x00", b"K\x01")
+    ),
+    "a tensor beyond its storage": _with_storage(_tensor_of(_storage_of("0", b"K\x10"), b"K\x00", b"K\x20")),
+    "a tensor before its storage": _with_storage(
+        _tensor_of(_storage_of("0", b"K\x10"), b"J\xff\xff\xff\xff", b"K\x01")
+    ),
+    "a storage that is missing": _with_storage(_tensor_of(_storage_of("1", b"K\x10"), b"K\x00", b"K\x01")),
+}
+
+
+@threat
+def an_old_file_without_one_of_its_storages(folder: Path) -> Path:
+    """Memory that nobody filled would be written into the output."""
+    path = saved(training(), folder / "bad.pt", zipped=False)
+    data = path.read_bytes()
+    keys = data.rindex(b"\x80\x02]q\x00(X")
+    return written(path, data[:keys] + b"\x80\x02].")
+
+
+@threat
+def an_old_file_of_a_huge_storage(folder: Path) -> Path:
+    path = saved(state(), folder / "bad.pt", zipped=False)
+    data = path.read_bytes()
+    return written(path, data.replace(b"cpuq", b"cpur\x09\x00\x00\x00" + _BILLION + b"00" + b"q", 1))
+
+
 def main() -> None:
     """Make the whole corpus, each threat in a folder of its own."""
     root = Path(sys.argv[1])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fuzz_pickles import failures as composed_failures
 from make import HURT, MARK, MAY_CONVERT, MAY_LOAD, THREATS, net
 from mutate import failures
 from sandbox import in_sandbox
@@ -156,3 +157,10 @@ def test_the_good_file_is_good(tmp_path: Path) -> None:
 def test_mutations(part: int) -> None:
     found = failures(part * 150, 150)
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_composed_pickles(part: int) -> None:
+    """The first of the programs that `python tests/threats/fuzz_pickles.py 100000` runs."""
+    found, ran = composed_failures(part * 1000, 1000)
+    assert not found and ran == 1000, "\n".join(found)
