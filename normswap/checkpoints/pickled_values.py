@@ -170,6 +170,8 @@ def quantized_tensor(claims: Claims, storage: Any, offset: Any, size: Any, strid
 
 def sparse_tensor(claims: Claims, layout: Any, parts: Any) -> Tensor:
     """As `torch._utils._rebuild_sparse_tensor`; its indices are checked when all values have been read."""
+    if type(parts) is not tuple:
+        raise FileError("it has a sparse tensor that is made of no tensors")
     if layout is torch.sparse_coo:
         indices, values, size, *coalesced = parts
         held = [indices, values]
