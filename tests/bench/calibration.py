@@ -8,7 +8,7 @@ each with what was kept. Rows come on stderr as they are done.
 
 With --cost [--data FOLDER] [--repeats 5], what it takes instead, in time of the process, so that a busy machine tells
 the same: measuring, over a bare forward; a step of the fit, over a forward of the original and a forward and a backward
-of the converted net; the same of a batch's first step, which runs the original. With --data (see real_nets.py) of
+of the converted net; the same of a batch's first step, which runs the original. With --data (see real_networks.py) of
 ResNet-56 (batch 64, 32×32) and EfficientNet-Lite0 (batch 32, 224×224; noise serves for pictures), else of the nets
 above.
 """
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import real_nets
+import real_networks
 import torch
 from common import Row, main
 from digits import accuracy, digits
@@ -133,9 +133,9 @@ def costs(arguments: argparse.Namespace) -> Iterator[Row]:
 def _nets_with_batches(arguments: argparse.Namespace) -> Iterator[tuple[str, nn.Module, Tensor]]:
     if arguments.data:
         folder = Path(arguments.data)
-        yield "ResNet-56", real_nets.cifar_resnet(56, folder), real_nets.cifar_pictures(folder)[:64]
+        yield "ResNet-56", real_networks.cifar_resnet(56, folder), real_networks.cifar_pictures(folder)[:64]
         noise = torch.randn(32, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-        yield "EfficientNet-Lite0", real_nets.efficientnet_lite0(), noise
+        yield "EfficientNet-Lite0", real_networks.efficientnet_lite(0), noise
         return
     for name in arguments.nets.split(",") if arguments.nets else NETS:
         yield name, trained(name, Path(arguments.cache) if arguments.cache else None).eval(), digits()[0][:32]

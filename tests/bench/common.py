@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -44,6 +45,12 @@ def mean_spread(values: Sequence[float]) -> Row:
     return {"mean": round(statistics.fmean(values), 4), "spread": None if spread is None else round(spread, 4)}
 
 
+def mean_error(values: Sequence[float]) -> Row:
+    """Mean over samples and its standard error: of a share p of n, √(p(1 - p)/n)."""
+    error = statistics.pstdev(values) / math.sqrt(len(values))
+    return {"mean": round(statistics.fmean(values), 4), "error": round(error, 4)}
+
+
 # The kernel's high-water mark of this program alone; getrusage would count the one that started it.
 PEAK = "\nprint(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
 
@@ -63,7 +70,7 @@ def numbers(text: str) -> list[int]:
 def shown(value: Any) -> str:
     """A value in a table."""
     if isinstance(value, dict) and "mean" in value:
-        spread = value.get("spread")
+        spread = value.get("spread", value.get("error"))
         return f"{value['mean']:.1%}" + (f" ±{100 * spread:.1f}" if spread is not None else "")
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
@@ -97,7 +104,8 @@ def main(
     arguments = parser.parse_args()
     start = time.perf_counter()
     rows = list(measure(arguments))
-    asked = {name: value for name, value in vars(arguments).items() if name not in ("json", "results", "add", "cache")}
+    apart = ("json", "results", "add", "cache", "data")  # how it is written, and where things lie on this machine
+    asked = {name: value for name, value in vars(arguments).items() if name not in apart}
     made = {**environment(), "arguments": asked, "minutes": round((time.perf_counter() - start) / 60, 1)}
     data = {"environment": made, "rows": rows}
     if arguments.results:

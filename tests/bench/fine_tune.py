@@ -114,7 +114,7 @@ def _cell(asked: tuple[argparse.Namespace, str, str]) -> list[Row]:
     same = {"task": arguments.task, "net": name}
     rows = [{**same, "start": start, "batch": "", "rate": "", "steps": 0, "accuracy": before}]
     for batch, steps in budgets.items():
-        scores = {rate: _tried(starts[0], images, labels, apart, rate, batch, steps // 2) for rate in rates}
+        scores = {rate: trial_of(starts[0], images, labels, apart, rate, batch, steps // 2) for rate in rates}
         best = max(scores, key=lambda rate: scores[rate])
         found: dict[int, list[float]] = defaultdict(list)
         for seed, net in enumerate(starts):
@@ -135,7 +135,7 @@ def _cell(asked: tuple[argparse.Namespace, str, str]) -> list[Row]:
     return rows
 
 
-def _tried(
+def trial_of(
     start: nn.Module, images: Tensor, labels: Tensor, apart: tuple[Tensor, Tensor], rate: float, batch: int, steps: int
 ) -> float:
     """Accuracy on images apart, after a trial of a rate."""
