@@ -9,7 +9,7 @@ pictures to test on.
 Tasks: "shifted", the ten classes of CIFAR-10 in pictures whose channels are in another order (blue, red, green), that
 are turned by 0, 90, 180 or 270 degrees at random, and fainter (a third of the contrast); "few pictures", the same with
 ten pictures of each class to train on; "fewer classes", cats, deer, dogs and horses in plain pictures, told apart by a
-new head; "turns", by how much a picture of ImageNet is turned (Gidaris et al. 2018), of 128×128 pixels, each turned by
+new head; "turns", by how much a picture of ImageNet is turned (Gidaris et al. 2018), of 96×96 pixels, each turned by
 0, 90, 180 and 270 degrees, by a new head. No picture is in two of the parts to train, to choose a rate, and to test on,
 and none of CIFAR-10's was ever trained on.
 
@@ -66,7 +66,7 @@ BUDGETS: dict[tuple[str, str], dict[int, int]] = {
     ("ResNet-56", "shifted"): {1: 200, 2: 200},
     ("ResNet-56", "fewer classes"): {2: 50},
     ("ResNet-56", "few pictures"): {2: 100},
-    ("EfficientNet-Lite0", "turns"): {2: 60},
+    ("EfficientNet-Lite0", "turns"): {2: 100},
 }
 """Steps at each batch size, by network and task."""
 LOOKS = (25, 50, 100, 200)
@@ -91,8 +91,8 @@ def task_of(network: str, task: str, folder: Path) -> Task:
     if network == "EfficientNet-Lite0":
         net = efficientnet_lite(0)
         net._fc = _head(net._fc, 4)
-        images = imagenet_pictures(folder, 128)[0][torch.randperm(500, generator=torch.Generator().manual_seed(0))]
-        return Task(net, *(_turned_each_way(images[part]) for part in (slice(325), slice(325, 375), slice(375, 500))))
+        images = imagenet_pictures(folder, 96)[0][torch.randperm(500, generator=torch.Generator().manual_seed(0))]
+        return Task(net, *(_turned_each_way(images[part]) for part in (slice(400), slice(400, 425), slice(425, 500))))
     net = cifar_resnet(int(network.removeprefix("ResNet-")), folder)
     images, labels = cifar_pictures(folder, "test2000"), cifar_labels(folder)
     if task != "fewer classes":
