@@ -11,6 +11,9 @@ from normswap.analysis.running import SEED, inputs_like
 from normswap.errors import OptionError, first_line
 
 _MOST_ELEMENTS = MEMORY // 8  # of an input that nobody has asked for
+_SIZES = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}  # spatial, by dimensions: sounds, pictures, videos
+_MOST_CHANNELS = 16  # of these; more are features of another net, whose maps are small
+_SMALL_SIZES = {1: (1024,), 2: (64, 64), 3: (8, 32, 32)}
 
 
 def guess_inputs(model: nn.Module, shape: tuple[int, ...] | None = None) -> tuple[Any, str] | None:
@@ -32,8 +35,8 @@ def guess_inputs(model: nn.Module, shape: tuple[int, ...] | None = None) -> tupl
         elif isinstance(first, nn.Linear):
             shape = (2, first.in_features)
         else:
-            dims = len(first.kernel_size)
-            shape = (2, first.in_channels, *{1: (1024,), 2: (224, 224), 3: (16, 112, 112)}[dims])
+            sizes = _SIZES if first.in_channels <= _MOST_CHANNELS else _SMALL_SIZES
+            shape = (2, first.in_channels, *sizes[len(first.kernel_size)])
         if not all(isinstance(n, int) and n > 0 for n in shape) or math.prod(shape) > _MOST_ELEMENTS:
             return None
     name = f"noise {'×'.join(map(str, shape))}, seed {SEED}"

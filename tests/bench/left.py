@@ -28,7 +28,7 @@ from normswap.errors import NormswapError
 from normswap.report.report import Report
 from normswap.targets.target import parse_target
 
-SECONDS = 120  # for one conversion
+SECONDS = 120  # of processor time, for one conversion
 Makers = dict[str, Callable[[], nn.Module]]
 
 
@@ -140,8 +140,8 @@ def converted(model: nn.Module, target: str) -> Report | str:
     def stop(*_: Any) -> None:
         raise TooSlow
 
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         return run(model, Request(parse_target(target), may_be_idle=True)).report
     except NormswapError as error:
@@ -149,7 +149,7 @@ def converted(model: nn.Module, target: str) -> Report | str:
     except TooSlow:
         return f"not converted in {SECONDS} s"
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def count(report: Report, target: str) -> tuple[Counter[str], Counter[tuple[str, str]]]:
