@@ -27,7 +27,7 @@ ARRAYS = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", sorted(ROWS))
 def test_each_row_says_why_and_runs_our_own_code(name: str) -> None:
     row = ROWS[name]
     assert len(row.why) > 5
