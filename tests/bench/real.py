@@ -63,6 +63,8 @@ BATCH = 50
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     if not arguments.data:
         raise SystemExit("--data: the folder of pictures and networks; tests/bench/README.md says what it has")
+    if unknown := {*filter(None, arguments.ways.split(";"))} - {*NORM_WAYS, *RECURRENT_WAYS, "gn for use"}:
+        raise SystemExit(f"--ways: no such way as {', '.join(sorted(unknown))}; there are: {', '.join(NORM_WAYS)}")
     torch.set_num_threads(arguments.threads)
     for name in arguments.networks.split(","):
         subject = SUBJECTS[name](Path(arguments.data))

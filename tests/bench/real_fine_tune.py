@@ -149,6 +149,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     starts = arguments.starts.split(";") if arguments.starts else [*STARTS]
     networks, tasks = arguments.networks.split(","), arguments.tasks.split(";")
     pairs = [(network, task) for network, task in BUDGETS if network in networks and task in tasks]
+    if not pairs or {*starts} - {*STARTS}:
+        raise SystemExit(f"--networks, --tasks: some of {[*BUDGETS]}; --starts: some of {[*STARTS]}")
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
         for rows in pool.imap(_cell, [(arguments, *pair, start) for pair in pairs for start in starts]):
             print(rows[-1], file=sys.stderr, flush=True)
