@@ -49,6 +49,8 @@ class Form:
     """Whether the tensors of a norm suffice: a state dict is converted without its model."""
     class_by_dimension: bool = False
     """Whether its class depends on the dimensions of the input (BatchNorm2d), which a recipe then has to tell again."""
+    into_neighbours: bool = False
+    """Whether it goes into the layers around it, so that these tell what becomes of it, and not the norm alone."""
 
 
 _MATCHED = "approximate, moment-matched"
@@ -82,7 +84,7 @@ NORM_FORMS = _by_name(
     Form("frozen", "FrozenBatchNorm", "exact", "He et al. 2017", "short fine-tuning near the original data",
          on_tensors_alone=True),
     Form("fold", "nothing: into the layer before it", "exact", "Ioffe & Szegedy 2015",
-         "deployment, or training without norms"),
+         "deployment, or training without norms", into_neighbours=True),
 )
 WEIGHT_FORMS = _by_name(
     Form("ws", "Standardized Conv, Linear, RNN", "exact; approximate with ws=strict", "Qiao et al. 2019",

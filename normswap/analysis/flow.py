@@ -110,8 +110,16 @@ class Flow:
 
     def who_tells_apart(self, path: str, old: type[nn.Module], new: type[nn.Module]) -> str:
         """The function around the layer at `path` that would go another way were it of the class `new`; "": none."""
-        around = (tests for owner, tests in self.type_tests.items() if f"{path}.".startswith(f"{owner}.".lstrip(".")))
-        return next((test.where for tests in around for test in tests if test.tells_apart(old, new)), "")
+        tests = (test for owner in self.asking(path) for test in self.type_tests[owner])
+        return next((test.where for test in tests if test.tells_apart(old, new)), "")
+
+    def asking(self, path: str) -> list[str]:
+        """The modules around the layer at `path`, itself with them, that ask for the classes of layers in them."""
+        if not self.type_tests:
+            return []
+        parts = path.split(".")
+        around = [".".join(parts[:end]) for end in range(len(parts) + 1)]
+        return [owner for owner in around if owner in self.type_tests]
 
     def seen(self, path: str) -> bool:
         """Whether a trace reached a site."""

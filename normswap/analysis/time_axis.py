@@ -175,6 +175,8 @@ def named_so(model: nn.Module, sites: Sequence[Site], ranks: Mapping[str, Collec
         around = path.rpartition(".")[0] if _NAMED_CAUSAL.search(type(module).__name__) else None
         arguments = inspect.signature(module.forward).parameters
         padded = any(map(_NAMED_PADDED.search, arguments))
+        if around is None and not padded:
+            continue
         for norm in [*on_lines, *on_maps] if any(map(_NAMED_LENGTHS.search, arguments)) else on_lines:
             if around is not None and norm in on_lines and _is_in(norm.path, around):
                 found[norm.path] = CAUSAL
