@@ -52,6 +52,10 @@ class Budget(TorchDispatchMode):
         self.held: dict[int, tuple[StorageWeakRef, int]] = {}  # large results by where they lie
         self.total = 0  # bytes of these, of which some may be gone
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import all of its compiler to keep it away from here
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

@@ -1,7 +1,7 @@
 """Read-only: what feeds what in a model, as far as its parts can be traced."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 from torch import nn
@@ -16,6 +16,8 @@ from normswap.analysis.traced_part import TracedPart
 from normswap.analysis.tracing import in_words, trace
 from normswap.analysis.type_tests import find_type_tests
 from normswap.layers.torch_normalization import is_torchs_hook
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
@@ -48,7 +50,7 @@ def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
             if traced.problem:
                 flow.problems[path] = traced.problem
                 used |= {_join(path, inner) for inner in parts_used(module)}
-            elif path not in holders:
+            elif path not in holders and _may_ask(module, leaves):
                 flow.words[path] = in_words(traced)
             part = TracedPart(dict(module.named_modules(remove_duplicate=False)), path, by_path, hooked, holders)
             around = _part_around(path, whole) if path in holders else path
@@ -70,6 +72,20 @@ def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
     flow.type_tests = find_type_tests(model)
     flow.along_time = {**named_so(model, sites, flow.ranks), **flow.along_time}
     return flow
+
+
+def _may_ask(module: nn.Module, leaves: Collection[int]) -> bool:
+    """Whether a forward in `module` may ask its layers for anything: those of torch's own containers do not."""
+    pending = [module]
+    while pending:
+        inner = pending.pop()
+        if id(inner) not in leaves:
+            if not type(inner).__module__.startswith("torch.nn.") or (
+                inner._modules and type(inner) not in _CONTAINERS
+            ):
+                return True
+            pending += filter(None, inner._modules.values())
+    return False
 
 
 def hooked_paths(model: nn.Module) -> set[str]:

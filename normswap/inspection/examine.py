@@ -1,6 +1,5 @@
 """The story of an inspection: what is there, what would become of it, what is wrong, what to pick."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,18 +14,15 @@ from normswap.analysis.sites import Site, find_sites
 from normswap.analysis.statistics import statistics_of
 from normswap.conversion.accounting import count_elements
 from normswap.conversion.pipeline import undisturbed
-from normswap.conversion.planning import plan_sites
-from normswap.errors import ModelError, NormswapError
+from normswap.errors import ModelError
 from normswap.inspection.advice import Facts, advise
 from normswap.inspection.findings import Observations, find_problems
-from normswap.inspection.kinds import kinds_of_norms
+from normswap.inspection.outcomes import outcomes_of
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import TRANSPOSED
 from normswap.report.inspection import Finding, Inspection, Layer, Outcome
-from normswap.target_table import NORM_FORMS, WEIGHT_FORMS
 from normswap.targets.context import Context
 from normswap.targets.options import Options
-from normswap.targets.target import TARGETS, Target
 
 
 def inspect(model: nn.Module, *, example_inputs: Any = None) -> Inspection:
@@ -82,16 +78,7 @@ def examine(
     by_path = {site.path: site for site in sites}
     proven = {} if probe_only else seen  # what noise of a guessed shape shows is no proof of what the model reads
     context = Context(Options(), flow, by_path, shared_tensors(model), seen=proven, measured_exact=bool(proven))
-    kinds = kinds_of_norms(sites, context)
-    alone = {site: [site] for site in sites}
-    weights = {site: [site] for site in sites if site.kind == "weight"}
-    outcomes = (
-        *(
-            _try_target(TARGETS[form.name], alone if form.into_neighbours else kinds, context)
-            for form in NORM_FORMS.values()
-        ),
-        *(_try_target(TARGETS[name], weights, context) for name in WEIGHT_FORMS),
-    )
+    outcomes = tuple(outcomes_of(model, sites, context))
     statistics = {layer.paths[0]: layer.statistics for layer in layers}
     findings = (*find_problems(model, Observations(sites, flow, statistics)), *unmeasured)
     advice = advise(_facts(sites, layers, outcomes, flow))
@@ -148,26 +135,3 @@ def _describe_size(site: Site) -> str:
 
 def _in_short(values: Sequence[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else "×".join(map(str, values))
-
-
-def _try_target(target: Target, kinds: Mapping[Site, Sequence[Site]], context: Context) -> Outcome:
-    """What a target would do with every option at its default: replacements are built, and none is put in.
-
-    `kinds` are the sites, by one of which the outcome for all of its kind is told.
-    """
-    try:
-        swaps, changes, left = plan_sites(tuple(kinds), set(kinds), target, context)
-    except NormswapError as error:
-        return Outcome(target.name, 0, 0, None, 0, (), str(error))
-    alike = {path: len(sites) for first, sites in kinds.items() for path in first.paths}
-    mine = "norm" if target.norm else "weight"
-    changed, reasons = Counter[str](), Counter[str]()
-    for change in changes:
-        changed[change.kind] += alike[change.paths[0]]
-    for entry in left:
-        if entry.kind == mine:
-            reasons[entry.reason] += alike.get(entry.path, 1)  # functions that norm are no site
-    exact = all(swap.exact for swap in swaps) if swaps else None
-    return Outcome(
-        target.name, changed["norm"], changed["weight"], exact, reasons.total(), tuple(reasons.most_common())
-    )

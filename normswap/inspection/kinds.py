@@ -52,5 +52,5 @@ def _kind_of(site: Site, context: Context) -> Hashable:
 
 def _kind_of_tensor(tensor: Any, context: Context) -> Hashable:
     if not isinstance(tensor, Tensor):
-        return type(tensor)
+        return None if tensor is None else type(tensor).__name__
     return type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, id(tensor) in context.shared

@@ -16,6 +16,7 @@ from normswap.analysis.budget import Budget, OverBudget
 from normswap.analysis.noise import guess_inputs
 from normswap.checkpoints import module_graph
 from normswap.checkpoints.reading import read_checkpoint
+from normswap.conversion import planning
 from normswap.files.inspect_file import inspect_file
 
 
@@ -234,3 +235,27 @@ def test_values_are_followed_once(kind: str, monkeypatch: pytest.MonkeyPatch) ->
         normswap.inspect(Wide(size))
         found.append(steps)
     assert 0 < found[1] < 2.5 * found[0]
+
+
+def test_norms_of_one_kind_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replacements that an inspection builds are counted: all that differ in a name or a number are one kind."""
+    tried: list[tuple[str, str]] = []
+    plan_norm = planning.plan_norm
+
+    def counted(site: Any, target: Any, context: Any) -> Any:
+        tried.append((target.name, site.path))
+        return plan_norm(site, target, context)
+
+    monkeypatch.setattr(planning, "plan_norm", counted)
+    layers = [layer for _ in range(20) for layer in (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))]
+    odd = [nn.BatchNorm2d(4, eps=1e-3), nn.BatchNorm2d(8), nn.BatchNorm2d(4).double(), nn.BatchNorm2d(4, affine=False)]
+    odd += [nn.BatchNorm2d(4).requires_grad_(False), nn.BatchNorm2d(4), nn.BatchNorm2d(4)]
+    odd[-2].register_forward_hook(lambda *_: None)
+    assert isinstance(odd[-1].running_var, torch.Tensor)
+    odd[-1].running_var[0] = -1
+    outcomes = normswap.inspect(nn.Sequential(*layers, *odd)).outcomes
+    assert len([path for target, path in tried if target == "gn"]) == 1 + len(odd)
+    assert len([path for target, path in tried if target == "fold"]) == 20 + len(odd)  # goes by what is around
+    gn = outcomes[0]
+    assert (gn.target, gn.norms, gn.left) == ("gn", 20 + len(odd) - 1, 1)
+    assert gn.reasons == (("has a negative running variance", 1),)

@@ -1,0 +1,62 @@
+"""What each target would do with a model, every option at its default."""
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from normswap.analysis.other_ways import told_apart
+from normswap.analysis.sites import Site
+from normswap.conversion.planning import plan_sites
+from normswap.errors import NormswapError
+from normswap.inspection.kinds import kinds_of_norms
+from normswap.report.inspection import Outcome
+from normswap.target_table import NORM_FORMS, WEIGHT_FORMS
+from normswap.targets.context import Context
+from normswap.targets.target import TARGETS, Target
+
+_Kinds = Mapping[Site, Sequence[Site]]
+"""Sites that are alike for a target, by the first of them, which is tried."""
+
+
+def outcomes_of(model: nn.Module, sites: Sequence[Site], context: Context) -> Iterator[Outcome]:
+    """The outcome of each form of norms, then of weights; `sites` are the norms and weight layers of `model`."""
+    norms = kinds_of_norms(sites, context)
+    for form in NORM_FORMS.values():
+        kinds = {site: [site] for site in sites} if form.into_neighbours else norms
+        yield _try_target(model, TARGETS[form.name], kinds, context)
+    weights = {site: [site] for site in sites if site.kind == "weight"}
+    for name in WEIGHT_FORMS:
+        yield _try_target(model, TARGETS[name], weights, context)
+
+
+def _try_target(model: nn.Module, target: Target, kinds: _Kinds, context: Context) -> Outcome:
+    """What a target would do: replacements are built, and none is put in."""
+    try:
+        swaps, changes, left = plan_sites(tuple(kinds), set(kinds), target, context)
+        new = {site: swap.module for swap in swaps for site in kinds[swap.site]}
+        if apart := told_apart(model, context.flow, tuple(context.sites.values()), new):
+            kinds = _split(kinds, apart)
+            swaps, changes, left = plan_sites(tuple(kinds), set(kinds), target, replace(context, told_apart=apart))
+    except NormswapError as error:
+        return Outcome(target.name, 0, 0, None, 0, (), str(error))
+    alike = {path: len(sites) for first, sites in kinds.items() for path in first.paths}
+    mine = "norm" if target.norm else "weight"
+    changed, reasons = Counter[str](), Counter[str]()
+    for change in changes:
+        changed[change.kind] += alike[change.paths[0]]
+    for entry in left:
+        if entry.kind == mine:
+            reasons[entry.reason] += alike.get(entry.path, 1)  # functions that norm are no site
+    exact = all(swap.exact for swap in swaps) if swaps else None
+    most = tuple(reasons.most_common())
+    return Outcome(target.name, changed["norm"], changed["weight"], exact, reasons.total(), most)
+
+
+def _split(kinds: _Kinds, apart: Collection[Site]) -> _Kinds:
+    """The same, where those of a kind that are `apart` are one of their own."""
+    parts = (
+        [site for site in alike if (site in apart) is there] for alike in kinds.values() for there in (False, True)
+    )
+    return {part[0]: part for part in parts if part}
