@@ -2,7 +2,7 @@
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -78,30 +78,23 @@ class Connections:
 
     def readers(self, node: fx.Node) -> Iterator[str | None]:
         """The norm behind each use of a layer's output; None for every other use."""
-        if node in self.run.left_behind:
-            yield None
-        for user in node.users:
-            through = self._hands_on(user) or self._flattens(user) or operations.concatenates_channels(user)
-            if through:
-                yield from self.readers(user)
-            elif not operations.reads_shape_only(user):
-                site = self.part.site_of(user)
-                alone = site is not None and site.kind == "norm" and operations.input_of(user) is node
-                yield site.path if alone and site else None
+
+        def passes(user: fx.Node) -> bool:
+            return self._hands_on(user) or self._flattens(user) or operations.concatenates_channels(user)
+
+        for value, user in self._uses(node, passes):
+            site = self.part.site_of(user) if user is not None else None
+            alone = user is not None and operations.input_of(user) is value
+            yield site.path if alone and site is not None and site.kind == "norm" else None
 
     # ---- a norm before layers ----
 
     def followers(self, node: fx.Node) -> Iterator[str | None]:
         """The layer behind each use of a norm's output; None for every other use."""
-        if node in self.run.left_behind:
-            yield None
-        for user in node.users:
-            if self._hands_on(user):
-                yield from self.followers(user)
-            elif not operations.reads_shape_only(user):
-                site = self.part.site_of(user)
-                alone = site is not None and site.kind == "weight" and user.all_input_nodes == [node]
-                yield site.path if alone and site else None
+        for value, user in self._uses(node, self._hands_on):
+            site = self.part.site_of(user) if user is not None else None
+            alone = user is not None and user.all_input_nodes == [value]
+            yield site.path if alone and site is not None and site.kind == "weight" else None
 
     def norm_before(self, layer: fx.Node) -> str | None:
         """The norm whose output a layer reads; None where it reads anything else."""
@@ -125,7 +118,8 @@ class Connections:
 
     def _branches(self, source: fx.Node) -> dict[fx.Node, frozenset[Branch]]:
         """The layers that read a value and whose output is added up, by the last addition."""
-        uses = list(self._uses(source))
+        uses = [user for value in self._handed_on(source, self._hands_on) for user in value.users]
+        uses = [user for user in uses if not self._hands_on(user)]
         if any(self._may_write(user) for user in uses):
             return {}
         branches: dict[fx.Node, set[Branch]] = defaultdict(set)
@@ -170,14 +164,6 @@ class Connections:
         users = [user for user in node.users if not operations.reads_shape_only(user)]
         return users[0] if len(users) == 1 and node not in self.run.left_behind else None
 
-    def _uses(self, value: fx.Node) -> Iterator[fx.Node]:
-        """The nodes that read a value, seen through what hands it on."""
-        for user in value.users:
-            if self._hands_on(user):
-                yield from self._uses(user)
-            else:
-                yield user
-
     def _may_write(self, user: fx.Node) -> bool:
         """Whether a node may write into what it reads, so that two that read it need not read the same."""
         module = self.part.module_of(user)
@@ -187,6 +173,28 @@ class Connections:
         return not operations.reads_shape_only(user) and user.target not in (operator.add, torch.add, "add")
 
     # ---- what hands values on ----
+
+    def _uses(self, value: fx.Node, passes: Callable[[fx.Node], bool]) -> Iterator[tuple[fx.Node, fx.Node | None]]:
+        """What is made of a value by nodes that pass it on, and each other use of that; None: by who called the part.
+
+        Who asks for a shape alone does not use it.
+        """
+        values = self._handed_on(value, passes)
+        for made in values:
+            if made in self.run.left_behind:
+                yield made, None
+            for user in made.users:
+                if user not in values and not operations.reads_shape_only(user):
+                    yield made, user
+
+    def _handed_on(self, value: fx.Node, passes: Callable[[fx.Node], bool]) -> dict[fx.Node, None]:
+        """A value and, each once, the nodes that pass it on."""
+        values, pending = {value: None}, [value]
+        while pending:
+            passing = [user for user in pending.pop().users if user not in values and passes(user)]
+            values |= dict.fromkeys(passing)
+            pending += passing
+        return values
 
     def _source(self, node: fx.Node, flattened: bool) -> fx.Node | None:
         """What a node reads, seen through what hands it on; `flattened` says whether flattenings are."""

@@ -13,7 +13,9 @@ from torch import fx, nn
 import normswap
 from normswap.analysis import connections
 from normswap.analysis.budget import Budget, OverBudget
+from normswap.analysis.dataflow import find_flow
 from normswap.analysis.noise import guess_inputs
+from normswap.analysis.sites import find_sites
 from normswap.checkpoints import module_graph
 from normswap.checkpoints.reading import read_checkpoint
 from normswap.conversion import planning
@@ -259,3 +261,28 @@ def test_norms_of_one_kind_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> No
     gn = outcomes[0]
     assert (gn.target, gn.norms, gn.left) == ("gn", 20 + len(odd) - 1, 1)
     assert gn.reasons == (("has a negative running variance", 1),)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("one behind the other", 1500), ("in diamonds", 12)])
+def test_what_hands_values_on_is_followed_once(kind: str, size: int) -> None:
+    """However long the way between two layers is, and however often it parts."""
+
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.second = nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1)
+            self.drops = nn.ModuleList(nn.Dropout() for _ in range(size))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            for drop in self.drops:
+                x = drop(x) if kind == "one behind the other" else torch.cat([x, drop(x)], 1)
+            x = self.norm(x)
+            for drop in self.drops:
+                x = drop(x)
+            return self.second(x)
+
+    model = Long()
+    flow = find_flow(model, find_sites(model))
+    assert {*flow.readers["first"]} == {"norm"} and {*flow.followers["norm"]} == {"second"}
+    assert len(flow.readers["first"]) < 10 and len(flow.followers["norm"]) < 10  # each trace adds one
