@@ -136,13 +136,13 @@ def _fit_and_compare(
     with ended_by_ctrl_c() as stop:
         _re_estimate(pair, samples.fitted, started + _RE_ESTIMATION * (deadline - started), stop)
         result, _ = pair.distance(samples.held_out, place)
-        if result.is_better(before):
+        if result.relative < before.relative:  # only where to start from: the result is weighed against what was
             best, best_values = result, pair.copy_values()
         pair.set_values(best_values)
         problem = _descend(pair, samples.fitted, schedule, stop, progress)
     if schedule.is_sound and schedule.step:
         distilled, _ = pair.distance(samples.held_out, place)
-        better = distilled.is_better(best)
+        better = distilled.relative < best.relative
         result = distilled if better or best is before else best  # what was tried is told even where it is worse
         best_values = pair.copy_values() if better else best_values
     elif not problem:

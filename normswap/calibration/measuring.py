@@ -1,6 +1,6 @@
 """What data tells: the moments of the values that pass through each norm."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -35,6 +35,15 @@ class Measured:
     """Without elements: it has the dtype and the device of the input."""
     errors: Mapping[int, float] = field(default_factory=dict)
     """By number of groups: the square error, summed over the data, of the group norm that is matched to the norm."""
+    gains: Mapping[int, float] = field(default_factory=dict)
+    """By number of groups: by what the gain of that group norm is multiplied, as samples' statistics are not the
+    data's."""
+
+
+def auto_numbers(site: Site) -> list[int]:
+    """The numbers of groups that `auto` chooses from."""
+    numbers = [n for n in range(1, AUTO_GROUPS + 1) if n == 1 or site.channels // n >= AUTO_CHANNELS]
+    return [n for n in numbers if site.channels % n == 0]
 
 
 class _MomentGatherer:
@@ -61,18 +70,18 @@ class _MomentGatherer:
 class _NormGatherer:
     """Gathers over batches what passes through one norm."""
 
-    def __init__(self, site: Site, compare_groups: bool):
+    def __init__(self, site: Site, numbers: Sequence[int]):
         self.site = site
         self.before = _MomentGatherer()
         self.behind = self.before if site.form == "data" else _MomentGatherer()
         self.like = torch.empty(0)
         self.waiting: list[SampleMoments] = []
-        self.errors: dict[int, Tensor] = {}
+        self.samples = 0
+        self.compared: dict[int, tuple[Tensor, Tensor]] = {}
         self.tried: list[MatchedGroups] = []
-        if compare_groups and site.form == "data":
+        if numbers and site.form == "data":
             stats = running_statistics(site.module)
-            numbers = [n for n in range(1, AUTO_GROUPS + 1) if n == 1 or site.channels // n >= AUTO_CHANNELS]
-            self.tried = [MatchedGroups(stats, n) for n in numbers if site.channels % n == 0]
+            self.tried = [MatchedGroups(stats, n) for n in numbers]
 
     def add(self, values: Tensor) -> None:
         """`values` of shape (N, C, *spatial): an input of the norm."""
@@ -96,8 +105,11 @@ class _NormGatherer:
         moments = SampleMoments(torch.cat(means), torch.cat(variances), positions[0])
         self.waiting = []
         self.before.add(moments)
+        self.samples += len(moments.mean)
         for matched in self.tried:
-            self.errors[matched.groups] = matched.error(moments) + self.errors.get(matched.groups, 0.0)
+            error, ratio = matched.compare(moments)
+            errors, ratios = self.compared.get(matched.groups, (0.0, 0.0))
+            self.compared[matched.groups] = errors + error, ratios + ratio
 
     def _normalized(self, values: Tensor, moments: SampleMoments) -> SampleMoments:
         """The moments of what the norm makes of `values`, before its last gain and bias."""
@@ -119,15 +131,20 @@ class _NormGatherer:
         moments = Moments(self.before.mean, self.before.var, self.behind.mean, self.behind.var)
         if not all(values.isfinite().all() for values in moments):
             raise ModelError(f"{self.site.path}: its input on the calibration data is not finite")
-        return Measured(moments, seen, self.like, {groups: float(error) for groups, error in self.errors.items()})
+        errors = {groups: float(error) for groups, (error, _) in self.compared.items()}
+        gains = {groups: self.samples / float(ratio) for groups, (_, ratio) in self.compared.items()}
+        return Measured(moments, seen, self.like, errors, gains)
 
 
 def measure_norms(
-    model: nn.Module, batches: Sequence[Any], sites: Sequence[Site], compare_groups: bool = True
+    model: nn.Module,
+    batches: Sequence[Any],
+    sites: Sequence[Site],
+    numbers: Callable[[Site], Sequence[int]] = auto_numbers,
 ) -> dict[str, Measured]:
     """Run `model` in eval mode on `batches` and gather, by path, what passes through each norm of `sites`.
 
-    Numbers of groups are tried on the data only with `compare_groups`. Raises `ModelError` where the model does not
+    `numbers` gives the numbers of groups that are tried on the data. Raises `ModelError` where the model does not
     run on a batch, or a value is not finite.
     """
     gatherers: dict[str, _NormGatherer] = {}  # in the order in which norms are reached: the first that fails is named
@@ -136,7 +153,7 @@ def measure_norms(
     def note(site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
         values = _channels_second(site, args)
         if values is not None:
-            gatherers.setdefault(site.path, _NormGatherer(site, compare_groups)).add(values)
+            gatherers.setdefault(site.path, _NormGatherer(site, numbers(site))).add(values)
 
     with temporary_hooks([site.module.register_forward_pre_hook(partial(note, site)) for site in sites]):
         for batch in batches:

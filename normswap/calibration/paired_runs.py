@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ TRAINED_RECURRENT = ("gain_", "bias_")
 _OUTPUT_WEIGHT = 50.0  # of the network's output in the loss, beside the mean over its norms
 _TAPS = 8  # norms, spread over the network, whose outputs are in the loss: each one costs passes over its gradient
 _TAP_POSITIONS, _OUTPUT_POSITIONS = 64, 1024  # of a sample, at most, where norms and the network's output are compared
+_NEARER, _LOST = 1.0, 1.645  # standard errors: how much nearer a fit must be, and the loss that is chance up to 1 in 20
 _CACHE = 1 << 30  # bytes of the teacher's outputs that are kept; the others are computed again each time
 _SEED = 0
 
@@ -52,33 +52,40 @@ class Outputs:
     """Of the output of each call of a norm, over all positions; for the teacher alone."""
 
 
-@dataclass(frozen=True)
-class Distance:
-    """How far outputs are from the teacher's; sums over tensors, so distances add up."""
+class Distance(NamedTuple):
+    """How far outputs are from the teacher's, for each sample and tensor: by rows, the first dimension of a tensor."""
 
-    moved: float = 0.0
-    """Square of the difference."""
-    size: float = 0.0
-    """Square of the teacher's outputs."""
-    agreed: float = 0.0
-    """How many first choices are the teacher's."""
-    asked: int = 0
-    """How many first choices were compared."""
+    moved: Tensor = torch.zeros(0, dtype=torch.float64)
+    """Square of the difference, (rows,)."""
+    size: Tensor = torch.zeros(0, dtype=torch.float64)
+    """Square of the teacher's outputs, (rows,)."""
+    agreed: Tensor = torch.zeros(0, dtype=torch.float64)
+    """The share of first choices that are the teacher's, (rows with choices,)."""
 
-    def __add__(self, other: Distance) -> Distance:
-        return Distance(*map(operator.add, astuple(self), astuple(other)))
+    def with_rows(self, other: Distance) -> Distance:
+        """Both."""
+        return Distance(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
 
     @property
     def relative(self) -> float:
-        return math.sqrt(self.moved / self.size) if self.size > 0 else math.nan
+        size = self.size.sum().item()
+        return math.sqrt(self.moved.sum().item() / size) if size > 0 else math.nan
 
     @property
     def top1(self) -> float | None:
-        return self.agreed / self.asked if self.asked else None
+        return self.agreed.mean().item() if len(self.agreed) else None
 
     def is_better(self, other: Distance) -> bool:
-        """Nearer, and no fewer of the first choices lost."""
-        return self.relative < other.relative and (self.top1 or 0.0) >= (other.top1 or 0.0)
+        """Nearer by a standard error at least, and no more first choices lost than may be chance.
+
+        Both are of the same samples, so the differences of each are what counts, an error over the sample's own size:
+        one loud sample shall not decide.
+        """
+        if not self.relative < other.relative:
+            return False
+        nearer = ((other.moved - self.moved) / self.size)[self.size > 0]
+        lost = other.agreed - self.agreed
+        return mean_of(nearer) >= _NEARER * error_of_mean(nearer) and mean_of(lost) <= _LOST * error_of_mean(lost)
 
 
 class FittedPair:
@@ -177,10 +184,10 @@ class FittedPair:
             with torch.no_grad():
                 wanted, given = self.teacher_outputs(batch), self.student_outputs(batch)
             for number, (a, b) in enumerate(zip(given.tensors, wanted.tensors, strict=False)):
-                at_output += _distance_of(a, b, ranked=number == 0)
+                at_output = at_output.with_rows(_distance_of(a, b, ranked=number == 0))
             for tap in wanted.taps.keys() & given.taps.keys():
-                at_norms += _distance_of(given.taps[tap], wanted.taps[tap], ranked=False)
-        place = place or ("output" if at_output.size > 0 else "norms")
+                at_norms = at_norms.with_rows(_distance_of(given.taps[tap], wanted.taps[tap], ranked=False))
+        place = place or ("output" if at_output.size.sum() > 0 else "norms")
         return (at_output if place == "output" else at_norms), place
 
 
@@ -268,11 +275,21 @@ def relative_square(given: Tensor, wanted: Tensor) -> Tensor | None:
 
 def _distance_of(given: Tensor, wanted: Tensor, ranked: bool) -> Distance:
     """The distance of one tensor; `ranked` counts too how many argmaxes over dimension 1 agree."""
-    if given.shape != wanted.shape or not wanted.isfinite().all():
+    if given.shape != wanted.shape or not wanted.numel() or not wanted.isfinite().all():
         return Distance()
-    a, b = given.detach().double(), wanted.double()
-    moved, size = (a - b).square().sum().item(), b.square().sum().item()
-    if not ranked or b.dim() not in (2, 4) or b.shape[1] < 2:
+    a, b = (tensor.detach().double().reshape(len(tensor) if tensor.dim() else 1, -1) for tensor in (given, wanted))
+    moved, size = (a - b).square().sum(1).cpu(), b.square().sum(1).cpu()
+    if not ranked or wanted.dim() not in (2, 4) or wanted.shape[1] < 2:
         return Distance(moved, size)
-    same = a.argmax(1) == b.argmax(1)
-    return Distance(moved, size, same.double().sum().item(), same.numel())
+    same = given.argmax(1) == wanted.argmax(1)
+    return Distance(moved, size, same.double().flatten(1).mean(1).cpu() if same.dim() > 1 else same.double().cpu())
+
+
+def mean_of(values: Tensor) -> float:
+    """0 of none."""
+    return values.mean().item() if len(values) else 0.0
+
+
+def error_of_mean(values: Tensor) -> float:
+    """The standard error of the mean; 0 where one value or none does not tell it."""
+    return (values.var() / len(values)).sqrt().item() if len(values) > 1 else 0.0

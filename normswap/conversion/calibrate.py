@@ -1,25 +1,38 @@
 """The fit of the new norms to the original's outputs on calibration data."""
 
+import warnings
 from dataclasses import replace
 
 from torch import nn
 
 from normswap.analysis.copies import clone
+from normswap.analysis.running import batch_size
 from normswap.calibration import processes
 from normswap.calibration.distillation import FitSettings, distill
 from normswap.conversion.evidence import Evidence
 from normswap.conversion.planning import Plan
 from normswap.conversion.request import Phase, Request
+from normswap.printable import printable
 from normswap.report.report import Calibration
 
 
-def keep_original(model: nn.Module, plan: Plan, request: Request) -> tuple[nn.Module | None, Plan]:
+def keep_original(model: nn.Module, plan: Plan, evidence: Evidence, request: Request) -> tuple[nn.Module | None, Plan]:
     """The model as it is before the conversion, where the new norms are fitted to it; None where they are not.
 
-    The plan comes back with a notice where a model that is converted in place cannot be copied.
+    The plan comes back with a notice where the data are not the network's own, and where a model that is converted in
+    place cannot be copied.
     """
     options = request.options
-    if options.calibrate is None or options.transfer != "match" or options.calibrate_seconds <= 0 or not plan.fitted:
+    if options.calibrate is None or options.transfer != "match" or not plan.fitted:
+        return None, plan
+    if evidence.refused is not None:
+        notice = (
+            f"the calibration data are {evidence.refused}: nothing is chosen or fitted on them; give inputs such as "
+            "the model was trained on, prepared as it takes them"
+        )
+        warnings.warn(printable(notice), stacklevel=5)  # seen where `convert` was called
+        return None, replace(plan, notices=[*plan.notices, notice])
+    if options.calibrate_seconds <= 0:
         return None, plan
     if not request.inplace:
         return model, plan
@@ -37,8 +50,12 @@ def calibrate(
 
     The fit gets what the runs of the model before it have left of the time.
     """
+    if evidence.refused is not None and plan.fitted and request.options.transfer == "match":
+        samples, note = sum(map(batch_size, evidence.batches)), "the data are not like the model's own"
+        return Calibration(samples, 0, "matched", unlikeness=evidence.refused.median, note=note)
     if original is None:
         return None
+    unlike = evidence.unlikeness.median if evidence.unlikeness is not None else None
     request.begin(Phase.CALIBRATE)
 
     def tell(share: float) -> None:
@@ -47,6 +64,6 @@ def calibrate(
     def fit() -> Calibration:
         settings = FitSettings(max(0.0, request.options.calibrate_seconds - evidence.seconds))
         fitted = distill(original, work, evidence.batches, plan.fitted, settings, tell)
-        return replace(fitted, seconds=evidence.seconds + fitted.seconds)
+        return replace(fitted, seconds=evidence.seconds + fitted.seconds, unlikeness=unlike)
 
     return processes.fit_in_first(fit, work, plan.fitted) if request.on_all_processes else fit()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from normswap.analysis.noise import guess_inputs
 from normswap.analysis.running import Observed, Seen, Sketches, batch_size, calls_outside, inputs_like, run_model
 from normswap.analysis.selection import hidden_layers, select, shared_tensors
 from normswap.analysis.sites import Site, find_sites
+from normswap.calibration.likeness import Unlikeness, unlikeness
 from normswap.calibration.measuring import Measured, measure_norms, measure_recurrent
 from normswap.calibration.model_inputs import first_inputs
 from normswap.conversion.accounting import class_names, count_elements
@@ -23,6 +24,7 @@ from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.recurrent_matching import VectorMoments
 from normswap.report.report import Left
 from normswap.target_table import NORM_FORMS, PLAIN_FORM
+from normswap.targets.groups import numbers_to_measure
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,13 @@ class Evidence:
     """Sites that the run has called outside of the parts of the model whose traces tell of them."""
     seconds: float = 0.0
     """How long all of it took."""
+    unlikeness: Unlikeness | None = None
+    """How far the calibration data are from what the norms have learnt; None where nothing tells."""
+
+    @property
+    def refused(self) -> Unlikeness | None:
+        """How unlike data are on which nothing is chosen and to which nothing is fitted; None of those that serve."""
+        return self.unlikeness if self.unlikeness is not None and self.unlikeness.is_refused else None
 
     @property
     def tells_of_exactness(self) -> bool:
@@ -124,17 +133,33 @@ def gather_evidence(survey: Survey, request: Request) -> Evidence:
                 raise
             problem = str(error)
             inputs = inputs if request.drift_only else None  # nobody has asked for a run
-    measured, vectors = dict(request.recorded.measured), {}
+    measured, vectors, unlike = dict(request.recorded.measured), {}, None
     if options.calibrate is not None:
         request.begin(Phase.MEASURE)
-        measured |= _measure_norms(survey, request, batches)
+        on_data = _measure_norms(survey, request, batches)
+        unlike = unlikeness(survey.sites, on_data, sum(map(batch_size, batches)))
+        if unlike is not None and unlike.is_refused:
+            on_data = {path: replace(norm, errors={}, gains={}) for path, norm in on_data.items()}
+        measured |= on_data
         if options.recurrent:
             inner = [site for site in survey.chosen if site.base in LAYER_NORMALIZED and not site.obstacle]
             vectors = measure_recurrent(model, batches, inner)
         seen = {path: norm.seen for path, norm in measured.items()} | seen
     output, sketches, spent = observed.output, observed.sketches, time.monotonic() - begun
     return Evidence(
-        batches, inputs, name, output, problem, sketches, seen, measured, vectors, made_up, frozenset(outside), spent
+        batches,
+        inputs,
+        name,
+        output,
+        problem,
+        sketches,
+        seen,
+        measured,
+        vectors,
+        made_up,
+        frozenset(outside),
+        spent,
+        unlike,
     )
 
 
@@ -158,7 +183,6 @@ def _run_before(survey: Survey, request: Request, inputs: Any, unasked: bool) ->
 
 
 def _measure_norms(survey: Survey, request: Request, batches: Sequence[Any]) -> dict[str, Measured]:
-    form = request.target.norm
-    grouped = request.options.groups == "auto" and form is not None and form.compares_groups
     norms = [site for site in survey.sites if site.kind == "norm" and site.form and not site.obstacle]
-    return measure_norms(survey.model, batches, norms, grouped)
+    numbers = numbers_to_measure(request.target.norm, request.options)
+    return measure_norms(survey.model, batches, norms, numbers)

@@ -67,7 +67,7 @@ def run(model: nn.Module, request: Request) -> Conversion:
         warnings.warn(printable(notice), stacklevel=4)  # seen where `convert` was called
     evidence = gather_evidence(survey, request)
     plan = plan_conversion(survey, evidence, request)
-    original, plan = keep_original(model, plan, request)
+    original, plan = keep_original(model, plan, evidence, request)
     request.begin(Phase.REPLACE)
     exact, others = plan.halves()
     replace_layers(exact, request)

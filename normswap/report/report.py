@@ -141,6 +141,8 @@ class Calibration:
     seconds: float = 0.0
     note: str = ""
     """Why something was not measured."""
+    unlikeness: float | None = None
+    """How far the data are from what the model's norms have learnt, in standard deviations of a channel."""
 
 
 @dataclass(frozen=True)

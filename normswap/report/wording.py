@@ -168,6 +168,8 @@ def calibration_sentence(found: Calibration) -> str:
         if found.matched_top1 is not None and found.calibrated_top1 is not None:
             line += f", top-1 agreement {found.matched_top1:.1%} and {found.calibrated_top1:.1%}"
         line += f" ({found.held_out} held out)"
+    if found.unlikeness is not None:
+        line += f"; the data are {found.unlikeness:.2g} standard deviations from what the norms have learnt"
     return f"{line}; {found.note}" if found.note else line
 
 

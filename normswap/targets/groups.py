@@ -1,12 +1,14 @@
 """How many groups a norm gets, by what was asked, the channels, and how many elements a sample has."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from normswap.analysis.known_norms import INSTANCE_NORM_BY_DIMS
 from normswap.analysis.sites import Site
-from normswap.calibration.measuring import AUTO_CHANNELS, AUTO_GROUPS
+from normswap.calibration.measuring import AUTO_CHANNELS, AUTO_GROUPS, auto_numbers
+from normswap.target_table import Form
 from normswap.targets.context import Context
-from normswap.targets.options import parse_groups
+from normswap.targets.options import Options, parse_groups
 
 AUTO_ELEMENTS = 16
 """`groups="auto"`: at least so many elements in each group, beside at most `AUTO_GROUPS` of `AUTO_CHANNELS` or more."""
@@ -15,21 +17,31 @@ _TOLERANCE = 1.03
 """On data, `auto` takes the most groups whose error is within so many times the least: more groups fine-tune better."""
 
 
+def numbers_to_measure(form: Form | None, options: Options) -> Callable[[Site], Sequence[int]]:
+    """The numbers of groups that a norm of this form may get, as far as data can tell of them."""
+    if form is None or not form.over_positions:
+        return lambda site: ()
+    if options.groups == "auto" and form.compares_groups:
+        return auto_numbers
+    if "groups" in form.options:
+        return lambda site: (_largest_divisor(site.channels, _asked_groups(site.channels, options)),)
+    return lambda site: (1,)
+
+
 def choose_groups(site: Site, context: Context) -> tuple[int, str] | str:
     """The number of groups for a layer, and a note where it is not what was asked; or why none will do."""
     if site.path in context.recorded_groups:
         return context.recorded_groups[site.path], ""
     channels, elements = site.channels, elements_of(site, context)
     rule, number = parse_groups(context.options.groups)
+    asked = _asked_groups(channels, context.options)
     if elements is not None and channels * elements < LEAST_ELEMENTS:
         return "has one element a sample, which any norm within a sample would erase"
-    auto = max(1, min(AUTO_GROUPS, channels // AUTO_CHANNELS))
-    asked = {"auto": auto, "groups": number, "channels": max(1, channels // number if number else 1)}[rule]
     limit = asked
     if elements is not None:
         least = AUTO_ELEMENTS if rule == "auto" else LEAST_ELEMENTS
         limit = max(1, min(asked, channels * elements // least))
-    chosen = next(n for n in range(min(limit, channels), 0, -1) if channels % n == 0)
+    chosen = _largest_divisor(channels, limit)
     if rule == "auto" and (fewer := _fewer_on_data(site, chosen, context)) is not None:
         return fewer, f"{_plural(fewer)}, not {chosen}: keeps more on the data"
     if chosen == asked and (rule != "channels" or channels % number == 0):
@@ -49,6 +61,17 @@ def _fewer_on_data(site: Site, most: int, context: Context) -> int | None:
         return None
     kept = max(n for n, error in errors.items() if error <= _TOLERANCE * min(errors.values()))
     return kept if kept < most else None
+
+
+def _asked_groups(channels: int, options: Options) -> int:
+    """The number of groups that was asked for, whether or not the channels divide into it."""
+    rule, number = parse_groups(options.groups)
+    auto = max(1, min(AUTO_GROUPS, channels // AUTO_CHANNELS))
+    return {"auto": auto, "groups": number, "channels": max(1, channels // number if number else 1)}[rule]
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(n for n in range(min(most, number), 0, -1) if number % n == 0)
 
 
 def _plural(groups: int) -> str:

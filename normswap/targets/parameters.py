@@ -127,6 +127,10 @@ def _affine_values(
         affine = matching.match_groups(stats, groups)
         own = site.form == "data" or site.path not in context.measured
         how = f"{'running statistics' if own else 'statistics of the data'} moved into gain and bias"
+        measured = context.measured.get(site.path) if site.path not in context.rescaling else None
+        factor = measured.gains.get(groups, 1.0) if measured else 1.0
+        if factor != 1:
+            affine, how = affine._replace(scale=affine.scale * factor), f"{how}, scaled on the data"
         lacking = old.weight is None or old.bias is None
         added = "gain and bias added, not trained, to carry the statistics" if lacking else ""
         return {"weight": affine.scale, "bias": affine.shift}, how, added

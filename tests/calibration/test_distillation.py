@@ -19,7 +19,7 @@ import normswap
 from normswap.analysis.running import eval_mode
 from normswap.calibration import distillation, paired_runs
 from normswap.calibration.distillation import FitSettings, distill, split
-from normswap.calibration.paired_runs import FittedPair
+from normswap.calibration.paired_runs import Distance, FittedPair
 from normswap.conversion import calibrate, pipeline
 from normswap.conversion.request import Request
 from normswap.report.report import Calibration
@@ -27,6 +27,7 @@ from normswap.targets.options import Options
 
 X = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 2, 60).view(-1, 1, 1, 1)
 DATA = list(X.split(20))
+MORE = [torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(n)) * (0.5 + n / 8) for n in range(12)]
 Wrap = Callable[[nn.Module, Tensor], Any]
 
 
@@ -140,7 +141,7 @@ def test_re_estimated_norms_have_the_original_moments() -> None:
 def test_every_approximate_target_gains(to: str) -> None:
     net = Net()
     student, paths = matched(net, to)
-    outcome = distill(net, student, DATA, paths, FitSettings(1e6, 80))
+    outcome = distill(net, student, MORE, paths, FitSettings(1e6, 80))
     assert outcome.kept == "calibrated" and outcome.calibrated_error < outcome.matched_error
 
 
@@ -309,6 +310,31 @@ def test_what_is_worse_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     start, student, outcome = fit(Net(), steps=10)
     assert outcome.kept == "matched" and outcome.calibrated_error > outcome.matched_error
     assert same(state(start), state(student))
+
+
+def distance(moved: list[float], agreed: list[float]) -> Distance:
+    rows = torch.ones(len(moved), dtype=torch.float64)
+    return Distance(torch.tensor(moved).double(), rows, torch.tensor(agreed).double())
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "better"),
+    [(0, 0, True), (2, 0, True), (3, 0, False), (6, 4, True), (12, 4, False), (20, 14, True), (0, 5, True)],
+)
+def test_lost_first_choices_are_weighed_against_chance(lost: int, gained: int, better: bool) -> None:
+    """Of 96 samples, all of them nearer than before."""
+    before = [0.0] * gained + [1.0] * (96 - gained)
+    after = [1.0] * gained + [0.0] * lost + [1.0] * (96 - gained - lost)
+    start, fitted = distance([1.0] * 96, before), distance([0.9] * 96, after)
+    assert fitted.is_better(start) == better and not start.is_better(fitted)
+
+
+def test_nearer_by_chance_is_not_better() -> None:
+    around = torch.linspace(-1, 1, 20).tolist()
+    start = distance([1.0] * 20, [1.0] * 20)
+    assert not distance([1.0 + a - 0.01 for a in around], [1.0] * 20).is_better(start)
+    assert distance([1.0 + a - 0.2 for a in around], [1.0] * 20).is_better(start)
+    assert not distance([math.nan] * 20, [1.0] * 20).is_better(start)
 
 
 def test_values_that_are_not_finite_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,12 +545,12 @@ def test_convert_with_data(inplace: bool) -> None:
     net = Net()
     wanted, x = copy.deepcopy(net), X[:8]
     told: list[str] = []
-    options = Options(calibrate=DATA, calibrate_seconds=4.0)
-    request = Request(normswap.TARGETS["gn"], options, inplace=inplace, progress=told.append)
+    options = Options(calibrate=DATA, calibrate_seconds=4.0, ws="strict")
+    request = Request(normswap.TARGETS["gn-ws"], options, inplace=inplace, progress=told.append)
     converted, report = pipeline.run(net, request)
     calibration = report.calibration
     assert calibration.kept == "calibrated" and calibration.samples == 60
-    assert error(wanted, converted, x) < error(wanted, normswap.convert(wanted, "gn").model, x)
+    assert error(wanted, converted, x) < error(wanted, normswap.convert(wanted, "gn-ws", ws="strict").model, x)
     assert (converted is net) == inplace and "calibrating: 100%" in told
     data = json.loads(json.dumps(report.to_dict()))["calibration"]
     assert data["kept"] == "calibrated" and data["calibrated_error"] == calibration.calibrated_error

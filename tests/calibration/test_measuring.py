@@ -75,6 +75,45 @@ def test_errors_of_groups_are_those_of_normalizing(shape: tuple[int, ...], dtype
     assert_errors(measure(norm, batches), spelled_out(norm, batches))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gains_make_the_mean_over_samples_the_data_s(shape: tuple[int, ...]) -> None:
+    """A group norm divides by each sample's deviation; on average by the data's, once the gain has its factor."""
+    norm = trained(BATCH_NORMS[len(shape)](16))
+    batches = [values_of(shape, seed) for seed in range(3)]
+    x, stats = torch.cat(batches).double(), running_statistics(norm)
+    found = measure(norm, batches)
+    assert found.gains.keys() == found.errors.keys()
+    for groups, gain in found.gains.items():
+        mean, var = (v.view(groups, -1) for v in (stats.mean, stats.var))
+        wanted = (var.mean(1) + mean.var(1, correction=0) + stats.eps).sqrt()
+        given = (x.view(len(x), groups, -1).var(2, correction=0) + stats.eps).sqrt()
+        assert gain == pytest.approx(1 / (wanted / given).clamp(max=4).mean().item(), rel=1e-5)
+        assert gain < 1.2 or shape[-1] == 16
+
+
+def test_a_black_sample_hardly_moves_the_gains() -> None:
+    norm, x = trained(nn.BatchNorm2d(16)), values_of((32, 16, 9, 9))
+    black = torch.cat([x, torch.zeros(1, 16, 9, 9)])
+    plain, moved = (measure(norm, [batch]).gains for batch in (x, black))
+    assert moved == pytest.approx(plain, rel=0.15)
+
+
+@pytest.mark.parametrize(("to", "options"), [("gn", {}), ("ln", {}), ("gn", {"groups": 4}), ("gn", {"groups": "8c"})])
+def test_matched_gains_are_scaled_on_data(to: str, options: dict[str, Any]) -> None:
+    """Where samples differ, the outputs of a matched norm are too large by the same factor in all channels."""
+    torch.manual_seed(0)
+    x = values_of((64, 16, 6, 6)) * torch.rand(64, 1, 1, 1).add(0.2)
+    model = nn.Sequential(nn.BatchNorm2d(16, momentum=None))
+    model(x)
+    model.eval()
+    options = {**options, "calibrate": [x], "calibrate_seconds": 0}
+    scaled, report = normswap.convert(model, to, **options)
+    plain, plain_report = normswap.convert(model, to, **({"groups": report.changes[0].groups} if to == "gn" else {}))
+    ratio = scaled[0].weight / plain[0].weight
+    assert torch.allclose(ratio, ratio[:1].expand(16)) and 0.4 < ratio[0] < 0.95
+    assert "scaled on the data" in report.changes[0].how and "scaled" not in plain_report.changes[0].how
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_single(dtype: torch.dtype) -> None:
     norm = trained(nn.BatchNorm2d(16)).to(dtype)
@@ -175,7 +214,7 @@ def test_values_that_are_not_finite_are_named(bad: float) -> None:
 
 def test_nothing_as_large_as_an_input_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     norm, x = trained(nn.BatchNorm2d(16)), values_of((8, 16, 64, 64))
-    gatherer = measuring._NormGatherer(find_sites(nn.Sequential(norm))[0], True)
+    gatherer = measuring._NormGatherer(find_sites(nn.Sequential(norm))[0], [1, 2, 4])
     with torch.profiler.profile(profile_memory=True) as profile:
         gatherer.add(x)
     assert max(event.self_cpu_memory_usage for event in profile.key_averages()) < x.nbytes / 10
