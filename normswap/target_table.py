@@ -66,7 +66,8 @@ def _by_name(*forms: Form) -> dict[str, Form]:
 # fmt: off
 NORM_FORMS = _by_name(
     Form("gn", "GroupNorm", _MATCHED, "Wu & He 2018", "small batches, private or federated training",
-         within_sample=True, over_positions=True, options=("groups",), compares_groups=True, on_tensors_alone=True),
+         within_sample=True, over_positions=True, options=("groups", "purpose"), compares_groups=True,
+         on_tensors_alone=True),
     Form("ln", "GroupNorm with one group", _MATCHED, "Ba et al. 2016", "the most of the function before training",
          within_sample=True, over_positions=True, on_tensors_alone=True),
     Form("in", "InstanceNorm", _MATCHED, "Ulyanov et al. 2016", "style transfer, contrast that should not matter",
@@ -77,7 +78,7 @@ NORM_FORMS = _by_name(
     Form("est", "EstimatedBatchNorm", "exact", "Qiao et al. 2019", "batch 1 without another norm",
          Slowdown(1.1, 1.3, _FOLD), on_tensors_alone=True),
     Form("bcn", "BatchChannelNorm", _MATCHED, "Qiao et al. 2019", "batch 1 and 2, best with ws",
-         Slowdown(1.2, 1.5, _LAYOUT), within_sample=True, over_positions=True, options=("groups",),
+         Slowdown(1.2, 1.5, _LAYOUT), within_sample=True, over_positions=True, options=("groups", "purpose"),
          compares_groups=True, on_tensors_alone=True),
     Form("bn", "BatchNorm", _DATA, "Ioffe & Szegedy 2015", "large batches, speed; the way back",
          class_by_dimension=True),

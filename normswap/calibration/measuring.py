@@ -141,11 +141,12 @@ def measure_norms(
     batches: Sequence[Any],
     sites: Sequence[Site],
     numbers: Callable[[Site], Sequence[int]] = auto_numbers,
+    unasked: bool = False,
 ) -> dict[str, Measured]:
     """Run `model` in eval mode on `batches` and gather, by path, what passes through each norm of `sites`.
 
-    `numbers` gives the numbers of groups that are tried on the data. Raises `ModelError` where the model does not
-    run on a batch, or a value is not finite.
+    `numbers` gives the numbers of groups that are tried on the data. Runs that are `unasked` have a budget.
+    Raises `ModelError` where the model does not run on a batch, or a value is not finite.
     """
     gatherers: dict[str, _NormGatherer] = {}  # in the order in which norms are reached: the first that fails is named
     seen: dict[str, Seen] = {}
@@ -157,7 +158,7 @@ def measure_norms(
 
     with temporary_hooks([site.module.register_forward_pre_hook(partial(note, site)) for site in sites]):
         for batch in batches:
-            for path, now in run_model(model, batch, sites, name=_DATA).seen.items():
+            for path, now in run_model(model, batch, sites, unasked, _DATA).seen.items():
                 seen[path] = Seen(now.dims, min(now.elements, seen.get(path, now).elements))
     return {path: gatherer.measured(seen[path]) for path, gatherer in gatherers.items()}
 

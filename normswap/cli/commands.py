@@ -80,7 +80,8 @@ def _app(
 
 @app.command()
 def convert(
-    input: opt.Input, to: opt.To, groups: opt.Groups = "auto", transfer: opt.TransferChoice = opt.TransferRule.match,
+    input: opt.Input, to: opt.To, groups: opt.Groups = "auto", purpose: opt.PurposeChoice = opt.Purpose.training,
+    transfer: opt.TransferChoice = opt.TransferRule.match,
     ws: opt.WsChoice = opt.Ws.preserve, ws_scope: opt.WsScopeChoice = opt.WsScope.normed, layers: opt.Layers = "conv",
     recurrent: opt.Recurrent = None, include: opt.Include = None, exclude: opt.Exclude = None, fold: opt.Fold = False,
     model: opt.Model = None, model_arg: opt.ModelArg = None, weights: opt.Weights = None, key: opt.Key = None,
@@ -100,13 +101,14 @@ def convert(
     from normswap.files import convert_file, model_specs, paths
 
     form, data = format.value if format else None, calibrate is not None
-    count = len(phases(data)) + sum((True, data, fold, not dry_run))  # reading, the data too; folding; writing
+    phased = len(phases(data, purpose is opt.Purpose.use))
+    count = phased + sum((True, data, fold, not dry_run))  # reading, the data too; folding; writing
     with _exit_on_error(), show_progress(count, silent=quiet or as_json) as progress:
         done = convert_file.convert_file(
             input, to, out,
             input_shape=parse_shape(input_shape), model=model, model_args=model_specs.parse_arguments(model_arg or []),
             weights=weights, key=key, eps=eps, allow=allowed_classes(allow), trust=trust,
-            groups=groups, transfer=transfer.value, ws=ws.value, ws_scope=ws_scope.value,
+            groups=groups, purpose=purpose.value, transfer=transfer.value, ws=ws.value, ws_scope=ws_scope.value,
             layers=tuple(layers.split(",")), recurrent=recurrent, include=include or None, exclude=exclude or None,
             input_size=parse_size(input_size), mean=parse_numbers("--mean", mean, float),
             std=parse_numbers("--std", std, float), calibrate=calibrate, calibrate_seconds=calibrate_seconds,

@@ -14,6 +14,7 @@ CONVERSION, READING, DATA, WRITING, SHOWING = "Conversion", "Reading", "Data", "
 
 
 Format = Enum("Format", {"pt": "pt", "safetensors": "safetensors", "dcp": "dcp"}, type=str)
+Purpose = Enum("Purpose", {"training": "training", "use": "use"}, type=str)
 TransferRule = Enum("TransferRule", {"match": "match", "copy": "copy", "reset": "reset"}, type=str)
 Ws = Enum("Ws", {"preserve": "preserve", "strict": "strict"}, type=str)
 WsScope = Enum("WsScope", {"normed": "normed", "all": "all"}, type=str)
@@ -46,6 +47,8 @@ Groups = Annotated[str, _option(CONVERSION,
     f"Groups of {_WITH_GROUPS}: "
     "auto (at most 8, of at least 4 channels), their number (32), or channels in each (16c).",
     metavar="auto|N|Nc")]
+PurposeChoice = Annotated[Purpose, _option(CONVERSION,
+    "What auto is for: training fine-tunes best, use keeps most right after the conversion.", "--for")]
 TransferChoice = Annotated[TransferRule, _option(CONVERSION,
     "Gain and bias: moved with the running statistics (match), as they stand (copy), or 1 and 0 (reset).")]
 WsChoice = Annotated[Ws, _option(CONVERSION,

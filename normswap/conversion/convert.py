@@ -13,7 +13,8 @@ from normswap.calibration.batches import MOST_SAMPLES, input_batches
 from normswap.checkpoints import stored_recipes
 from normswap.conversion.pipeline import Conversion, run
 from normswap.conversion.request import Request
-from normswap.targets.options import Options, Transfer, WeightScope, WeightStart
+from normswap.report.report import Report
+from normswap.targets.options import Options, Purpose, Transfer, WeightScope, WeightStart
 from normswap.targets.target import PLAIN_TARGET, check_options, parse_target
 
 
@@ -22,6 +23,7 @@ def convert(
     to: str,
     *,
     groups: str | int = "auto",
+    purpose: Purpose = "training",
     transfer: Transfer = "match",
     ws: WeightStart = "preserve",
     ws_scope: WeightScope = "normed",
@@ -38,23 +40,23 @@ def convert(
 
     Args:
         model: any module; it is left untouched unless `inplace`.
-        to: a name in `normswap.TARGETS`: a norm (`gn`), a weight form (`ws`), or a pair (`gn-ws`); `normswap targets`
-            lists them.
+        to: a name in `normswap.TARGETS`: a norm (`gn`), a weight form (`ws`), or a pair of them (`gn-ws`).
         groups: for targets with groups (`gn`): `auto` (at most 8 groups, at least 4 channels in each; on data fewer
             where these keep more), a number of groups (`32`), or channels a group (`"16c"`).
+        purpose: of `auto`: the numbers that fine-tune best (`training`), or that keep most (`use`): those of least
+            error on the data, or near it on made pictures, else one. `normswap.load` has them from the recipe.
         transfer: `match` moves the statistics into gain and bias, `copy` keeps these, `reset` makes them 1 and 0.
         ws: `preserve` starts from each filter's own std and mean, exactly; `strict` is the paper's form, not exact.
         ws_scope: `normed` standardizes layers that a norm follows, `all` every one; recurrent ones are always taken.
         layers: whose weights `ws` and `wn` change: some of `conv`, `linear`, `rnn`.
         recurrent: `ln` puts layer normalization into LSTMs, GRUs and their cells (Ba et al. 2016).
         include, exclude: glob patterns on module paths, or a function `(path, module) -> bool`.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With it, group
-            counts regard the sizes of feature maps, and the report tells the drift of the output.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. Group counts then regard the
+            sizes of maps, and the report tells the drift of the output.
         calibrate: unlabelled data, a few hundred samples: a tensor, a `Dataset`, or any iterable of batches, each as
             the model takes it. Norms without running statistics take those of the data (`bn` needs it for them), `auto`
             chooses groups by it, and the new norms' gains and biases are fitted to the original's outputs, if that is
-            nearer on held-out samples. Where torch.distributed runs, every process calls this with its share of the
-            data, and all get the same values.
+            nearer on held-out samples. With torch.distributed, each process gives its share, and all get the same.
         calibrate_seconds: the most time that all of that takes; 0: no fit. Ctrl-C ends the fit: the best is kept.
         inplace: change `model` itself; nothing changes unless all of it can.
 
@@ -68,14 +70,20 @@ def convert(
         ModelError: nothing to convert, a lazy module without weights, a distributed wrapper.
     """
     batches = None if calibrate is None else _batches_of_all_processes(calibrate)
-    options = Options(groups, transfer, ws, ws_scope, layers, recurrent, include, exclude, batches, calibrate_seconds)
+    options = Options(
+        groups, purpose, transfer, ws, ws_scope, layers, recurrent, include, exclude, batches, calibrate_seconds
+    )
     check_options(target := parse_target(to), options)
     request = Request(target, options, example_inputs=example_inputs, inplace=inplace, on_all_processes=True)
     previous = stored_recipes.stored_recipe(model)
-    converted, report = run(model, request)
+    return _with_recipe(*run(model, request), previous)
+
+
+def _with_recipe(model: nn.Module, report: Report, previous: Any) -> Conversion:
+    """The conversion of `model`, which holds its recipe from now on; `previous` is that of a conversion before."""
     report = replace(report, recipe=report.recipe | ({} if previous is None else {"previous": previous}))
-    stored_recipes.keep_recipe(converted, report.recipe)
-    return Conversion(converted, report)
+    stored_recipes.keep_recipe(model, report.recipe)
+    return Conversion(model, report)
 
 
 def _batches_of_all_processes(data: Any) -> Any:

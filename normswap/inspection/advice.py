@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from normswap.report.inspection import Advice, Layer, Outcome
+from normswap.report.path_patterns import span
 
 _MANY_POINTS = 0.25  # the share of norms from which 1×1 maps shape a choice
 
@@ -60,12 +61,16 @@ def sequences(facts: Facts) -> Advice | None:
     return Advice("causal, streamed, padded or masked sequences", "pn, frozen or est", why)
 
 
-def mobile(facts: Facts) -> Advice | None:
-    depthwise = [c for c in facts.layers if c.kind == "weight" and (c.groups or 0) > 1 and c.groups == c.channels]
-    if not depthwise or not facts.batch_norms:
+def without_training(facts: Facts) -> Advice | None:
+    groups = [layer.auto_groups for layer in facts.layers if layer.auto_groups]
+    if not groups or not facts.batch_norms:
         return None
-    why = f"{len(depthwise)} depthwise layers: several groups keep less, and --ws strict little"
-    return Advice("a mobile net that is used without training", "--groups 1, or --calibrate", why)
+    training, use = (span([numbers[purpose] for numbers in groups]) for purpose in ("training", "use"))
+    why = f"groups a norm: {use} keeps most, {training} trains best"
+    depthwise = [c for c in facts.layers if c.kind == "weight" and (c.groups or 0) > 1 and c.groups == c.channels]
+    if depthwise:
+        why = f"{why}; {len(depthwise)} depthwise layers: several groups keep less, and --ws strict little"
+    return Advice("use right after the conversion", "gn --for use, or --calibrate", why)
 
 
 def pointlike(facts: Facts) -> Advice | None:
@@ -89,7 +94,9 @@ FOR_BATCH_NORM = (
            "a few hundred samples without labels keep most of what gn, ln, bcn lose"),
 )  # fmt: skip
 """For every model with batch norms."""
-ADVICE_RULES: tuple[Callable[[Facts], Advice | None], ...] = (sequences, recurrence, mobile, pointlike, deployment)
+ADVICE_RULES: tuple[Callable[[Facts], Advice | None], ...] = (
+    sequences, recurrence, without_training, pointlike, deployment,
+)  # fmt: skip
 
 
 def advise(facts: Facts) -> tuple[Advice, ...]:

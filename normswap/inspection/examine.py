@@ -1,7 +1,8 @@
 """The story of an inspection: what is there, what would become of it, what is wrong, what to pick."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,8 +22,9 @@ from normswap.inspection.outcomes import outcomes_of
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import TRANSPOSED
 from normswap.report.inspection import Finding, Inspection, Layer, Outcome
-from normswap.targets.context import Context
-from normswap.targets.options import Options
+from normswap.targets.context import Context, Swap
+from normswap.targets.options import Options, Purpose
+from normswap.targets.target import TARGETS, plan_norm
 
 
 def inspect(model: nn.Module, *, example_inputs: Any = None) -> Inspection:
@@ -73,11 +75,11 @@ def examine(
         except ModelError:
             if not probe_only:
                 raise
-    layers = tuple(_describe_layer(site, seen) for site in sites)
     progress("trying the targets")
     by_path = {site.path: site for site in sites}
     proven = {} if probe_only else seen  # what noise of a guessed shape shows is no proof of what the model reads
     context = Context(Options(), flow, by_path, shared_tensors(model), seen=proven, measured_exact=bool(proven))
+    layers = tuple(_describe_layer(site, seen, context) for site in sites)
     outcomes = tuple(outcomes_of(model, sites, context))
     statistics = {layer.paths[0]: layer.statistics for layer in layers}
     findings = (*find_problems(model, Observations(sites, flow, statistics)), *unmeasured)
@@ -96,7 +98,7 @@ def _facts(sites: Sequence[Site], layers: Sequence[Layer], outcomes: Sequence[Ou
     )
 
 
-def _describe_layer(site: Site, seen: Mapping[str, Seen]) -> Layer:
+def _describe_layer(site: Site, seen: Mapping[str, Seen], context: Context) -> Layer:
     module = site.module
     gradients = {p.requires_grad for p in module.parameters(recurse=False)}
     known = site.base is not None
@@ -112,7 +114,15 @@ def _describe_layer(site: Site, seen: Mapping[str, Seen]) -> Layer:
         any(gradients) if gradients else None,
         statistics_of(module) if site.kind == "norm" else "",
         site.obstacle,
+        _auto_groups(site, context) if site.kind == "norm" else {},
     )
+
+
+def _auto_groups(site: Site, context: Context) -> dict[str, int]:
+    """The groups that `gn` gives a norm, by purpose."""
+    asked = {purpose: replace(context, options=Options(purpose=purpose)) for purpose in get_args(Purpose)}
+    plans = {purpose: plan_norm(site, TARGETS["gn"], context) for purpose, context in asked.items()}
+    return {purpose: plan.groups for purpose, plan in plans.items() if isinstance(plan, Swap) and plan.groups}
 
 
 def _describe_size(site: Site) -> str:

@@ -1,7 +1,8 @@
 """What a model has, what it could become, what is wrong with it and what to pick, as frozen plain data."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from normswap.printable import printable
@@ -33,6 +34,8 @@ class Layer:
     """The state of running statistics: "healthy", or what is wrong; "" for a layer without."""
     obstacle: str
     """Why no target may touch it; "" where one may."""
+    auto_groups: Mapping[str, int] = field(default_factory=dict)
+    """The groups that `gn` gives it without data, by purpose: `training` and `use`; empty where it stays."""
 
 
 @dataclass(frozen=True)

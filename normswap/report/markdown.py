@@ -34,7 +34,7 @@ def _parts(report: Report, source: str) -> Iterator[str]:
         ]
         yield _table(("layers", "became", "count", "how"), rows)
     if notes := wording.notes(report.changes):
-        yield "\nDiffers from what was asked:\n"
+        yield "\nDiffers from what was asked, or was chosen:\n"
         yield from (f"- {_plain(note)}" for note in notes)
     if not report.exact and (bars := charts.drift_bars(report.drift)):
         longest = max(bar.value for bar in bars) or 1.0

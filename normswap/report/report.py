@@ -33,7 +33,7 @@ class Change:
     exact: bool
     """Whether the function in eval mode is the same up to rounding."""
     note: str = ""
-    """Whatever differs from what was asked."""
+    """Whatever differs from what was asked, or was chosen by what the conversion is for."""
     groups: int | None = None
     """The number of groups, where the new layer has some."""
     partner: str | None = None

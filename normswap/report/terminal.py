@@ -61,7 +61,7 @@ class ReportView:
         yield Text()
         yield from self._changes(terminal)
         if notes := self._notes(terminal):
-            yield from (Text("differs from what was asked", style="bold"), *notes, Text())
+            yield from (Text("differs from what was asked, or was chosen", style="bold"), *notes, Text())
         if report.left:
             yield from (Text(wording.left_heading(report), style="bold"), self._left(terminal), Text())
         if not report.exact and (bars := charts.drift_bars(report.drift, self.full)):

@@ -108,7 +108,7 @@ def left_lines(left: Sequence[Left], full: bool = False) -> list[Line]:
 
 
 def notes(changes: Sequence[Change]) -> list[str]:
-    """What differs from what was asked; notes that differ in numbers alone are one."""
+    """What differs from what was asked, or was chosen; notes that differ in numbers alone are one."""
     texts = []
     noted = [change for change in changes if change.note]
     for between, members in _grouped(noted, lambda change: tuple(re.split(NUMBER, change.note))).items():

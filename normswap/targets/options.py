@@ -14,6 +14,7 @@ Transfer = Literal["match", "copy", "reset"]
 WeightStart = Literal["preserve", "strict"]
 WeightScope = Literal["normed", "all"]
 GroupRule = Literal["auto", "groups", "channels"]
+Purpose = Literal["training", "use"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Options:
     """The options of `normswap.convert`, which describes each. Raises `OptionError` for an impossible value."""
 
     groups: str | int = "auto"
+    purpose: Purpose = "training"
     transfer: Transfer = "match"
     ws: WeightStart = "preserve"
     ws_scope: WeightScope = "normed"
@@ -34,7 +36,8 @@ class Options:
 
     def __post_init__(self) -> None:
         parse_groups(self.groups)
-        for name, choices in (("transfer", Transfer), ("ws", WeightStart), ("ws_scope", WeightScope)):
+        rules = {"purpose": Purpose, "transfer": Transfer, "ws": WeightStart, "ws_scope": WeightScope}
+        for name, choices in rules.items():
             if getattr(self, name) not in get_args(choices):
                 raise OptionError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
         if self.recurrent is not None and self.recurrent not in RECURRENT_FORMS:

@@ -51,11 +51,11 @@ def test_json_is_the_report_and_nothing_else(saved: Path) -> None:
 def test_every_option_arrives(saved: Path) -> None:
     out = saved.with_name("out.pt")
     options = ["--groups", "4c", "--transfer", "copy", "--ws", "strict", "--ws-scope", "all", "--include", "layer1.*"]
-    options += ["--include", "fc", "--exclude", "*.bn2", "--input-shape", "1,3,64,64", "--quiet"]
+    options += ["--for", "use", "--include", "fc", "--exclude", "*.bn2", "--input-shape", "1,3,64,64", "--quiet"]
     assert run("convert", saved, "--to", "gn-ws", "-o", out, *options).stdout == ""
     recipe = normswap.load(out).normswap_recipe
     assert recipe["options"] == {
-        "groups": "4c", "transfer": "copy", "ws": "strict", "ws_scope": "all", "layers": ["conv"],
+        "groups": "4c", "purpose": "use", "transfer": "copy", "ws": "strict", "ws_scope": "all", "layers": ["conv"],
         "include": ["layer1.*", "fc"], "exclude": ["*.bn2"],
     }  # fmt: skip
     assert set(recipe["layers"]) == {f"layer1.{i}.{name}" for i in (0, 1) for name in ("bn1", "conv1", "conv2")}

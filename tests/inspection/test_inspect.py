@@ -297,15 +297,29 @@ def test_advice() -> None:
     chosen = choices(normswap.inspect(Net()))
     assert chosen["small batches (1 to 8)"] == "gn-ws" and chosen["private or federated training"] == "gn, or gn-ws"
     assert chosen["large batches"] == "keep BatchNorm" and chosen["deployment"] == "fold"
-    assert not {"recurrent layers", "many 1×1 maps", "a mobile net that is used without training"} & set(chosen)
+    assert not {"recurrent layers", "many 1×1 maps"} & set(chosen)
     assert choices(normswap.inspect(nn.Sequential(nn.LSTM(4, 8))))["recurrent layers"] == "--recurrent ln"
-    mobile = choices(normswap.inspect(model_specs.build("torchvision:mobilenet_v2")))
-    assert mobile["a mobile net that is used without training"] == "--groups 1, or --calibrate"
+    mobile = normswap.inspect(model_specs.build("torchvision:mobilenet_v2"))
+    assert choices(mobile)["use right after the conversion"] == "gn --for use, or --calibrate"
+    assert "17 depthwise layers" in " ".join(advice.why for advice in mobile.advice)
     flat = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     assert choices(normswap.inspect(flat))["small batches (1 to 8)"] == "gn"
     single = choices(normswap.inspect(Net(), example_inputs=torch.randn(2, 3, 1, 1)))
     assert single["many 1×1 maps"] == "ln, or gn --groups 1"
     assert choices(normswap.inspect(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)))) == {}
+
+
+def test_groups_for_training_and_for_use() -> None:
+    found = normswap.inspect(
+        nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 8, 3), nn.BatchNorm2d(8))
+    )
+    assert [layer.auto_groups for layer in found.layers if layer.kind == "norm"] == [
+        {"training": 8, "use": 1}, {"training": 2, "use": 1}
+    ]  # fmt: skip
+    (why,) = [advice.why for advice in found.advice if "gn --for use" in advice.choose]
+    assert "groups a norm: 1 keeps most, 2-8 trains best" in why
+    kept = normswap.inspect(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)))
+    assert all(layer.auto_groups == {} for layer in kept.layers)
 
 
 def test_a_norm_that_is_used_again_and_again() -> None:

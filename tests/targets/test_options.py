@@ -15,12 +15,14 @@ from normswap.report.report import Report
 
 GIVEN: dict[str, tuple[Any, Any]] = {
     "groups": ("auto", 2),
+    "purpose": ("training", "use"),
     "ws": ("preserve", "strict"),
     "ws_scope": ("normed", "all"),
     "transfer": ("match", "copy"),
 }
 USES = {
     "groups": {"gn", "bcn"},
+    "purpose": {"gn", "bcn"},
     "ws": {"ws"},
     "ws_scope": {"ws"},
     "transfer": {"gn", "ln", "in", "pn", "est", "bcn", "bn", "frozen", "fold"},
@@ -65,7 +67,7 @@ def test_what_changes_nothing_for_want_of_layers_is_said() -> None:
 
 def test_the_command_refuses_in_one_line(tmp_path: Any) -> None:
     torch.save(conv_norm(), tmp_path / "m.pt")
-    for options in (["--groups", "4"], ["--ws", "strict"], ["--ws-scope", "all"]):
+    for options in (["--groups", "4"], ["--for", "use"], ["--ws", "strict"], ["--ws-scope", "all"]):
         refused = CliRunner().invoke(app, ["convert", str(tmp_path / "m.pt"), "--to", "in", *options])
         assert refused.exit_code == 1 and refused.stderr.count("\n") == 1 and "no use for it" in refused.stderr
     default = [
