@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from normswap.analysis.noise import guess_inputs
 from normswap.analysis.running import SEED, as_arguments, inputs_like, run_model
 from normswap.analysis.sites import Site
+from normswap.calibration.likeness import unlikeness
 from normswap.calibration.measuring import measure_norms
 from normswap.errors import ModelError
 
@@ -26,6 +27,7 @@ _FAINT, _STRONG = 0.3, 1.2  # contrast of a picture, in standard deviations of n
 _BRIGHTNESS = 0.5  # how much the means of pictures vary, in the same unit
 _GREY = 0.7  # of a colour's variance, what its channels have in common
 _SMALL = (32, 28)  # sides of pictures that networks with few strides are trained on
+_FURTHEST = 1.0  # from what norms have learnt, as `likeness` has it: CIFAR's ResNets .34, EfficientNet-Lite0 .6
 _LEAST_MAP = 4  # side that the last maps of such a network have on them
 
 
@@ -38,7 +40,7 @@ def errors_on_made_pictures(model: nn.Module, sites: Sequence[Site], inputs: Any
         inputs: what the model takes, whose size the pictures then have; None where it is not known.
 
     Returns:
-        Empty where the model takes no pictures, or not any of the sizes that are tried.
+        Empty where the model takes no pictures, not any of the sizes that are tried, or values of another range.
     """
     for channels, height, width in _sizes(model, sites, inputs):
         pixels = max(1, height * width)
@@ -48,6 +50,9 @@ def errors_on_made_pictures(model: nn.Module, sites: Sequence[Site], inputs: Any
             found = measure_norms(model, pictures.split(max(1, _AT_ONCE // pixels)), sites, unasked=True)
         except ModelError:
             continue
+        unlike = unlikeness(sites, found, number)
+        if unlike is not None and unlike.median > _FURTHEST:
+            return {}
         return {path: measured.errors for path, measured in found.items() if measured.errors}
     return {}
 

@@ -113,6 +113,14 @@ def test_made_pictures_choose_groups_for_use() -> None:
     assert normswap.convert(with_pattern(), "gn").model.get_submodule("norm").num_groups == 4
 
 
+def test_pictures_unlike_what_a_network_has_learnt_choose_nothing() -> None:
+    model = with_pattern()
+    norm = model.get_submodule("norm")
+    assert errors_on_made_pictures(model, norms_of(model), None)
+    norm.running_var.mul_(255**2)
+    assert errors_on_made_pictures(model, norms_of(model), None) == {}
+
+
 def test_made_pictures_come_only_where_nothing_else_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
         raise AssertionError("pictures were made")
