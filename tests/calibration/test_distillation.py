@@ -312,6 +312,27 @@ def test_what_is_worse_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same(state(start), state(student))
 
 
+def test_it_goes_back_to_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate that throws the values about does not undo what came before it."""
+    errors: list[float] = []
+    real = FittedPair.distance
+
+    def noted(pair: FittedPair, *args: Any) -> Any:
+        found = real(pair, *args)
+        errors.append(found[0].relative)
+        return found
+
+    monkeypatch.setattr(FittedPair, "distance", noted)
+    monkeypatch.setattr(distillation, "_RATE", 30.0)
+    net = Net()
+    start, student, outcome = fit(net, steps=100)
+    assert len(errors) == 1 + 1 + 6 + 1  # before, re-estimated, while it runs, at the end
+    assert outcome.calibrated_error == min(errors) < errors[-1]
+    held = torch.cat(split(DATA)[1])
+    kept = student if outcome.kept == "calibrated" else start
+    assert error(net, kept, held) == pytest.approx(min(errors), rel=1e-4)
+
+
 def distance(moved: list[float], agreed: list[float]) -> Distance:
     rows = torch.ones(len(moved), dtype=torch.float64)
     return Distance(torch.tensor(moved).double(), rows, torch.tensor(agreed).double())
