@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.checkpoints import module_graph, pickle_files, safetensors_files
+from normswap.checkpoints import module_graph, module_numbers, pickle_files, safetensors_files
 from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint
 from normswap.checkpoints.contents import SavedBytes, models_in, tensors_of
 from normswap.checkpoints.stored_recipes import store_recipe
@@ -196,6 +196,8 @@ def _check_module(model: nn.Module, path: Path) -> None:
             part = held.get(name)
             if not isinstance(part, dict) or not all(v is None or isinstance(v, kind) for v in part.values()):
                 raise FileError(f"{path}: is damaged: its {type(module).__name__} lacks {name}")
+        if problem := module_numbers.why_no_layer(module):
+            raise FileError(f"{path}: is damaged: its {type(module).__name__} {problem}")
     if problem := module_graph.why_endless(model):
         raise FileError(f"{path}: its {type(model).__name__} {problem}")
 

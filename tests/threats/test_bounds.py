@@ -286,3 +286,49 @@ def test_what_hands_values_on_is_followed_once(kind: str, size: int) -> None:
     flow = find_flow(model, find_sites(model))
     assert {*flow.readers["first"]} == {"norm"} and {*flow.followers["norm"]} == {"second"}
     assert len(flow.readers["first"]) < 10 and len(flow.followers["norm"]) < 10  # each trace adds one
+
+
+# ---- numbers that no layer has ----
+
+
+def small_net() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8)).eval()
+
+
+ATTRIBUTES = [
+    (0, "kernel_size"), (0, "groups"), (0, "in_channels"), (0, "out_channels"), (0, "stride"), (1, "num_features"),
+    (1, "eps"), (1, "momentum"), (3, "num_groups"), (3, "num_channels"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["x", [3], float("nan"), 10**30, -(2**40), (2**40, 2**40)], ids=repr)
+@pytest.mark.parametrize(("layer", "name"), ATTRIBUTES)
+def test_numbers_that_no_layer_has_are_refused(layer: int, name: str, value: Any, tmp_path: Path) -> None:
+    model = small_net()
+    vars(model[layer])[name] = value
+    if name in ("eps", "momentum") and isinstance(value, int):
+        return  # odd, but a number
+    torch.save(model, path := tmp_path / "x.pt")
+    with pytest.raises(normswap.FileError, match=f"has a {name} that cannot be"):
+        normswap.convert_file(path, "gn")
+
+
+def test_a_weight_of_another_shape_than_its_layer_tells_is_refused(tmp_path: Path) -> None:
+    model = small_net()
+    model[0].in_channels = 1 << 30
+    torch.save(model, path := tmp_path / "x.pt")
+    with pytest.raises(normswap.FileError, match="its numbers do not tell of"):
+        inspect_file(path)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize(
+    "odd", [torch.ones(8).int(), torch.ones(8).to_sparse(), torch.tensor(1.0), torch.ones(8, 1)], ids=repr
+)
+def test_norms_of_odd_tensors_are_left(name: str, odd: torch.Tensor, tmp_path: Path) -> None:
+    model = small_net()
+    held = model[1]._parameters if name in ("weight", "bias") else model[1]._buffers
+    held[name] = nn.Parameter(odd, requires_grad=False) if name in ("weight", "bias") else odd
+    torch.save(model, path := tmp_path / "x.pt")
+    report = normswap.convert_file(path, "ln")
+    assert "1" in {entry.path for entry in report.left}

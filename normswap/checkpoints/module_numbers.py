@@ -1,0 +1,94 @@
+"""Whether the numbers in torch's own layers are such as their constructors take: a file may hold any."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import batchnorm, conv, rnn
+
+_LARGEST = 1 << 31
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < _LARGEST
+
+
+def _is_length(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_is_size, value))
+
+
+def _are_lengths(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_is_length, value))
+
+
+def _is_padding(value: Any) -> bool:
+    return value in ("same", "valid") if isinstance(value, str) else _are_lengths(value)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+_NUMBERS: Mapping[type[nn.Module], Mapping[str, Callable[[Any], bool]]] = {
+    conv._ConvNd: {
+        "in_channels": _is_length, "out_channels": _is_size, "groups": _is_size, "kernel_size": _are_sizes,
+        "stride": _are_sizes, "dilation": _are_sizes, "padding": _is_padding, "output_padding": _are_lengths,
+        "padding_mode": lambda mode: isinstance(mode, str) and mode in ("zeros", "reflect", "replicate", "circular"),
+        "transposed": _is_flag,
+    },
+    nn.Linear: {"in_features": _is_length, "out_features": _is_length},
+    rnn.RNNBase: {"input_size": _is_length, "hidden_size": _is_size, "num_layers": _is_size},
+    rnn.RNNCellBase: {"input_size": _is_length, "hidden_size": _is_size},
+    batchnorm._NormBase: {
+        "num_features": _is_length, "num_groups": _is_size, "eps": _is_number, "affine": _is_flag,
+        "momentum": lambda rate: rate is None or _is_number(rate), "track_running_stats": _is_flag,
+    },
+    nn.GroupNorm: {"num_groups": _is_size, "num_channels": _is_size, "eps": _is_number, "affine": _is_flag},
+    nn.LayerNorm: {"normalized_shape": _are_lengths, "eps": _is_number, "elementwise_affine": _is_flag},
+}  # fmt: skip
+"""What each attribute of a layer has to be. One that a layer lacks is none of it: there are older files."""
+
+
+def why_no_layer(module: nn.Module) -> str:
+    """What is wrong with the numbers of a layer of torch's, or of a class made of one, as the rest of a sentence."""
+    for cls, numbers in _NUMBERS.items():
+        if isinstance(module, cls):
+            for name, fits in numbers.items():
+                if name in vars(module) and not fits(vars(module)[name]):
+                    return f"has a {name} that cannot be: {_shown(vars(module)[name])}"
+            return _why_they_differ(module, cls)
+    return ""
+
+
+def _shown(value: Any) -> str:
+    plain = isinstance(value, float | bool | None) or (isinstance(value, int) and abs(value) < 1 << 64)
+    return f"{value!r}" if plain else f"{value[:40]!r}" if isinstance(value, str) else f"such a {type(value).__name__}"
+
+
+def _why_they_differ(module: Any, cls: type[nn.Module]) -> str:
+    """Where a layer of torch's itself has a weight that its numbers do not tell of."""
+    weight = module._parameters.get("weight")
+    if (
+        not isinstance(weight, Tensor)
+        or nn.parameter.is_lazy(weight)
+        or not type(module).__module__.startswith("torch.nn.modules.")
+    ):
+        return ""
+    if cls is conv._ConvNd:
+        size = module.in_channels * module.out_channels * math.prod(module.kernel_size) // module.groups
+        dims = len(module.kernel_size)
+        fits = {dims} == {len(module.stride), len(module.dilation), weight.dim() - 2} and weight.numel() == size
+    elif cls is nn.Linear:
+        fits = weight.shape == (module.out_features, module.in_features)
+    else:
+        return ""
+    return "" if fits else f"has a weight of the shape {tuple(weight.shape)}, which its numbers do not tell of"
