@@ -47,9 +47,8 @@ def data() -> tuple[Tensor, Tensor]:
 
 def pictures() -> Tensor:
     """Calibration data whose halves differ."""
-    return torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(2)) + torch.linspace(-1, 1, 64).view(
-        -1, 1, 1, 1
-    )
+    drawn = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+    return drawn * 2 + 1 + torch.linspace(-1, 1, 64).view(-1, 1, 1, 1)
 
 
 def one_step(model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -104,7 +103,7 @@ def main(folder: Path) -> None:
         found[f"measured {target}"] = normswap.convert(
             source, target, calibrate=loader, calibrate_seconds=0
         ).model.state_dict()
-    model, report = normswap.convert(trained(), "gn", groups=4, calibrate=loader, calibrate_seconds=2)
+    model, report = normswap.convert(trained(), "gn-ws", ws="strict", calibrate=loader, calibrate_seconds=2)
     found["fitted"], found["report"] = model.state_dict(), report.to_dict()["calibration"]
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
