@@ -19,6 +19,7 @@ from torch import fx, nn
 from normswap.analysis.copies import MODULE_STATE, attributes_restored
 from normswap.analysis.stand_ins import ModeWatch, standing_in
 from normswap.analysis.tracer import WRONG_WAY, BranchPoint, BranchTracer
+from normswap.layers.reparametrized import normalize_weight
 
 _MAX_RUNS = 32  # runs of one forward; a forward with more branches than these cover counts as incomplete
 _MAX_FAILURES = 4  # runs that end in an error at one and the same place, before any that ends well
@@ -71,7 +72,23 @@ def in_words(traced: Traced) -> frozenset[str]:
     """All that a forward does, the same for two that do the same; nothing where that cannot be told."""
     if not traced.complete:
         return frozenset()
-    return frozenset(_ADDRESS.sub("", str(run.graph)) for run in traced.graphs)
+    return frozenset(_ADDRESS.sub("", _graph_in_words(run.graph)) for run in traced.graphs)
+
+
+def _graph_in_words(graph: fx.Graph) -> str:
+    """A line an operation. A weight that a layer computes by weight normalization is called what a plain one is."""
+    names: dict[fx.Node, str] = {}
+    lines: list[str] = []
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            names[node] = str(node.target)
+        elif node.target is normalize_weight and isinstance(direction := node.args[0], fx.Node):
+            names[node] = names[direction].removesuffix("_v")
+        else:
+            names[node] = f"%{len(lines)}"
+            values = fx.map_arg((node.args, node.kwargs), names.__getitem__)
+            lines.append(f"{node.op} {node.target} {values}")
+    return "\n".join(lines)
 
 
 class _Call(NamedTuple):

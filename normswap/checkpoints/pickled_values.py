@@ -498,7 +498,8 @@ def restore_partial(claims: Claims, made: Any, state: Any) -> None:
     made.__setstate__(state)
 
 
-_MODULES_WITH_STATES = ("torch.nn.modules.", "timm.layers.")  # whose `__setstate__` fill in what older versions lack
+_MODULES_WITH_STATES = ("torch.nn.modules.", "timm.layers.", "torch._dynamo.")
+"""Whose `__setstate__` fill in what older versions lack; once a compiler is imported, all of torch's go through its."""
 _MOST_LAYERS = 10_000  # of a recurrent network
 
 

@@ -52,7 +52,8 @@ HARMLESS_CODE = ("/normswap/checkpoints/", "/normswap/errors.py", "/pickle.py", 
                  "/argparse.py", "/threading.py", "/codecs.py", "/decimal.py", "/fnmatch.py", "/datetime.py",
                  "/abc.py", "/_tensor_str.py", "/utf_8.py", "/torch/types.py", "/torch/_C/", "/_pydatetime.py",
                  "<frozen ", "/fuzz_pickles.py", "/pickletools.py", "<string>",
-                 "/encodings/", "/shlex.py", "/_pytest/", "/pluggy/", "/normswap/printable.py")  # fmt: skip
+                 "/encodings/", "/shlex.py", "/_pytest/", "/pluggy/", "/normswap/printable.py",
+                 "/_distutils_hack/", "/torch/_dynamo/")  # fmt: skip
 RESTORING = {"__setstate__", "__getattr__", "__setattr__", "__hash__", "__delattr__", "__dir__"}
 """Functions of libraries that may run, in whatever file: they restore a module, and look at its parts."""
 TRICKS = ("O8", "V9", "f8,f8")
