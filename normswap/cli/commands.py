@@ -101,7 +101,7 @@ def convert(
     from normswap.files import convert_file, model_specs, paths
 
     form, data = format.value if format else None, calibrate is not None
-    phased = len(phases(data, purpose is opt.Purpose.use))
+    phased = len(phases(data))
     count = phased + sum((True, data, fold, not dry_run))  # reading, the data too; folding; writing
     with _exit_on_error(), show_progress(count, silent=quiet or as_json) as progress:
         done = convert_file.convert_file(

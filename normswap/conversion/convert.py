@@ -44,7 +44,7 @@ def convert(
         groups: for targets with groups (`gn`): `auto` (at most 8 groups, at least 4 channels in each; on data fewer
             where these keep more), a number of groups (`32`), or channels a group (`"16c"`).
         purpose: of `auto`: the numbers that fine-tune best (`training`), or that keep most (`use`): those of least
-            error on the data, or near it on made pictures, else one. `normswap.load` has them from the recipe.
+            error on the data, else one.
         transfer: `match` moves the statistics into gain and bias, `copy` keeps these, `reset` makes them 1 and 0.
         ws: `preserve` starts from each filter's own std and mean, exactly; `strict` is the paper's form, not exact.
         ws_scope: `normed` standardizes layers that a norm follows, `all` every one; recurrent ones are always taken.

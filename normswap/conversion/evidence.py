@@ -14,7 +14,6 @@ from normswap.analysis.running import Observed, Seen, Sketches, batch_size, call
 from normswap.analysis.selection import hidden_layers, select, shared_tensors
 from normswap.analysis.sites import Site, find_sites
 from normswap.calibration.likeness import Unlikeness, unlikeness
-from normswap.calibration.made_pictures import errors_on_made_pictures
 from normswap.calibration.measuring import Measured, measure_norms, measure_recurrent
 from normswap.calibration.model_inputs import first_inputs
 from normswap.conversion.accounting import class_names, count_elements
@@ -92,8 +91,6 @@ class Evidence:
     """What the calibration data showed of norms, by path."""
     vectors: Mapping[str, Mapping[str, VectorMoments]]
     """What the calibration data showed of recurrent layers, by path."""
-    on_pictures: Mapping[str, Mapping[int, float]]
-    """What made pictures showed of norms, by path: the error of each number of groups."""
     made_up: bool = False
     """Whether the inputs are noise."""
     outside: frozenset[str] = frozenset()
@@ -148,7 +145,6 @@ def gather_evidence(survey: Survey, request: Request) -> Evidence:
             inner = [site for site in survey.chosen if site.base in LAYER_NORMALIZED and not site.obstacle]
             vectors = measure_recurrent(model, batches, inner)
         seen = {path: norm.seen for path, norm in measured.items()} | seen
-    on_pictures = _errors_on_pictures(survey, request)
     output, sketches, spent = observed.output, observed.sketches, time.monotonic() - begun
     return Evidence(
         batches,
@@ -160,7 +156,6 @@ def gather_evidence(survey: Survey, request: Request) -> Evidence:
         seen,
         measured,
         vectors,
-        on_pictures,
         made_up,
         frozenset(outside),
         spent,
@@ -185,19 +180,6 @@ def _run_before(survey: Survey, request: Request, inputs: Any, unasked: bool) ->
     kind = "norm" if request.target.norm else "weight"
     tapped = [site.path for site in survey.sites if site.kind == kind]
     return run_model(survey.model, inputs, survey.sites, unasked, taps=tapped)
-
-
-def _errors_on_pictures(survey: Survey, request: Request) -> Mapping[str, Mapping[int, float]]:
-    """The errors of numbers of groups on made pictures, where groups are to keep most and no data say which do."""
-    options = request.options
-    form, auto = request.target.norm, options.groups == "auto"
-    if options.purpose != "use" or options.calibrate is not None or not (auto and form and form.compares_groups):
-        return {}
-    norms = [site for site in survey.chosen if site.kind == "norm" and site.form == "data" and not site.obstacle]
-    if not norms or request.recorded.changes or any(p.is_meta for p in survey.model.parameters()):
-        return {}
-    request.begin(Phase.COMPARE)
-    return errors_on_made_pictures(survey.model, norms, None if request.drift_only else request.example_inputs)
 
 
 def _measure_norms(survey: Survey, request: Request, batches: Sequence[Any]) -> dict[str, Measured]:

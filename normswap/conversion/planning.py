@@ -63,7 +63,6 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
         excluded=survey.excluded,
         seen=evidence.seen,
         measured=evidence.measured,
-        on_pictures=evidence.on_pictures,
         vectors=evidence.vectors,
         recorded_groups=request.recorded.groups,
         recorded_changes=request.recorded.changes,

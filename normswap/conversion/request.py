@@ -24,17 +24,15 @@ class Phase(Enum):
     TRACE = "tracing what feeds what"
     RUN_BEFORE = "running the model before"
     MEASURE = "measuring on the calibration data"
-    COMPARE = "comparing numbers of groups on made pictures"
     PLAN = "working out the new layers"
     REPLACE = "swapping"
     CALIBRATE = "calibrating"
     RUN_AFTER = "running the model after"
 
 
-def phases(on_data: bool, for_use: bool = False) -> list[Phase]:
-    """The phases of a conversion, with or without calibration data, and `for_use` or for training."""
-    needed = {Phase.MEASURE: on_data, Phase.CALIBRATE: on_data, Phase.COMPARE: for_use and not on_data}
-    return [phase for phase in Phase if needed.get(phase, True)]
+def phases(on_data: bool) -> list[Phase]:
+    """The phases of a conversion, with or without calibration data."""
+    return [phase for phase in Phase if on_data or phase not in (Phase.MEASURE, Phase.CALIBRATE)]
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,6 @@ class Context:
     """The sizes that norms saw in example inputs or data, by path."""
     measured: Mapping[str, Measured] = field(default_factory=dict)
     """What calibration data showed of norms, by path."""
-    on_pictures: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    """By the path of a norm and the number of groups: the square error of the matched group norm on made pictures."""
     vectors: Mapping[str, Mapping[str, VectorMoments]] = field(default_factory=dict)
     """What calibration data showed of recurrent layers, by path and vector."""
     recorded_groups: Mapping[str, int] = field(default_factory=dict)
