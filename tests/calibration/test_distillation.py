@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -186,6 +186,15 @@ def stopping(after: int, times: int = 1) -> Callable[[float], None]:
     return tell
 
 
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """Jobs in a script's background do not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_stopped_by_ctrl_c_it_keeps_the_best_so_far() -> None:
     net = Net()
     start, paths = matched(net)
@@ -199,6 +208,7 @@ def test_stopped_by_ctrl_c_it_keeps_the_best_so_far() -> None:
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_stopped_before_the_first_step_it_keeps_what_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distillation, "_re_estimate", lambda *_: signal.raise_signal(signal.SIGINT))
     start, student, outcome = fit(Net())
@@ -206,6 +216,7 @@ def test_stopped_before_the_first_step_it_keeps_what_was(monkeypatch: pytest.Mon
     assert same(state(start), state(student))
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_a_second_ctrl_c_ends_all() -> None:
     net = Net()
     student, paths = matched(net)
