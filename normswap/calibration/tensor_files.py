@@ -12,9 +12,9 @@ from torch import Tensor
 
 from normswap.calibration.pictures import UnusableData
 from normswap.checkpoints import pickle_files, safetensors_files
+from normswap.checkpoints.pickle_claims import MOST_SHARED
 from normswap.errors import UnsafeFileError, first_line
 
-_MOST_SHARED = 64  # times its size that a file's tensors may claim: some repeat their elements
 _MOST_PACKED = 100  # times its size that an archive may claim
 NUMBERS = "biufc"  # kinds of numpy dtypes
 _SPLITS = ("train", "training", "", "val", "valid", "validation", "test")  # the best to calibrate with first
@@ -35,7 +35,7 @@ def _read_torch(path: Path) -> Any:
         found = pickle_files.read_pickle(path)
     except UnsafeFileError:
         raise UnusableData("holds more than plain data; save tensors, or lists, tuples or dicts of them") from None
-    left = _MOST_SHARED * path.stat().st_size
+    left = MOST_SHARED * path.stat().st_size
     for tensor in arrays_in(found):
         if isinstance(tensor, Tensor):
             if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:

@@ -22,7 +22,10 @@ import numpy
 import torch
 from torch import nn
 
-from normswap.checkpoints import pickled_values as make
+from normswap.checkpoints import pickled_arrays as arrays
+from normswap.checkpoints import pickled_objects as objects
+from normswap.checkpoints import pickled_tensors as tensors
+from normswap.checkpoints import pickled_values as values
 
 _MISSING = object()
 
@@ -68,7 +71,7 @@ def _of_torch() -> Iterator[tuple[str, Row]]:
     for kind in torch._tensor_classes:
         yield f"{kind.__module__}.{kind.__name__}", Row("is a class of tensors: named, never called", kind)
     yield "torch.Tensor", Row("is what a tensor with attributes is; named, never called", torch.Tensor)
-    for name, maker in make.TENSOR_MAKERS.items():
+    for name, maker in tensors.TENSOR_MAKERS.items():
         if hasattr(torch._utils, name):
             yield f"torch._utils.{name}", Row(_TENSOR, getattr(torch._utils, name), call=maker)
     functions = ("relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid")
@@ -79,68 +82,68 @@ def _of_torch() -> Iterator[tuple[str, Row]]:
 _TORCH: dict[str, Row] = {
     **dict(_of_torch()),
     "torch.nn.parameter.Parameter": Row(
-        "takes a tensor that is there already", nn.Parameter, call=make.parameter, new=make.parameter
+        "takes a tensor that is there already", nn.Parameter, call=tensors.parameter, new=tensors.parameter
     ),
     "torch._tensor._rebuild_from_type_v2": Row(
         "calls another row that makes a tensor, and gives it attributes that no tensor has",
         torch._tensor._rebuild_from_type_v2,
-        call=make.tensor_of_class,
+        call=tensors.tensor_of_class,
     ),
     "torch.serialization._get_layout": Row(
         "looks a name up among the layouts", torch.serialization._get_layout,
-        call=bound(make.of_plain, torch.serialization._get_layout),
+        call=bound(values.of_plain, torch.serialization._get_layout),
     ),
-    "torch.Size": Row("holds whole numbers, as many as the file has", torch.Size, call=make.size_of),
-    "torch.device": Row("names a device, and uses none", torch.device, call=bound(make.of_plain, torch.device)),
+    "torch.Size": Row("holds whole numbers, as many as the file has", torch.Size, call=values.size_of),
+    "torch.device": Row("names a device, and uses none", torch.device, call=bound(values.of_plain, torch.device)),
     "torch.torch_version.TorchVersion": Row(
-        "is a text", torch.torch_version.TorchVersion, call=make.torch_version, new=make.torch_version
+        "is a text", torch.torch_version.TorchVersion, call=values.torch_version, new=values.torch_version
     ),
 }  # fmt: skip
 
 
 def _plain(kind: Any) -> Row:
-    return Row(_SHORT, kind, call=bound(make.of_plain, kind))
+    return Row(_SHORT, kind, call=bound(values.of_plain, kind))
 
 
 def _restored(kind: Any, why: str = _DATA) -> Row:
-    return Row(why, kind, new=bound(make.blank, kind), build=make.restore)
+    return Row(why, kind, new=bound(objects.blank, kind), build=objects.restore)
 
 
 _PYTHON: dict[str, Row] = {
     **{f"builtins.{kind.__name__}": Row(_NUMBERS, kind) for kind in (list, dict, tuple, int, float, bool, str)},
-    "builtins.set": Row(_COPY, set, call=make.made_set),
-    "builtins.frozenset": Row(_COPY, frozenset, call=make.frozen_set),
-    "builtins.bytes": Row("makes no bytes, the empty ones", bytes, call=make.no_bytes),
-    "builtins.bytearray": Row("copies bytes, which count", bytearray, call=make.byte_array),
-    "builtins.complex": Row(_SHORT, complex, call=make.complex_number),
+    "builtins.set": Row(_COPY, set, call=values.made_set),
+    "builtins.frozenset": Row(_COPY, frozenset, call=values.frozen_set),
+    "builtins.bytes": Row("makes no bytes, the empty ones", bytes, call=values.no_bytes),
+    "builtins.bytearray": Row("copies bytes, which count", bytearray, call=values.byte_array),
+    "builtins.complex": Row(_SHORT, complex, call=values.complex_number),
     "builtins.slice": _plain(slice),
     "builtins.Ellipsis": Row(_CONSTANT, ...),
     "_codecs.encode": Row(
-        "makes bytes of as many characters, in latin1 alone", make.bytes_of_text, call=make.bytes_of_text
+        "makes bytes of as many characters, in latin1 alone", values.bytes_of_text, call=values.bytes_of_text
     ),
     "collections.OrderedDict": Row(
-        _COPY, collections.OrderedDict, call=make.ordered_dict, build=make.restore, filled=True
+        _COPY, collections.OrderedDict, call=values.ordered_dict, build=objects.restore, filled=True
     ),
-    "collections.Counter": Row(_COPY, collections.Counter, call=make.counter, filled=True),
+    "collections.Counter": Row(_COPY, collections.Counter, call=values.counter, filled=True),
     "collections.defaultdict": Row(
         "calls nothing but Python's own containers and numbers",
-        collections.defaultdict, call=make.default_dict, filled=True,
+        collections.defaultdict, call=values.default_dict, filled=True,
     ),
-    "collections.deque": Row(_COPY, collections.deque, call=make.made_deque, filled=True),
+    "collections.deque": Row(_COPY, collections.deque, call=values.made_deque, filled=True),
     "functools.partial": Row(
         "calls nothing when it is made; when it is run, it is a part of its module's forward",
-        functools.partial, call=make.partial, build=make.restore_partial,
+        functools.partial, call=values.partial, build=objects.restore_partial,
     ),
     "argparse.Namespace": _restored(argparse.Namespace),
     "types.SimpleNamespace": Row(
-        _DATA, types.SimpleNamespace, call=bound(make.of_plain, types.SimpleNamespace), build=make.restore
+        _DATA, types.SimpleNamespace, call=bound(values.of_plain, types.SimpleNamespace), build=objects.restore
     ),
     **{f"datetime.{kind.__name__}": _plain(kind)
        for kind in (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone)},
-    "time.struct_time": Row(_SHORT, time.struct_time, call=make.struct_time),
-    "decimal.Decimal": Row(_SHORT, decimal.Decimal, call=bound(make.decimal_number, decimal.Decimal)),
-    "uuid.UUID": Row(_SHORT, uuid.UUID, new=bound(make.blank, uuid.UUID), build=make.restore_uuid),
-    **{f"{place}.{name}": Row("is text: it opens nothing", kind, call=bound(make.of_texts, kind))
+    "time.struct_time": Row(_SHORT, time.struct_time, call=values.struct_time),
+    "decimal.Decimal": Row(_SHORT, decimal.Decimal, call=bound(values.decimal_number, decimal.Decimal)),
+    "uuid.UUID": Row(_SHORT, uuid.UUID, new=bound(objects.blank, uuid.UUID), build=objects.restore_uuid),
+    **{f"{place}.{name}": Row("is text: it opens nothing", kind, call=bound(values.of_texts, kind))
        for place in ("pathlib", "pathlib._local")
        for name, kind in {
            "PosixPath": pathlib.PosixPath, "PurePosixPath": pathlib.PurePosixPath,
@@ -150,11 +153,11 @@ _PYTHON: dict[str, Row] = {
 }  # fmt: skip
 
 _NUMPY: dict[str, Row] = {
-    "numpy.ndarray": Row(_ARRAY, numpy.ndarray, build=make.fill_array),
-    "numpy.dtype": Row("is of a closed list of names", numpy.dtype, call=make.number_dtype),
-    **{f"numpy.{core}.multiarray.scalar": Row(_ARRAY, make.numpy_scalar, call=make.numpy_scalar)
+    "numpy.ndarray": Row(_ARRAY, numpy.ndarray, build=arrays.fill_array),
+    "numpy.dtype": Row("is of a closed list of names", numpy.dtype, call=arrays.number_dtype),
+    **{f"numpy.{core}.multiarray.scalar": Row(_ARRAY, arrays.numpy_scalar, call=arrays.numpy_scalar)
        for core in ("core", "_core")},
-    **{f"numpy.{core}.multiarray._reconstruct": Row(_ARRAY, make.empty_array, call=make.empty_array)
+    **{f"numpy.{core}.multiarray._reconstruct": Row(_ARRAY, arrays.empty_array, call=arrays.empty_array)
        for core in ("core", "_core")},
 }  # fmt: skip
 
@@ -177,7 +180,7 @@ FAMILIES = (
     "torch.nn.", "torch.ao.", "torchvision.models.", "torchvision.ops.", "timm.models.", "timm.layers.", "normswap.",
 )  # fmt: skip
 """Beginnings of the names of modules (`nn.Module`), each of which is as `module_row` says."""
-DTYPE_ROW = Row("is of a closed list; its order of bytes is set", numpy.dtype, build=make.order_dtype)
+DTYPE_ROW = Row("is of a closed list; its order of bytes is set", numpy.dtype, build=arrays.order_dtype)
 """Of the classes of plain dtypes, which no pickle names: `numpy.dtype` makes their objects."""
 
 
@@ -186,8 +189,8 @@ def module_row(kind: Any) -> Row:
     return Row(
         "is a module of a library that the user has: restored by torch's code, never made anew, and not run",
         kind,
-        new=bound(make.blank, kind),
-        build=make.restore_library_module,
+        new=bound(objects.blank, kind),
+        build=objects.restore_library_module,
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.checkpoints import pickled_values as make
+from normswap.checkpoints import pickled_objects as objects
 from normswap.checkpoints.allowed_calls import FAMILIES, TABLE, Row, module_row, row_of
 from normswap.errors import FileError, UnsafeFileError
 
@@ -25,7 +25,7 @@ _CODE = ("__new__", "__init__", "__post_init__", "__setstate__", "__setattr__", 
          "__reduce__", "__reduce_ex__", "__setitem__", "append", "extend", "_missing_")  # fmt: skip
 """What runs while a pickle is read, or once what it made is gone."""
 _PLAIN_BASES = {object, dict, list, tuple, set, str, int, float, Enum, types.SimpleNamespace, argparse.Namespace}
-_SYSTEM = ("sys", "os", "posix", "nt")  # of these torch loads nothing, whatever is allowed
+_SYSTEM = ("sys", "os", "posix", "nt")  # nothing of these is loaded, whatever is allowed
 _ALLOWED = "the user allows it by its name"
 _LONGEST_LINE = 400  # characters of names to type: more are put together as patterns
 
@@ -83,13 +83,13 @@ def _row_allowed_by_name(found: Any) -> Row:
     if not isinstance(found, type):
         return Row(_ALLOWED, found, call=lambda claims, *arguments: found(*arguments))
     if issubclass(found, nn.Module):
-        return Row(_ALLOWED, found, new=partial(make.blank, found), build=make.restore_module)
+        return Row(_ALLOWED, found, new=partial(objects.blank, found), build=objects.restore_module)
     return Row(
         _ALLOWED,
         found,
         call=lambda claims, *arguments: found(*arguments),
         new=lambda claims, *arguments: found.__new__(found, *arguments),
-        build=make.restore_as_pickle,
+        build=objects.restore_as_pickle,
         filled=issubclass(found, dict | list | deque),
     )
 
@@ -99,9 +99,9 @@ def _row_of_plain_data(found: Any) -> Row:
     return Row(
         "has no code of its own, in a package that the user allows",
         found,
-        call=partial(make.called_plain, found) if called else None,
-        new=partial(make.of_plain_base, found),
-        build=make.restore_as_pickle,
+        call=partial(objects.called_plain, found) if called else None,
+        new=partial(objects.of_plain_base, found),
+        build=objects.restore_as_pickle,
         filled=issubclass(found, dict | list),
     )
 
@@ -115,7 +115,7 @@ def refusal(names: Sequence[str], allowance: Allowance, path: Path) -> UnsafeFil
     """The error for a file that holds classes called `names`, with what to type to allow them all."""
     commands = [name for name in names if name.rpartition(".")[0] in _SYSTEM]
     if commands:
-        return UnsafeFileError(f"{path}: holds {', '.join(commands[:3])}, which torch loads only with --trust")
+        return UnsafeFileError(f"{path}: holds {', '.join(commands[:3])}, which is loaded only with --trust")
     patterned = [name for name in names if any(fnmatchcase(name, pattern) for pattern in allowance.patterns)]
     but = f"; a pattern allows modules and plain data alone: {', '.join(patterned[:3])} is neither" if patterned else ""
     options, listed = list(names), ""

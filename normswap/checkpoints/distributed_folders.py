@@ -26,8 +26,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from normswap.checkpoints.allowed_calls import Row, row_of
 from normswap.checkpoints.contents import SavedBytes
 from normswap.checkpoints.mapped_memory import release, scratch_tensor
+from normswap.checkpoints.pickle_claims import Claims, shown
 from normswap.checkpoints.pickle_files import text_problem
-from normswap.checkpoints.pickled_values import Claims, blank, of_plain, restore, shown
+from normswap.checkpoints.pickled_objects import blank, restore
+from normswap.checkpoints.pickled_values import of_plain
 from normswap.checkpoints.unpickler import UnknownName, Unpickler
 from normswap.errors import FileError, UnsafeFileError, first_line
 

@@ -18,7 +18,7 @@ import torch
 from normswap.checkpoints.allowed_calls import Row, row_of
 from normswap.checkpoints.allowed_classes import class_behind, find_row, parse_allowance, refusal
 from normswap.checkpoints.native_path import native_path
-from normswap.checkpoints.pickled_values import Claims
+from normswap.checkpoints.pickle_claims import Claims
 from normswap.checkpoints.unpickler import UnknownName, Unpickler, names_in
 from normswap.errors import FileError, UnsafeFileError, first_line
 
@@ -31,7 +31,7 @@ def read_pickle(path: Path, *, trust: bool = False, allow: Iterable[str | type] 
     """The object in a file that `torch.save` wrote, its tensors on the CPU and mapped from the file.
 
     Only classes of torch, torchvision, timm and normswap are loaded, plain data, and what `allow` names, see
-    `allowed_classes`; `trust` runs whatever code the pickle names. See torch's notes on `weights_only`.
+    `allowed_classes`; `trust` runs whatever code the pickle names.
 
     Raises:
         FileError: no such file, another kind of file, or a broken one.

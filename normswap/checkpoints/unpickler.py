@@ -10,9 +10,9 @@ from typing import Any, BinaryIO, ClassVar
 import numpy
 from torch import Tensor
 
-from normswap.checkpoints import pickled_values
 from normswap.checkpoints.allowed_calls import DTYPE_ROW, Row
-from normswap.checkpoints.pickled_values import Claims, refuse, set_item
+from normswap.checkpoints.pickle_claims import Claims, refuse
+from normswap.checkpoints.pickled_values import frozen_set, set_item
 
 _OPCODES = (
     pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK,
@@ -171,7 +171,7 @@ class Unpickler(pickle._Unpickler):
 
     def load_frozenset(self) -> None:
         """A frozenset of what is above the mark."""
-        self.append(pickled_values.frozen_set(self.claims, self.pop_mark()))
+        self.append(frozen_set(self.claims, self.pop_mark()))
 
     def load_global(self) -> None:
         """What is named on two lines."""

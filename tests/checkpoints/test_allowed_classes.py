@@ -204,7 +204,7 @@ def test_what_is_to_be_pasted_is_quoted_and_no_command(tmp_path: Path) -> None:
     with pytest.raises(UnsafeFileError) as caught:
         normswap.load(rewritten(tmp_path / "run.pt", "a.b; rm -rf ~:C"))
     assert f"--allow {shlex.quote('a.b; rm -rf ~.C')} (in" in str(caught.value)
-    with pytest.raises(UnsafeFileError, match=r"holds posix\.system, which torch loads only with --trust$"):
+    with pytest.raises(UnsafeFileError, match=r"holds posix\.system, which is loaded only with --trust$"):
         normswap.load(rewritten(tmp_path / "run.pt", "posix:system"))
 
 

@@ -59,7 +59,8 @@ RESTORING = {"__setstate__", "__getattr__", "__setattr__", "__hash__", "__delatt
 TRICKS = ("O8", "V9", "f8,f8")
 KNOWN = ("builtins", "abc", "collections", "datetime", "decimal", "uuid", "time", "pathlib", "types", "argparse",
          "functools", "numpy", "torch", "numpy.dtypes", "torch.nn.parameter", "torch.storage", "torch.serialization",
-         "torch.torch_version", "_codecs", "torch._C", "normswap.checkpoints.pickled_values")  # fmt: skip
+         "torch.torch_version", "_codecs", "torch._C", "normswap.checkpoints.pickled_values",
+         "normswap.checkpoints.pickled_arrays")  # fmt: skip
 
 
 def number(value: int) -> bytes:
