@@ -15,7 +15,6 @@ stderr as they are done.
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 import time
 from collections.abc import Iterator
@@ -30,7 +29,6 @@ from torch import Tensor, nn
 
 import normswap
 
-HAS_PURPOSE = "purpose" in inspect.signature(normswap.convert).parameters
 NORM_WAYS: dict[str, dict[str, Any]] = {
     "reset": {"to": "gn", "transfer": "reset"},
     "copied": {"to": "gn", "transfer": "copy"},
@@ -38,7 +36,7 @@ NORM_WAYS: dict[str, dict[str, Any]] = {
     "gn 1": {"to": "gn", "groups": 1},
     "gn 8": {"to": "gn", "groups": 8},
     "gn 32": {"to": "gn", "groups": 32},
-    **({"gn for use": {"to": "gn", "purpose": "use"}} if HAS_PURPOSE else {}),
+    "gn for use": {"to": "gn", "purpose": "use"},
     "ln": {"to": "ln"},
     "in": {"to": "in"},
     "bcn": {"to": "bcn"},
@@ -63,8 +61,9 @@ BATCH = 50
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     if not arguments.data:
         raise SystemExit("--data: the folder of pictures and networks; tests/bench/README.md says what it has")
-    if unknown := {*filter(None, arguments.ways.split(";"))} - {*NORM_WAYS, *RECURRENT_WAYS, "gn for use"}:
-        raise SystemExit(f"--ways: no such way as {', '.join(sorted(unknown))}; there are: {', '.join(NORM_WAYS)}")
+    known = {**NORM_WAYS, **RECURRENT_WAYS}
+    if unknown := {*filter(None, arguments.ways.split(";"))} - known.keys():
+        raise SystemExit(f"--ways: no such way as {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
     torch.set_num_threads(arguments.threads)
     for name in arguments.networks.split(","):
         subject = SUBJECTS[name](Path(arguments.data))

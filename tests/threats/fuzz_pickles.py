@@ -18,7 +18,6 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
@@ -29,6 +28,7 @@ import numpy
 import torch
 from make import named, text
 from sandbox import in_sandbox
+from tally import print_problems
 
 from normswap import NormswapError
 from normswap.checkpoints.allowed_calls import TABLE
@@ -354,12 +354,7 @@ def main() -> int:
     torch.set_num_threads(1)
     count, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     found, ran = failures(first, count)
-    kinds = Counter(problem.partition(": ")[2] for problem in found)
-    for problem, times in kinds.most_common(40):
-        example = next(p for p in found if p.endswith(problem)).partition(": ")[0]
-        print(f"{times} × {problem[:300]}   such as {example}")
-    print(f"{ran} programs, {len(found)} problems of {len(kinds)} kinds; numpy {numpy.__version__}")
-    return bool(found)
+    return print_problems(found, f"numpy {numpy.__version__}: {ran} programs")
 
 
 if __name__ == "__main__":

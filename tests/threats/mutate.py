@@ -14,13 +14,13 @@ import tempfile
 import traceback
 import warnings
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from make import _distributed, _safetensors, _tensors, net, saved, state, training
 from sandbox import in_sandbox
+from tally import print_problems
 from torch import nn
 
 import normswap
@@ -201,13 +201,7 @@ def main() -> int:
     """Run as many mutations as are asked for, and print what went wrong, like with like."""
     torch.set_num_threads(1)
     count, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    found = failures(first, count)
-    kinds = Counter(problem.partition(": ")[2] for problem in found)
-    for problem, times in kinds.most_common():
-        example = next(p for p in found if p.endswith(problem)).partition(": ")[0]
-        print(f"{times} × {problem}   such as {example}")
-    print(f"{count} mutations, {len(found)} problems of {len(kinds)} kinds")
-    return bool(found)
+    return print_problems(failures(first, count), f"{count} mutations")
 
 
 if __name__ == "__main__":
