@@ -53,8 +53,7 @@ class _MomentGatherer:
         self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, moments: SampleMoments) -> None:
-        mean = moments.mean.mean(0)
-        var = moments.var.mean(0) + (moments.mean - mean).square().mean(0)
+        var, mean = moments.over_samples()
         count = len(moments.mean) * moments.positions
         total = self.count + count
         delta = mean - self.mean.to(mean)
@@ -141,11 +140,10 @@ def measure_norms(
     batches: Sequence[Any],
     sites: Sequence[Site],
     numbers: Callable[[Site], Sequence[int]] = auto_numbers,
-    unasked: bool = False,
 ) -> dict[str, Measured]:
     """Run `model` in eval mode on `batches` and gather, by path, what passes through each norm of `sites`.
 
-    `numbers` gives the numbers of groups that are tried on the data. Runs that are `unasked` have a budget.
+    `numbers` gives the numbers of groups that are tried on the data.
     Raises `ModelError` where the model does not run on a batch, or a value is not finite.
     """
     gatherers: dict[str, _NormGatherer] = {}  # in the order in which norms are reached: the first that fails is named
@@ -158,7 +156,7 @@ def measure_norms(
 
     with temporary_hooks([site.module.register_forward_pre_hook(partial(note, site)) for site in sites]):
         for batch in batches:
-            for path, now in run_model(model, batch, sites, unasked, _DATA).seen.items():
+            for path, now in run_model(model, batch, sites, name=_DATA).seen.items():
                 seen[path] = Seen(now.dims, min(now.elements, seen.get(path, now).elements))
     return {path: gatherer.measured(seen[path]) for path, gatherer in gatherers.items()}
 

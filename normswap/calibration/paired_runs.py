@@ -251,9 +251,7 @@ def on_grid(values: Tensor, positions: int) -> Tensor:
 
 def channel_moments(values: Tensor) -> ChannelMoments:
     """Variance and mean a channel of values of shape (N, C, *spatial)."""
-    moments = sample_moments(values)
-    mean = moments.mean.mean(0)
-    return moments.var.mean(0) + (moments.mean - mean).square().mean(0), mean
+    return sample_moments(values).over_samples()
 
 
 def channel_map(given: ChannelMoments, wanted: ChannelMoments) -> tuple[Tensor, Tensor]:

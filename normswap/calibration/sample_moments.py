@@ -41,6 +41,11 @@ class SampleMoments(NamedTuple):
         for mean, var in zip(torch.split(self.mean, rows), torch.split(self.var, rows), strict=True):
             yield SampleMoments(mean, var, self.positions)
 
+    def over_samples(self) -> tuple[Tensor, Tensor]:
+        """Biased variance and mean of each channel over all samples: two of shape (C,)."""
+        mean = self.mean.mean(0)
+        return self.var.mean(0) + (self.mean - mean).square().mean(0), mean
+
     def mapped(self, scale: Tensor, shift: Tensor) -> "SampleMoments":
         """Those of `scale · values + shift`, both of which broadcast with (N, C)."""
         return SampleMoments(self.mean * scale + shift, self.var * scale.square(), self.positions)

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from normswap.checkpoints import module_graph, module_numbers, pickle_files, safetensors_files
 from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint
 from normswap.checkpoints.contents import SavedBytes, models_in, tensors_of
-from normswap.checkpoints.stored_recipes import store_recipe
+from normswap.checkpoints.stored_recipes import LARGEST_RECIPE, store_recipe
 from normswap.errors import FileError, first_line, path_error
 
-_LONGEST_RECIPE = 1 << 26  # characters
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "model.pt")
 _OPTIMIZERS = "optimizer*.bin"
 _MODULE_PARTS = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
@@ -173,7 +172,7 @@ def _with_recipe(tensors: Mapping[str, Any], path: Path, recipe: str | None) -> 
     state = OrderedDict(tensors)
     if recipe is not None:
         try:
-            store_recipe(state, json.loads(recipe) if len(recipe) <= _LONGEST_RECIPE else None)
+            store_recipe(state, json.loads(recipe) if len(recipe) <= LARGEST_RECIPE else None)
         except (ValueError, TypeError, RecursionError) as error:
             raise FileError(f"{path}: its recipe is damaged ({first_line(error)})") from None
     return state

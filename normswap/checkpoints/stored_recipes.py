@@ -13,6 +13,8 @@ from torch import nn
 from normswap.checkpoints.checkpoint import RECIPE
 from normswap.checkpoints.state_keys import without_wrappers
 
+LARGEST_RECIPE = 1 << 26
+"""Characters of a recipe as JSON."""
 _MOST = 32  # conversions, one after the other, that are followed
 
 

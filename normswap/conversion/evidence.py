@@ -145,22 +145,10 @@ def gather_evidence(survey: Survey, request: Request) -> Evidence:
             inner = [site for site in survey.chosen if site.base in LAYER_NORMALIZED and not site.obstacle]
             vectors = measure_recurrent(model, batches, inner)
         seen = {path: norm.seen for path, norm in measured.items()} | seen
-    output, sketches, spent = observed.output, observed.sketches, time.monotonic() - begun
     return Evidence(
-        batches,
-        inputs,
-        name,
-        output,
-        problem,
-        sketches,
-        seen,
-        measured,
-        vectors,
-        made_up,
-        frozenset(outside),
-        spent,
-        unlike,
-    )
+        batches, inputs, name, observed.output, problem, observed.sketches, seen, measured, vectors, made_up,
+        frozenset(outside), time.monotonic() - begun, unlike,
+    )  # fmt: skip
 
 
 def _folds_in_parts(survey: Survey, request: Request) -> bool:

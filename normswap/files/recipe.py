@@ -28,7 +28,7 @@ from normswap.targets.target import TARGETS, Target, parse_target
 _NEWEST_FORMAT = 1
 _MOST_CONVERSIONS = 16  # one after the other
 _LONGEST_PREFIX = 16  # parts with dots
-_DEEPEST, _LARGEST, _PART = 100, 1 << 26, 64  # levels of a recipe; its size in characters, of which a part counts 64
+_DEEPEST, _PART = 100, 64  # levels of a recipe; characters that each part of it counts
 _SHOWN = 3  # names in a message
 _DIMS = {cls.__name__: dims + 2 for dims, cls in BATCH_NORM_BY_DIMS.items()}
 _MANY = 1 << 20  # elements a channel: no reason for fewer groups than the recipe tells
@@ -106,7 +106,7 @@ def check_plain_data(stored: Any, where: object) -> None:
         size += _PART + (len(value) if isinstance(value, str) else 0)
         plain = value is None or isinstance(value, str | int | float | Mapping | list | tuple)
         keys = all(isinstance(key, str) for key in value) if isinstance(value, Mapping) else True
-        if not (plain and keys) or depth > _DEEPEST or size > _LARGEST:
+        if not (plain and keys) or depth > _DEEPEST or size > stored_recipes.LARGEST_RECIPE:
             raise FileError(f"{where}: its recipe is damaged: it is no plain data; convert the original again")
         pending += [(part, depth + 1) for part in parts]
 

@@ -89,9 +89,8 @@ def _swap(into: _Member, member: _Member, context: Context) -> Swap:
 def _kept_channels(layer: Any) -> int:
     """How many of its input's first channels a convolution can give at its own first outputs, with a filter of 1."""
     fewest = int(min(layer.in_channels, layer.out_channels))
-    return (
-        fewest if layer.in_channels == layer.out_channels else fewest // int(layer.groups)
-    )  # those of the first group
+    same = layer.in_channels == layer.out_channels
+    return fewest if same else fewest // int(layer.groups)  # else those of the first group
 
 
 def _shortcut(layer: Any, channels: int, written: bool) -> nn.Module:
