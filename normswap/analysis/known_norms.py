@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.layers.norms import (
@@ -103,8 +104,8 @@ def own_attributes(base: Any) -> dict[str, frozenset[str]]:
 
     `base` is a norm's or a convolution's.
     """
-    sizes = 2 if issubclass(base, BatchChannelNorm | nn.GroupNorm) else 1
-    fresh = base(*[1] * (3 if issubclass(base, nn.modules.conv._ConvNd) else sizes))
+    convolves, has_groups = (issubclass(base, kinds) for kinds in (_ConvNd, BatchChannelNorm | nn.GroupNorm))
+    fresh = base(*[1] * (3 if convolves else 2 if has_groups else 1))
     tensors = {kind: frozenset(getattr(fresh, kind)) for kind in ("_parameters", "_buffers")}
     return {"": frozenset(vars(fresh)), "_modules": frozenset()} | tensors  # an activation in a norm is carried over
 

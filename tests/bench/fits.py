@@ -14,7 +14,6 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import real_networks
 import torch
@@ -28,7 +27,7 @@ from normswap.calibration.distillation import FitSettings, distill
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     torch.set_num_threads(arguments.threads)
-    folder = Path(arguments.data)
+    folder = real_networks.data_folder(arguments.data)
     net, own = real_networks.cifar_resnet(arguments.depth, folder), real_networks.cifar_pictures(folder)
     tested = real_networks.cifar_pictures(folder, "test2000")[: arguments.tested]
     labels = real_networks.cifar_labels(folder)[: arguments.tested]

@@ -18,13 +18,12 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from common import Row, main, mean_error
 from picture import Chart, draw
-from real_networks import SUBJECTS, Subject
+from real_networks import SUBJECTS, Subject, data_folder
 from torch import Tensor, nn
 
 import normswap
@@ -59,14 +58,13 @@ BATCH = 50
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
-    if not arguments.data:
-        raise SystemExit("--data: the folder of pictures and networks; tests/bench/README.md says what it has")
+    folder = data_folder(arguments.data)
     known = {**NORM_WAYS, **RECURRENT_WAYS}
     if unknown := {*filter(None, arguments.ways.split(";"))} - known.keys():
         raise SystemExit(f"--ways: no such way as {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
     torch.set_num_threads(arguments.threads)
     for name in arguments.networks.split(","):
-        subject = SUBJECTS[name](Path(arguments.data))
+        subject = SUBJECTS[name](folder)
         recurrent = any(isinstance(module, nn.RNNBase) for module in subject.network.modules())
         ways = RECURRENT_WAYS if recurrent else NORM_WAYS
         asked = arguments.ways.split(";") if arguments.ways else [*ways]

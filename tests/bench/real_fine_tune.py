@@ -36,7 +36,14 @@ from common import Row, main, mean_spread, numbers
 from digits import accuracy
 from fine_tune import fine_tune, trial_of
 from picture import Chart, draw
-from real_networks import cifar_labels, cifar_pictures, cifar_resnet, efficientnet_lite, imagenet_pictures
+from real_networks import (
+    cifar_labels,
+    cifar_pictures,
+    cifar_resnet,
+    data_folder,
+    efficientnet_lite,
+    imagenet_pictures,
+)  # fmt: skip
 from torch import Tensor, nn
 
 import normswap
@@ -144,8 +151,7 @@ def _turned_each_way(images: Tensor) -> Pictures:
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:
-    if not arguments.data:
-        raise SystemExit("--data: the folder of pictures and networks; tests/bench/README.md says what it has")
+    data_folder(arguments.data)  # before anything is started
     starts = arguments.starts.split(";") if arguments.starts else [*STARTS]
     networks, tasks = arguments.networks.split(","), arguments.tasks.split(";")
     pairs = [(network, task) for network, task in BUDGETS if network in networks and task in tasks]
@@ -161,7 +167,7 @@ def _cell(asked: tuple[argparse.Namespace, str, str, str]) -> list[Row]:
     """All rows of one network, task and start."""
     arguments, name, task_name, start = asked
     torch.set_num_threads(arguments.threads)
-    task = task_of(name, task_name, Path(arguments.data))
+    task = task_of(name, task_name, data_folder(arguments.data))
     # In an order of its own, so that fewer are of all kinds.
     order = torch.randperm(len(task.test[1]), generator=torch.Generator().manual_seed(0))[: arguments.test]
     test = task.test[0][order], task.test[1][order]

@@ -26,6 +26,13 @@ from torch.nn import functional as F
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def data_folder(given: str | None) -> Path:
+    """What `--data` gives; without it the script ends, and says what is wanted."""
+    if not given:
+        raise SystemExit("--data: the folder of pictures and networks; tests/bench/README.md says what it has")
+    return Path(given)
+
+
 class _Block(nn.Module):
     """Two convolutions beside a shortcut without weights, which is padded with zeros where channels are added."""
 
