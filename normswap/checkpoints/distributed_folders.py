@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from normswap.checkpoints.allowed_calls import Row, row_of
 from normswap.checkpoints.contents import SavedBytes
+from normswap.checkpoints.file_kinds import HEAD, text_problem
 from normswap.checkpoints.mapped_memory import release, scratch_tensor
 from normswap.checkpoints.pickle_claims import Claims, shown
-from normswap.checkpoints.pickle_files import text_problem
 from normswap.checkpoints.pickled_objects import blank, restore
 from normswap.checkpoints.pickled_values import of_plain
 from normswap.checkpoints.unpickler import UnknownName, Unpickler
@@ -124,7 +124,7 @@ def read_metadata(path: Path) -> descriptions.Metadata:
     try:
         with file.open("rb") as stream:
             data = stream.read()
-        if problem := text_problem(data[:512]):
+        if problem := text_problem(data[:HEAD]):
             raise FileError(f"{file}: {problem}")
         metadata = Unpickler(io.BytesIO(data), Claims(len(data), len(data)), _row_of).load()
         if not isinstance(metadata, descriptions.Metadata):
@@ -154,7 +154,7 @@ def _check_claims(path: Path, metadata: descriptions.Metadata) -> None:
         if not (path / name).is_file():
             raise FileError(f"{path}: {name} is missing; the checkpoint is incomplete")
         with (path / name).open("rb") as shard:
-            if problem := text_problem(shard.read(512)):
+            if problem := text_problem(shard.read(HEAD)):
                 raise FileError(f"{path / name}: {problem}")
     held = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     claimed = 0

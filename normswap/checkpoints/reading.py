@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.checkpoints import module_graph, module_numbers, pickle_files, safetensors_files
+from normswap.checkpoints import file_kinds, module_graph, module_numbers, pickle_files, safetensors_files
 from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint
 from normswap.checkpoints.contents import SavedBytes, models_in, tensors_of
 from normswap.checkpoints.stored_recipes import LARGEST_RECIPE, store_recipe
@@ -58,7 +58,7 @@ def check_input(path: Path) -> None:
     """Raise `FileError` for a file that is of no kind that can be read, by its first bytes."""
     try:
         if path.is_file() and not path.name.endswith(INDEX_ENDING) and not _is_safetensors(path):
-            pickle_files.check_kind(path)
+            file_kinds.check_kind(path)
         os.stat(path)
     except (OSError, ValueError) as error:
         raise path_error(path, error) from None
