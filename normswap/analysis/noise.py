@@ -35,7 +35,7 @@ def guess_inputs(model: nn.Module, shape: tuple[int, ...] | None = None) -> tupl
         elif isinstance(first, nn.Linear):
             shape = (2, first.in_features)
         else:
-            many = isinstance(first.in_channels, int) and first.in_channels > _MOST_CHANNELS  # a file may hold text there
+            many = isinstance(first.in_channels, int) and first.in_channels > _MOST_CHANNELS  # or text, in a file
             sizes = _SMALL_SIZES if many else _SIZES
             shape = (2, first.in_channels, *sizes[len(first.kernel_size)])
         if not all(isinstance(n, int) and n > 0 for n in shape) or math.prod(shape) > _MOST_ELEMENTS:
