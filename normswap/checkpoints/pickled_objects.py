@@ -21,10 +21,14 @@ def blank(kind: Any, claims: Claims, *arguments: Any) -> Any:
 
 def restore(claims: Claims, made: Any, state: Any) -> None:
     """Give an object its attributes, by no code of its class."""
-    if type(state) is not dict or not all(type(name) is str for name in state):
-        raise FileError(f"it has a {type(made).__name__} whose attributes are none")
+    _check_attributes(made, state)
     claims.take(ITEM * len(state))
     vars(made).update(state)
+
+
+def _check_attributes(made: Any, state: Any) -> None:
+    if type(state) is not dict or not all(type(name) is str for name in state):
+        raise FileError(f"it has a {type(made).__name__} whose attributes are none")
 
 
 def restore_uuid(claims: Claims, made: Any, state: Any) -> None:
@@ -50,8 +54,7 @@ def restore_library_module(claims: Claims, made: Any, state: Any) -> None:
     restoring: Any = type(made).__setstate__
     if not restoring.__module__.startswith(_MODULES_WITH_STATES):
         raise refuse(f"restores a {type(made).__name__}, whose class runs code for that")
-    if type(state) is not dict or not all(type(name) is str for name in state):
-        raise FileError(f"it has a {type(made).__name__} whose parts are none")
+    _check_attributes(made, state)
     restore_module(claims, made, state)
 
 

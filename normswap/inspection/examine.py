@@ -56,7 +56,7 @@ def examine(
         model: is not changed.
         inputs: as `example_inputs` of `inspect`.
         name: what the inputs are, for the inspection and for errors.
-        probe_only: the inputs were made up, so it is no error where the model does not run on them.
+        probe_only: the inputs were made up: a run on them has a budget, and it is no error where it fails.
         progress: called with the name of each phase.
     """
     check_model(model)
