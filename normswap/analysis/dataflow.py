@@ -8,7 +8,7 @@ from torch import nn
 
 from normswap.analysis.bytecode import parts_used
 from normswap.analysis.copies import skeleton
-from normswap.analysis.flow import Flow
+from normswap.analysis.flow import Flow, paths_around
 from normswap.analysis.graph_reader import GraphReader
 from normswap.analysis.sites import Site
 from normswap.analysis.time_axis import named_so
@@ -117,10 +117,9 @@ def _norms_inside(path: str, site: Site, below: Mapping[str, set[str]], by_path:
     return frozenset(norm.path for norm in inside if norm.kind == "norm" and not norm.obstacle)
 
 
-def _part_around(path: str, whole: Iterable[str]) -> str:
-    """The part around `path` whose trace tells all uses of the layer there; `path` itself where there is none."""
-    around = [part for part in whole if part != path and f"{path}.".startswith(f"{part}.".lstrip("."))]
-    return min(around, key=len, default=path)
+def _part_around(path: str, whole: Collection[str]) -> str:
+    """The largest part around `path` whose trace tells all uses of the layer there; `path` itself where none does."""
+    return next((part for part in paths_around(path) if part in whole), path)
 
 
 def _is_used(path: str, part: str, used: set[str]) -> bool:

@@ -12,6 +12,12 @@ from normswap.analysis.connections import Branch
 from normswap.analysis.type_tests import TypeTest
 
 
+def paths_around(path: str) -> list[str]:
+    """The paths of the modules around the one at `path`, from the root on, and its own."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:end]) for end in range(len(parts) + 1)]
+
+
 @dataclass
 class Flow:
     """What feeds what. Sites are named by their first path.
@@ -117,9 +123,7 @@ class Flow:
         """The modules around the layer at `path`, itself with them, that ask for the classes of layers in them."""
         if not self.type_tests:
             return []
-        parts = path.split(".")
-        around = [".".join(parts[:end]) for end in range(len(parts) + 1)]
-        return [owner for owner in around if owner in self.type_tests]
+        return [owner for owner in paths_around(path) if owner in self.type_tests]
 
     def seen(self, path: str) -> bool:
         """Whether a trace reached a site."""

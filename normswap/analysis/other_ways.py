@@ -11,7 +11,7 @@ from torch import nn
 
 from normswap.analysis.copies import skeleton
 from normswap.analysis.dataflow import hooked_paths
-from normswap.analysis.flow import Flow
+from normswap.analysis.flow import Flow, paths_around
 from normswap.analysis.sites import Site
 from normswap.analysis.tracing import in_words, trace
 
@@ -50,8 +50,8 @@ def _is_same(bones: nn.Module, flow: Flow, apart: set[str], new: Sequence[tuple[
         (*_place(bones, path), module) for site, module in new for path in site.paths if path
     ]
     old = [parent._modules[name] for parent, name, _ in places]
-    paths = [path for site, _ in new for path in site.paths]
-    around = [part for part in flow.words if any(f"{path}.".startswith(f"{part}.".lstrip(".")) for path in paths)]
+    holders = {part for site, _ in new for path in site.paths for part in paths_around(path)}
+    around = [part for part in flow.words if part in holders]
     try:
         for parent, name, module in places:
             parent._modules[name] = module
