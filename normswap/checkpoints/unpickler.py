@@ -205,6 +205,8 @@ def _name(value: Any) -> str:
 def names_in(data: bytes) -> list[str]:
     """The full names of all that a pickle asks for, sorted; of a long one, those in its first part."""
     found: set[str] = set()
+    memo: dict[Any, Any] = {}
+    last: deque[Any] = deque([None, None], 2)  # that was put on the stack: of protocol 4 on, the two parts of a name
     try:
         for count, (code, value, _) in enumerate(pickletools.genops(data)):
             if count > _MOST_LOOKED_AT or len(found) > _MOST_NAMES:
@@ -212,6 +214,12 @@ def names_in(data: bytes) -> list[str]:
             if code.name == "GLOBAL":
                 module, _, name = str(value).rpartition(" ")
                 found.add(_full_name(module, name))
+            elif code.name == "STACK_GLOBAL" and all(type(part) is str for part in last):
+                found.add(_full_name(*last))
+            if code.name == "MEMOIZE":
+                memo[len(memo)] = last[-1]
+            else:
+                last.append(memo.get(value) if code.name.endswith("BINGET") else value)
     except Exception:  # whatever is wrong with the rest: reading it says better
         pass
     return sorted(found)

@@ -112,10 +112,11 @@ def test_reading_changes_nothing_of_torchs(tmp_path: Path) -> None:
 NAMES = [f"helpers.foreign_classes.{name}" for name in ("Act", "Config", "Kind", "Net")]
 
 
-def test_all_refused_classes_are_named_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_all_refused_classes_are_named_at_once(tmp_path: Path, protocol: int) -> None:
     """With a line to paste, which is enough; so is a pattern, and so are the classes themselves."""
     content = {"model": theirs.Net().eval(), "config": theirs.Config(1), "kind": theirs.Kind.ONE}
-    torch.save(content, tmp_path / "run.pt")
+    torch.save(content, tmp_path / "run.pt", pickle_protocol=protocol)
     with pytest.raises(UnsafeFileError, match="holds 4 classes that are not of torch") as caught:
         normswap.load(tmp_path / "run.pt")
     line = " ".join(f"--allow {name}" for name in NAMES)
