@@ -100,11 +100,6 @@ class Flow:
         self.problems.update(other.problems)
 
     @property
-    def complete(self) -> set[str]:
-        """Sites all of whose uses are known."""
-        return set(self.parts)
-
-    @property
     def in_parts(self) -> dict[str, frozenset[str]]:
         """Those of `parts` that the trace of the whole model does not tell of: it failed."""
         return {path: parts for path, parts in self.parts.items() if "" not in parts}

@@ -19,6 +19,8 @@ from normswap.errors import ModelError
 
 SEED = 0
 """Of the random numbers that a run draws: a forward that draws some draws the same before a conversion and after."""
+GIVE_INPUTS = "give --input-shape (example_inputs), for which there is no limit"
+"""What to do about a model that was not run because that takes too much."""
 _SKETCH = 1 << 14  # elements of a layer's output that are kept to compare
 
 Sketches = dict[str, Tensor]
@@ -200,8 +202,7 @@ def run_model(
             output = call_model(model, pytree.tree_map_only(Tensor, Tensor.clone, inputs))
     except OverBudget:
         cost = f"more than {MEMORY >> 20} MiB or {SECONDS:g} s"
-        advice = "give --input-shape (example_inputs), for which there is no limit"
-        raise TooCostly(f"not run: on {name} the model takes {cost}; {advice}") from None
+        raise TooCostly(f"not run: on {name} the model takes {cost}; {GIVE_INPUTS}") from None
     except Exception as error:  # the forward is anybody's code
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ModelError(f"the model does not run on the {name}: {type(error).__name__}: {reason}") from error

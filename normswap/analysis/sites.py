@@ -19,6 +19,8 @@ from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBa
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS, PLAIN
 
+_CONTAINERS = (list, tuple, set, frozenset, dict)
+_HOLDING = (nn.Module, *_CONTAINERS)  # what may be a hidden module, or hold one
 SiteKind = Literal["norm", "weight"]
 NormForm = Literal["data", "batch", "group", "position", "last", "data, group", ""]
 """Over what a norm takes its statistics.
@@ -211,11 +213,11 @@ def hidden_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             if id(value) not in registered:
                 registered.add(id(value))
                 yield path, value
-        elif depth and isinstance(value, list | tuple | set | frozenset | dict):
+        elif depth and isinstance(value, _CONTAINERS):
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 yield from search(f"{path}[{key!r}]", item, depth - 1)
 
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name not in MODULE_STATE:
+            if name not in MODULE_STATE and isinstance(value, _HOLDING):
                 yield from search(f"{path}.{name}".lstrip("."), value, 2)

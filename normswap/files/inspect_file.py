@@ -11,6 +11,7 @@ from torch import nn
 from normswap.checkpoints import contents, stored_recipes
 from normswap.checkpoints.checkpoint import Checkpoint
 from normswap.checkpoints.steady_files import steady_files
+from normswap.conversion.pipeline import undisturbed
 from normswap.conversion.request import Progress
 from normswap.errors import OptionError
 from normswap.files import model_for_state, model_specs, norms_by_keys, one_model
@@ -19,6 +20,7 @@ from normswap.inspection.examine import examine
 from normswap.report.inspection import Inspection, Layer
 
 
+@undisturbed()
 def inspect_file(
     path: str | os.PathLike[str],
     *,

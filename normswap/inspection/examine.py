@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.analysis.dataflow import find_flow
 from normswap.analysis.flow import Flow
-from normswap.analysis.running import Seen, TooCostly, run_model
+from normswap.analysis.running import GIVE_INPUTS, Seen, TooCostly, run_model
 from normswap.analysis.selection import check_model, shared_tensors
 from normswap.analysis.sites import Site, find_sites
 from normswap.analysis.statistics import statistics_of
@@ -18,6 +18,7 @@ from normswap.conversion.pipeline import undisturbed
 from normswap.errors import ModelError
 from normswap.inspection.advice import Facts, advise
 from normswap.inspection.findings import Observations, find_problems
+from normswap.inspection.kinds import kinds_of_norms
 from normswap.inspection.outcomes import outcomes_of
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import TRANSPOSED
@@ -25,6 +26,9 @@ from normswap.report.inspection import Finding, Inspection, Layer, Outcome
 from normswap.targets.context import Context, Swap
 from normswap.targets.options import Options, Purpose
 from normswap.targets.target import TARGETS, plan_norm
+
+_MOST_LAYERS_RUN = 4000  # norms and weight layers of a model that is run on made-up inputs, though nobody has asked
+_UNMEASURED = "sizes of maps are not known"
 
 
 def inspect(model: nn.Module, *, example_inputs: Any = None) -> Inspection:
@@ -66,12 +70,15 @@ def examine(
     flow = find_flow(model, sites)
     seen: Mapping[str, Seen] = {}
     probe, unmeasured = "", tuple[Finding, ...]()
-    if inputs is not None:
+    if probe_only and inputs is not None and len(sites) > _MOST_LAYERS_RUN:
+        note = f"not run: {len(sites):,} layers, more than {_MOST_LAYERS_RUN:,}; {GIVE_INPUTS}"
+        unmeasured = (Finding(_UNMEASURED, ("",), note),)
+    elif inputs is not None:
         progress("running the model")
         try:
             seen, probe = run_model(model, inputs, sites, probe_only, name).seen, name
         except TooCostly as error:
-            unmeasured = (Finding("sizes of maps are not known", ("",), str(error)),)
+            unmeasured = (Finding(_UNMEASURED, ("",), str(error)),)
         except ModelError:
             if not probe_only:
                 raise
@@ -79,8 +86,11 @@ def examine(
     by_path = {site.path: site for site in sites}
     proven = {} if probe_only else seen  # what noise of a guessed shape shows is no proof of what the model reads
     context = Context(Options(), flow, by_path, shared_tensors(model), seen=proven, measured_exact=bool(proven))
-    layers = tuple(_describe_layer(site, seen, context) for site in sites)
-    outcomes = tuple(outcomes_of(model, sites, context))
+    norms = kinds_of_norms(sites, context)
+    groups = {first: _auto_groups(first, context) for first in norms}
+    first_of = {site: first for first, alike in norms.items() for site in alike}
+    layers = tuple(_describe_layer(site, seen, groups[first_of[site]] if site in first_of else {}) for site in sites)
+    outcomes = tuple(outcomes_of(model, sites, norms, context))
     statistics = {layer.paths[0]: layer.statistics for layer in layers}
     findings = (*find_problems(model, Observations(sites, flow, statistics)), *unmeasured)
     advice = advise(_facts(sites, layers, outcomes, flow))
@@ -98,7 +108,7 @@ def _facts(sites: Sequence[Site], layers: Sequence[Layer], outcomes: Sequence[Ou
     )
 
 
-def _describe_layer(site: Site, seen: Mapping[str, Seen], context: Context) -> Layer:
+def _describe_layer(site: Site, seen: Mapping[str, Seen], auto_groups: Mapping[str, int]) -> Layer:
     module = site.module
     gradients = {p.requires_grad for p in module.parameters(recurse=False)}
     known = site.base is not None
@@ -114,7 +124,7 @@ def _describe_layer(site: Site, seen: Mapping[str, Seen], context: Context) -> L
         any(gradients) if gradients else None,
         statistics_of(module) if site.kind == "norm" else "",
         site.obstacle,
-        _auto_groups(site, context) if site.kind == "norm" else {},
+        dict(auto_groups),
     )
 
 

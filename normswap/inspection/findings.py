@@ -45,7 +45,7 @@ def _useless_bias(seen: Observations) -> Iterator[Site]:
     sites, flow = seen.sites, seen.flow
     norms = {site.path: site for site in sites if site.kind == "norm"}
     for site in sites:
-        known = site.kind == "weight" and site.layer_kind != "rnn" and site.path in flow.complete
+        known = site.kind == "weight" and site.layer_kind != "rnn" and site.path in flow.parts
         if not known or not isinstance(getattr(site.module, "bias", None), Tensor):
             continue
         readers = flow.readers.get(site.path, [])

@@ -15,7 +15,11 @@ _TENSORS = {"_parameters", "_buffers"}
 _SETTINGS = {"training", "_non_persistent_buffers_set", "_is_full_backward_hook"}  # no target asks for them
 
 
-def kinds_of_norms(sites: Iterable[Site], context: Context) -> Mapping[Site, Sequence[Site]]:
+Kinds = Mapping[Site, Sequence[Site]]
+"""Sites that are alike for a target, by the first of them, which is tried."""
+
+
+def kinds_of_norms(sites: Iterable[Site], context: Context) -> Kinds:
     """The norms of `sites` by the first of their kind, in order.
 
     Of one kind are those that differ in no more than their names and the numbers in their tensors, and of which

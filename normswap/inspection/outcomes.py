@@ -1,7 +1,7 @@
 """What each target would do with a model, every option at its default."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -10,19 +10,15 @@ from normswap.analysis.other_ways import told_apart
 from normswap.analysis.sites import Site
 from normswap.conversion.planning import plan_sites
 from normswap.errors import NormswapError
-from normswap.inspection.kinds import kinds_of_norms
+from normswap.inspection.kinds import Kinds
 from normswap.report.inspection import Outcome
 from normswap.target_table import NORM_FORMS, WEIGHT_FORMS
 from normswap.targets.context import Context
 from normswap.targets.target import TARGETS, Target
 
-_Kinds = Mapping[Site, Sequence[Site]]
-"""Sites that are alike for a target, by the first of them, which is tried."""
 
-
-def outcomes_of(model: nn.Module, sites: Sequence[Site], context: Context) -> Iterator[Outcome]:
+def outcomes_of(model: nn.Module, sites: Sequence[Site], norms: Kinds, context: Context) -> Iterator[Outcome]:
     """The outcome of each form of norms, then of weights; `sites` are the norms and weight layers of `model`."""
-    norms = kinds_of_norms(sites, context)
     for form in NORM_FORMS.values():
         kinds = {site: [site] for site in sites} if form.into_neighbours else norms
         yield _try_target(model, TARGETS[form.name], kinds, context)
@@ -31,7 +27,7 @@ def outcomes_of(model: nn.Module, sites: Sequence[Site], context: Context) -> It
         yield _try_target(model, TARGETS[name], weights, context)
 
 
-def _try_target(model: nn.Module, target: Target, kinds: _Kinds, context: Context) -> Outcome:
+def _try_target(model: nn.Module, target: Target, kinds: Kinds, context: Context) -> Outcome:
     """What a target would do: replacements are built, and none is put in."""
     try:
         swaps, changes, left = plan_sites(tuple(kinds), set(kinds), target, context)
@@ -54,7 +50,7 @@ def _try_target(model: nn.Module, target: Target, kinds: _Kinds, context: Contex
     return Outcome(target.name, changed["norm"], changed["weight"], exact, reasons.total(), most)
 
 
-def _split(kinds: _Kinds, apart: Collection[Site]) -> _Kinds:
+def _split(kinds: Kinds, apart: Collection[Site]) -> Kinds:
     """The same, where those of a kind that are `apart` are one of their own."""
     parts = (
         [site for site in alike if (site in apart) is there] for alike in kinds.values() for there in (False, True)

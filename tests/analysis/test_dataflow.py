@@ -137,7 +137,7 @@ class Regulated(nn.Module):
 def test_autocast_and_constructors_hide_nothing() -> None:
     model, real = Regulated(), torch.autocast.__init__
     flow = flow_of(model)
-    assert flow.complete == {"parts.0", "parts.1"} and flow.feeders("parts.1") == (("parts.0",), "")
+    assert flow.parts.keys() == {"parts.0", "parts.1"} and flow.feeders("parts.1") == (("parts.0",), "")
     assert torch.autocast.__init__ is real
 
 

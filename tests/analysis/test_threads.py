@@ -86,7 +86,7 @@ def test_another_thread_trains_asks_types_and_modes_while_a_forward_is_traced() 
     assert not errors, errors[0]
     assert rounds and all(losses == wanted for losses in rounds)
     alone = flow_of(Residual())
-    assert flow == alone and flow.complete == {"conv", "norm"} and not flow.problems
+    assert flow == alone and flow.parts.keys() == {"conv", "norm"} and not flow.problems
     assert exchanged() == REAL and "training" not in vars(nn.Module)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from normswap.checkpoints import module_graph
 from normswap.checkpoints.reading import read_checkpoint
 from normswap.conversion import planning
 from normswap.files.inspect_file import inspect_file
+from normswap.inspection import examine
+from normswap.targets.options import Purpose
 
 
 def lattice(levels: int, width: int, leaf: nn.Module) -> nn.Module:
@@ -239,6 +242,18 @@ def test_values_are_followed_once(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     assert 0 < found[1] < 2.5 * found[0]
 
 
+def test_many_layers_are_not_run_on_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(small_net(), path := tmp_path / "x.pt")
+    monkeypatch.setattr(examine, "_MOST_LAYERS_RUN", 4)
+    assert inspect_file(path).layers[0].spatial
+    monkeypatch.setattr(examine, "_MOST_LAYERS_RUN", 3)
+    unasked = inspect_file(path)
+    (note,) = (finding.note for finding in unasked.findings if "sizes of maps" in finding.problem)
+    assert "4 layers, more than 3" in note and "--input-shape" in note and not unasked.layers[0].spatial
+    asked = inspect_file(path, input_shape=(1, 3, 9, 9))
+    assert asked.layers[0].spatial and not any("sizes of maps" in finding.problem for finding in asked.findings)
+
+
 def test_norms_of_one_kind_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replacements that an inspection builds are counted: all that differ in a name or a number are one kind."""
     tried: list[tuple[str, str]] = []
@@ -249,6 +264,7 @@ def test_norms_of_one_kind_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> No
         return plan_norm(site, target, context)
 
     monkeypatch.setattr(planning, "plan_norm", counted)
+    monkeypatch.setattr(examine, "plan_norm", counted)  # of each purpose, for the numbers of groups
     layers = [layer for _ in range(20) for layer in (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))]
     odd = [nn.BatchNorm2d(4, eps=1e-3), nn.BatchNorm2d(8), nn.BatchNorm2d(4).double(), nn.BatchNorm2d(4, affine=False)]
     odd += [nn.BatchNorm2d(4).requires_grad_(False), nn.BatchNorm2d(4), nn.BatchNorm2d(4)]
@@ -256,7 +272,7 @@ def test_norms_of_one_kind_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(odd[-1].running_var, torch.Tensor)
     odd[-1].running_var[0] = -1
     outcomes = normswap.inspect(nn.Sequential(*layers, *odd)).outcomes
-    assert len([path for target, path in tried if target == "gn"]) == 1 + len(odd)
+    assert len([path for target, path in tried if target == "gn"]) == (1 + len(odd)) * (1 + len(get_args(Purpose)))
     assert len([path for target, path in tried if target == "fold"]) == 20 + len(odd)  # goes by what is around
     gn = outcomes[0]
     assert (gn.target, gn.norms, gn.left) == ("gn", 20 + len(odd) - 1, 1)
@@ -332,3 +348,18 @@ def test_norms_of_odd_tensors_are_left(name: str, odd: torch.Tensor, tmp_path: P
     torch.save(model, path := tmp_path / "x.pt")
     report = normswap.convert_file(path, "ln")
     assert "1" in {entry.path for entry in report.left}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("name", ["num_batches_tracked", "running_mean", "running_var"])
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "tensors"])
+@pytest.mark.parametrize("kind", ["quantized", "sparse"])
+def test_norms_without_plain_values_are_inspected(kind: str, whole: bool, name: str, tmp_path: Path) -> None:
+    values = torch.ones(8)
+    odd = values.to_sparse() if kind == "sparse" else torch.quantize_per_tensor(values, 0.1, 0, torch.qint8)
+    model = small_net()
+    model[1]._buffers[name] = odd
+    torch.save(model if whole else model.state_dict(), path := tmp_path / "x.pt")
+    inspect_file(path)
+    with suppress(normswap.NormswapError):
+        assert normswap.convert_file(path, "gn").totals.norms_changed == (name == "num_batches_tracked")
