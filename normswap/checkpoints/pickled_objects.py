@@ -60,11 +60,14 @@ def restore_library_module(claims: Claims, made: Any, state: Any) -> None:
 
 def restore_module(claims: Claims, made: Any, state: Any) -> None:
     """Give a module its parts by its `__setstate__`, most often torch's."""
-    parts = state if isinstance(state, dict) and isinstance(made, nn.RNNBase) else {}
+    parts = state if isinstance(state, dict) else {}
+    if not all(isinstance(parts.get(name, {}), dict) for name in ("_modules", "_parameters", "_buffers")):
+        raise FileError(f"it has a {type(made).__name__} whose parts are none")  # others run code when looked through
+    claims.take(ITEM * len(parts))
+    parts = parts if isinstance(made, nn.RNNBase) else {}
     layers, names = parts.get("num_layers", 0), parts.get("_flat_weights_names", [])
     if not 0 <= plain_number(layers) <= _MOST_LAYERS or type(names) is not list:
         raise FileError(f"it has a {type(made).__name__} of {layers:,} layers")
-    claims.take(ITEM * len(state) if isinstance(state, dict) else 0)
     made.__setstate__(state)
 
 

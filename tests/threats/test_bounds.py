@@ -363,3 +363,12 @@ def test_norms_without_plain_values_are_inspected(kind: str, whole: bool, name: 
     inspect_file(path)
     with suppress(normswap.NormswapError):
         assert normswap.convert_file(path, "gn").totals.norms_changed == (name == "num_batches_tracked")
+
+
+@pytest.mark.parametrize("name", ["_modules", "_parameters", "_buffers"])
+def test_parts_of_a_module_are_in_dicts(name: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Upsample())
+    vars(model[0])[name] = nn.Sequential(nn.ReLU())  # would be iterated over when the module is restored
+    torch.save(model, path := tmp_path / "x.pt")
+    with pytest.raises(normswap.FileError, match="whose parts are none"):
+        normswap.convert_file(path, "gn")
