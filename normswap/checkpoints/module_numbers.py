@@ -1,7 +1,7 @@
 """Whether the numbers in torch's own layers are such as their constructors take: a file may hold any."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,6 +57,12 @@ _NUMBERS: Mapping[type[nn.Module], Mapping[str, Callable[[Any], bool]]] = {
 }  # fmt: skip
 """What each attribute of a layer has to be. One that a layer lacks is none of it: there are older files."""
 
+_NEEDED: Mapping[type[nn.Module], Sequence[str]] = {
+    conv._ConvNd: ("in_channels", "out_channels", "groups", "kernel_size", "stride", "dilation"),
+    nn.Linear: ("in_features", "out_features"),
+}
+"""What a layer with a weight has had in every version of torch."""
+
 
 def why_no_layer(module: nn.Module) -> str:
     """What is wrong with the numbers of a layer of torch's, or of a class made of one, as the rest of a sentence."""
@@ -83,6 +89,8 @@ def _why_they_differ(module: Any, cls: type[nn.Module]) -> str:
         or not type(module).__module__.startswith("torch.nn.modules.")
     ):
         return ""
+    if lacking := [name for name in _NEEDED.get(cls, ()) if name not in vars(module)]:
+        return f"has no {lacking[0]}"
     if cls is conv._ConvNd:
         size = module.in_channels * module.out_channels * math.prod(module.kernel_size) // module.groups
         dims = len(module.kernel_size)

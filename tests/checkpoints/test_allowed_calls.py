@@ -59,6 +59,7 @@ def tensors() -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
 def test_tensors_come_back(tmp_path: Path, options: dict[str, Any]) -> None:
     held = tensors()
