@@ -2,40 +2,42 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
+import numpy
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm, conv, rnn
 
 _LARGEST = 1 << 31
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value < _LARGEST
-
-
 def _is_length(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _LARGEST
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < _LARGEST  # numpy's, too
+
+
+def _is_size(value: Any) -> bool:
+    return _is_length(value) and value > 0
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, tuple) and all(map(_is_size, value))
+    return isinstance(value, tuple | list) and all(map(_is_size, value))
 
 
 def _are_lengths(value: Any) -> bool:
-    return isinstance(value, tuple) and all(map(_is_length, value))
+    return isinstance(value, tuple | list) and all(map(_is_length, value))
 
 
 def _is_padding(value: Any) -> bool:
-    return value in ("same", "valid") if isinstance(value, str) else _are_lengths(value)
+    return value.lower() in ("same", "valid") if isinstance(value, str) else _are_lengths(value)
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_flag(value: Any) -> bool:
-    return type(value) is bool
+    return isinstance(value, bool | numpy.bool_) or (type(value) is int and value in (0, 1))
 
 
 _NUMBERS: Mapping[type[nn.Module], Mapping[str, Callable[[Any], bool]]] = {
