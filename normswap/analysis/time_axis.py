@@ -135,20 +135,20 @@ def _is_cut(node: fx.Node) -> bool:
 def sees_no_later_positions(conv: nn.Module) -> bool:
     """Whether a convolution with a forward of its own is causal along a dimension: a copy is tried on two inputs."""
     layer: Any = conv
-    if all(size == 1 for size in layer.kernel_size) or layer.weight.is_meta:
+    if all(size == 1 for size in layer.kernel_size) or set(layer.stride) != {1} or layer.weight.is_meta:
         return False
-    dims = len(layer.kernel_size)
+    dims, half = len(layer.kernel_size), _POSITIONS // 2
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            for axis in range(2, dims + 2):
+            twin = copy.deepcopy(layer).eval()
+            for axis in (2 + i for i, size in enumerate(layer.kernel_size) if size > 1):
                 sizes = [_POSITIONS if 2 + i == axis else 8 for i in range(dims)]
                 x = torch.randn(1, layer.in_channels, *sizes).to(layer.weight)
                 later = x.clone()
-                later.narrow(axis, _POSITIONS // 2, _POSITIONS // 2).add_(1)
-                one, two = (copy.deepcopy(layer).eval()(values) for values in (x, later))
-                if layer.kernel_size[axis - 2] > 1 and set(layer.stride) == {1} and one.shape[axis] == _POSITIONS:
-                    half = _POSITIONS // 2
+                later.narrow(axis, half, half).add_(1)
+                one, two = twin(x), twin(later)
+                if one.shape[axis] == _POSITIONS:
                     past, moved = (y.narrow(axis, 0, half) for y in (one, two))
                     if torch.equal(past, moved) and not torch.equal(one, two):
                         return True
