@@ -52,6 +52,7 @@ def test_options_of_other_targets_are_refused(to: str, option: str) -> None:
             report(to, **{option: other})
 
 
+@pytest.mark.filterwarnings("ignore:the calibration data are")  # noise
 def test_with_others_an_option_may_be_of_use() -> None:
     assert report("ws", ws="strict", transfer="copy").totals.weights_changed
     with pytest.raises(OptionError, match="calibrate_seconds: is of no use without data"):

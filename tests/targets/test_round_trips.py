@@ -37,6 +37,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "untracked": lambda: touched(nn.BatchNorm2d(8), lambda norm: setattr(norm, "track_running_stats", False)),
     "in bfloat16": lambda: nn.BatchNorm2d(8, dtype=torch.bfloat16),
 }
+pytestmark = pytest.mark.filterwarnings("ignore:the calibration data are")  # noise
 
 
 def make(name: str) -> nn.Sequential:
