@@ -1,1 +1,1 @@
-"""What a model has, what feeds what in it, and what runs of it show; nothing here changes a model."""
+"""What a model has, how its layers are connected, and what runs of it show; nothing here changes a model."""

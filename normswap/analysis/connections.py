@@ -41,7 +41,7 @@ class Connections:
     """What stands next to each norm and weight layer of a graph.
 
     Seen through, as they hand on what they read: identities, dropouts where they are off in eval mode, and flattenings
-    of (N, C, 1, 1) to (N, C), which is what a layer's channels tell where the norm behind has as many.
+    of (N, C, 1, 1) to (N, C), which is what a layer's channels tell where the norm after it has as many.
     """
 
     def __init__(self, run: TracedGraph, part: TracedPart):
@@ -77,7 +77,7 @@ class Connections:
         return paths if len(paths) == len(nodes) == len(set(paths)) else None
 
     def readers(self, node: fx.Node) -> Iterator[str | None]:
-        """The norm behind each use of a layer's output; None for every other use."""
+        """The norm after each use of a layer's output; None for every other use."""
 
         def passes(user: fx.Node) -> bool:
             return self._hands_on(user) or self._flattens(user) or operations.concatenates_channels(user)

@@ -1,4 +1,4 @@
-"""Read-only: what feeds what in a model, as far as its parts can be traced."""
+"""Read-only: how the layers of a model are connected, as far as its parts can be traced."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
-    """Trace `model`, or its largest parts that can be traced, and read off what feeds what."""
+    """Trace `model`, or its largest parts that can be traced, and read off how layers are connected."""
     by_path = {path: site for site in sites for path in site.paths}
     try:
         bones = skeleton(model)

@@ -1,4 +1,4 @@
-"""What feeds what in a model, as far as its forward could be traced."""
+"""How the layers of a model are connected, as far as its forward could be traced."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def paths_around(path: str) -> list[str]:
 
 @dataclass
 class Flow:
-    """What feeds what. Sites are named by their first path.
+    """How layers are connected. Sites are named by their first path.
 
     A forward is traced several times, since it may go several ways (train and eval mode, branches on data), and each
     trace adds what it tells. So "a reader" is one in any of them, and `calls` the most in any of them.
     """
 
     readers: dict[str, list[str | None]] = field(default_factory=lambda: defaultdict(list))
-    """For a weight layer, the norm behind each use of its output; None for a use by anything else.
+    """For a weight layer, the norm after each use of its output; None for a use by anything else.
 
     A norm may go into the layer before it only where that norm is the sole reader.
     """

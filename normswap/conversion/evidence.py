@@ -40,7 +40,7 @@ class Survey:
     excluded: frozenset[Site]
     """Those that the user's patterns exclude."""
     flow: Flow
-    """What feeds what."""
+    """How layers are connected."""
     shared: frozenset[int]
     """The ids of tensors that stand in several places."""
     hidden: Sequence[Left]

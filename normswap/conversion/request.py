@@ -21,7 +21,7 @@ class Phase(Enum):
 
     COPY = "copying the model"
     FIND = "finding norms and convolutions"
-    TRACE = "tracing what feeds what"
+    TRACE = "finding how layers are connected"
     RUN_BEFORE = "running the model before"
     MEASURE = "measuring on the calibration data"
     PLAN = "working out the new layers"

@@ -77,7 +77,7 @@ def _merge(merger: Merger) -> None:
 
 
 def _scale_layer(absorption: Absorption) -> None:
-    """Multiply a layer's filters by the scale of the norm behind it."""
+    """Multiply a layer's filters by the scale of the norm after it."""
     layer: Any = absorption.site.module
     affine = absorption.affine
     if absorption.site.base in STANDARDIZED.values():

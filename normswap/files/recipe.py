@@ -131,9 +131,9 @@ def replay(model: nn.Module, recipe: Recipe, where: object) -> nn.Module:
     sites = {path: site for site in find_sites(model) for path in site.paths}
     layers = _by_own_paths(recipe.layers, sites)
     _check_architecture(layers, sites, where)
-    # Which layers were converted depended on options and on what feeds what. Here the list in the recipe alone decides,
-    # and no option keeps a layer out. The groups are given too: data or the sizes of feature maps may have decided
-    # them, and neither is known here.
+    # Which layers were converted depended on options and on how layers are connected. Here the list in the recipe
+    # alone decides, and no option keeps a layer out. The groups are given too: data or the sizes of feature maps may
+    # have decided them, and neither is known here.
     groups = {path: layer.groups for path, layer in layers.items() if layer.groups is not None}
     recurrent = "ln" if any(layer.to.startswith("LayerNorm") for layer in layers.values()) else None
     target = parse_target(recipe.target)

@@ -69,7 +69,7 @@ def check_without_model(request: FileRequest, where: Path) -> None:
 
 def _left_by_keys(state: Mapping[str, Any], target: str) -> list[Left]:
     """What a conversion of norms leaves in `state`: convolutions, and statistics that are no norm's."""
-    reason = f"{target} changes no weights of this kind"
+    reason = f"{target} changes norms only"
     statistics = norms_by_keys.statistics_that_are_no_norm(state)
     return [
         *(Left(path, "norm", "statistics", why) for path, why in statistics.items()),
@@ -84,5 +84,5 @@ def _of_whole_state(
     old, new = map(norms_by_keys.count_elements_by_keys, (before, after))
     known = report.totals
     totals = Totals(known.norms_changed, known.weights_changed, known.left + len(left), old[0], new[0], old[1], new[1])
-    notice = f"eps is not in the file: {eps:g} is assumed (--eps); nor are the sizes of maps, and what follows what"
+    notice = f"the file holds no model: eps {eps:g} is assumed (--eps); with --model, groups also fit the size of maps"
     return replace(report, left=(*report.left, *left), totals=totals, warnings=(*report.warnings, notice))

@@ -66,7 +66,7 @@ def examine(
     check_model(model)
     progress("finding norms and convolutions")
     sites = find_sites(model)
-    progress("tracing what feeds what")
+    progress("finding how layers are connected")
     flow = find_flow(model, sites)
     seen: Mapping[str, Seen] = {}
     probe, unmeasured = "", tuple[Finding, ...]()

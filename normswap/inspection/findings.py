@@ -18,7 +18,7 @@ class Observations:
     """What the rules go by."""
 
     sites: Sequence[Site]  # every norm and weight layer
-    flow: Flow  # what feeds what
+    flow: Flow  # how layers are connected
     statistics: Mapping[str, str]  # the state of running statistics, by path of the norm
 
 
@@ -104,8 +104,8 @@ PROBLEM_RULES: dict[str, tuple[Rule, str]] = {
     "momentum 0": (_never_following,
         "the statistics never follow the data, though batches are normalized by their own in training: "
         "frozen says so openly"),
-    "a bias that the norm behind takes away": (_useless_bias,
-        "it has no effect and takes memory; group norms of several channels give it one again"),
+    "a bias without effect, since the norm after it subtracts it": (_useless_bias,
+        "it only takes memory: build these layers with bias=False; gn and ln would give the bias an effect"),
     "a norm after the non-linearity, where the others stand before it": (_after_activation,
         "often a slip; matching moves the statistics of what they see all the same"),
     "dropout between norm and convolution": (_dropout,

@@ -157,7 +157,7 @@ def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:
         if isinstance(swap, Swap) or target.weight is None or "rnn" not in options.layers:
             return swap
     if target.weight is None or site.base is None:
-        return site.obstacle if site.base is None else f"{target.name} changes no weights of this kind"
+        return site.obstacle if site.base is None else f"{target.name} changes norms only"
     if site.layer_kind not in options.layers and target is not PLAIN_TARGET:
         return f"is not among the layers to change: {', '.join(options.layers)}"
     if site.obstacle:

@@ -1,4 +1,4 @@
-"""What feeds what."""
+"""How layers are connected."""
 
 import torch
 from helpers.nets import Forward, conv_norm

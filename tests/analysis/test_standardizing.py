@@ -80,7 +80,7 @@ def test_baked(cls: type[nn.Conv2d], options: dict[str, object], inplace: bool) 
     plain, report = normswap.fold(model)
     assert type(plain[0]) is nn.Conv2d and set(plain[0].state_dict()) <= {"weight", "bias"}
     assert report.exact and distance(before, plain(X)) < 1e-12
-    for start in (plain, model):  # the norm behind it goes into the baked weight
+    for start in (plain, model):  # the norm after it goes into the baked weight
         folded, report = normswap.convert(start, "fold", inplace=inplace)
         assert [type(layer) for layer in folded] == [nn.Conv2d, nn.Identity]
         assert report.exact and distance(before, folded(X)) < 1e-12

@@ -137,7 +137,7 @@ def conversions(names: list[str], rounds: int, memory: bool) -> Iterator[Row]:
 
 
 def analyses(names: list[str], rounds: int) -> Iterator[Row]:
-    """What feeds what, of a model on the meta device, beside a symbolic trace by torch.fx, where that succeeds."""
+    """How layers are connected, of a model on the meta device, beside a trace by torch.fx, where that succeeds."""
     for name in names:
         with torch.device("meta"):
             model = timm.create_model(name.removeprefix("timm:")) if name.startswith("timm:") else build(name)

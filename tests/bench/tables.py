@@ -231,8 +231,8 @@ def speed(rows: list[Row]) -> list[list[str]]:
         if (row["layout"], row["mode"]) == ("contiguous", "training") and row["norm"] not in ("bn", "gn-ws")
     }
     names = {
-        "ws, ours": "`ws`, beside plain weights", "ws, timm": "the same by timm's `StdConv2d`",
-        "ws, spelled out": "the same as the paper's code spells it out", "wn, ours": "`wn`, beside plain weights",
+        "ws, ours": "`ws`, beside plain weights", "ws, timm": "timm's `StdConv2d`, beside plain weights",
+        "ws, spelled out": "the paper's own code, beside plain weights", "wn, ours": "`wn`, beside plain weights",
     }  # fmt: skip
     for row in rows:
         if row["what"].startswith("step") and row["variant"] in names:

@@ -181,7 +181,7 @@ CONVERT = ("convert", "model.pt", "--to", "gn-ws", "--dry-run")  # in the folder
 
 def test_progress_shows_on_a_terminal_alone(saved: Path) -> None:
     shown = on_a_terminal(saved.parent, *CONVERT)
-    assert "tracing what feeds what" in shown and "━" in shown and "\x1b[1m" in shown
+    assert "finding how layers are connected" in shown and "━" in shown and "\x1b[1m" in shown
     piped = subprocess.run(
         [sys.executable, "-m", "normswap", *CONVERT], cwd=saved.parent, capture_output=True, text=True
     )
@@ -191,7 +191,7 @@ def test_progress_shows_on_a_terminal_alone(saved: Path) -> None:
 def test_the_report_goes_to_stdout_after_the_bar_has_shown(saved: Path) -> None:
     file = saved.with_name("report.txt")
     shown = on_a_terminal(saved.parent, *CONVERT, stdout=file)
-    assert "tracing what feeds what" in shown and "20 norms" not in shown and "20 norms" in file.read_text()
+    assert "finding how layers are connected" in shown and "20 norms" not in shown and "20 norms" in file.read_text()
 
 
 def test_quiet_is_silent_on_a_terminal_too(saved: Path) -> None:

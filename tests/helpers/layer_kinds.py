@@ -38,7 +38,7 @@ class Recurrent(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """A weight layer, the norm behind it, and the shape of the input."""
+    """A weight layer, the norm after it, and the shape of the input."""
 
     family: str
     norm: Callable[[], nn.Module]

@@ -191,7 +191,7 @@ class Resting(Net):
 
 
 class Bias(Net):
-    problem, where, bias = "a bias that the norm behind takes away", ("b",), True
+    problem, where, bias = "a bias without effect, since the norm after it subtracts it", ("b",), True
 
 
 class After(Net):
