@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from normswap.errors import OptionError
+
+_NEAR = 0.75  # how alike a name has to be to one that exists, from 0 to 1, to be suggested
 
 
 def check_torchvision_model(name: str) -> None:
     """Raises `OptionError` where torchvision has no model `name`."""
     from torchvision import models
 
-    known = models.list_models()
-    if name not in known:
-        raise _unknown_model("torchvision", name, known, "torchvision.models.list_models()")
+    if name not in models.list_models():
+        raise _unknown_model("torchvision", name, "torchvision.models.list_models()")
 
 
 def torchvision_weights(name: str, weights: str | None) -> Any:
@@ -46,7 +48,7 @@ def timm_model(name: str, weights: str | None) -> tuple[Any, str]:
         raise OptionError(f"timm:{name} needs timm, which is not installed: pip install timm") from None
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
-        raise _unknown_model("timm", name, timm.list_models(), "timm.list_models()")
+        raise _unknown_model("timm", name, "timm.list_models()")
     if weights is None:
         return timm, name
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
@@ -55,9 +57,37 @@ def timm_model(name: str, weights: str | None) -> tuple[Any, str]:
     return timm, f"{architecture}.{weights}"
 
 
-def _unknown_model(library: str, name: str, known: list[str], all_of_them: str) -> OptionError:
-    near = difflib.get_close_matches(name.partition(".")[0], known, 3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"{all_of_them} lists them"
+def nearest_spec(text: str) -> str | None:
+    """The model of a library that `text` may have meant, as `torchvision:resnet50`; None where no name is near."""
+    origin, _, name = text.lower().rpartition(":")
+    name = name.partition(".")[0].replace("-", "_")
+    known = _known_models()
+    meant = difflib.get_close_matches(origin, known, 1, _NEAR) if origin else list(known)
+    for library in dict.fromkeys([*meant, *known]):  # a model of the other library, named in full, is meant more likely
+        if meant and name in known[library]:
+            return f"{library}:{name}"
+    near = [
+        (library, found) for library in meant for found in difflib.get_close_matches(name, known[library], 1, _NEAR)
+    ]
+    best = max(near, key=lambda pair: difflib.SequenceMatcher(None, name, pair[1]).ratio(), default=None)
+    return best and ":".join(best)
+
+
+def _known_models() -> dict[str, list[str]]:
+    """The names of all models, by library; timm's where it is installed."""
+    from torchvision import models
+
+    known = {"torchvision": models.list_models()}
+    with suppress(ImportError):
+        import timm
+
+        known["timm"] = timm.list_models()
+    return known
+
+
+def _unknown_model(library: str, name: str, all_of_them: str) -> OptionError:
+    near = nearest_spec(f"{library}:{name}")
+    hint = f"did you mean {near}?" if near else f"for all: python -c 'import {library}; print({all_of_them})'"
     return OptionError(f"{library} has no model {name!r}; {hint}")
 
 

@@ -6,7 +6,10 @@ Nothing here needs torch, so that the tables are shown at once.
 
 from __future__ import annotations
 
+import difflib
+import re
 from dataclasses import dataclass
+from itertools import permutations, product
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Form:
     """The source."""
     choose_when: str
     """How a user knows whether to want it."""
+    spellings: tuple[str, ...] = ()
+    """Other names that users give it, in small letters without hyphens; a wrong target is compared with these too."""
     slowdown: Slowdown | None = None
     """What it costs in training; None where that is no more than BatchNorm does."""
     options: tuple[str, ...] = ()
@@ -53,6 +58,7 @@ class Form:
     """Whether it goes into the layers around it, so that these tell what becomes of it, and not the norm alone."""
 
 
+_NEAR = 0.7  # how alike a name has to be to a target's, from 0 to 1, for this to be suggested
 _MATCHED = "approximate, moment-matched"
 _DATA = "approximate, needs data; exact from frozen, est, SyncBatchNorm"
 _LAYOUT = "less in the contiguous layout than in channels-last"
@@ -66,32 +72,44 @@ def _by_name(*forms: Form) -> dict[str, Form]:
 # fmt: off
 NORM_FORMS = _by_name(
     Form("gn", "GroupNorm", _MATCHED, "Wu & He 2018", "small batches, private or federated training",
+         spellings=("groupnorm",),
          within_sample=True, over_positions=True, options=("groups", "purpose"), compares_groups=True,
          on_tensors_alone=True),
     Form("ln", "GroupNorm with one group", _MATCHED, "Ba et al. 2016", "the most of the function before training",
+         spellings=("layernorm",),
          within_sample=True, over_positions=True, on_tensors_alone=True),
     Form("in", "InstanceNorm", _MATCHED, "Ulyanov et al. 2016", "style transfer, contrast that should not matter",
-         Slowdown(1.1, 1.7, _LAYOUT), within_sample=True, over_positions=True, on_tensors_alone=True,
+         spellings=("instancenorm",),
+         slowdown=Slowdown(1.1, 1.7, _LAYOUT), within_sample=True, over_positions=True, on_tensors_alone=True,
          compares_groups=True),  # where a channel has one element, it becomes a group norm
     Form("pn", "PositionNorm", _MATCHED, "Li et al. 2019", "causal nets, streams, padded sequences",
+         spellings=("positionnorm", "channelnorm"),
          within_sample=True, on_tensors_alone=True),
     Form("est", "EstimatedBatchNorm", "exact", "Qiao et al. 2019", "batch 1 without another norm",
-         Slowdown(1.1, 1.3, _FOLD), on_tensors_alone=True),
+         spellings=("estimatedbatchnorm", "movingestimates"),
+         slowdown=Slowdown(1.1, 1.3, _FOLD), on_tensors_alone=True),
     Form("bcn", "BatchChannelNorm", _MATCHED, "Qiao et al. 2019", "batch 1 and 2, best with ws",
-         Slowdown(1.2, 1.5, _LAYOUT), within_sample=True, over_positions=True, options=("groups", "purpose"),
+         spellings=("batchchannelnorm",),
+         slowdown=Slowdown(1.2, 1.5, _LAYOUT), within_sample=True, over_positions=True, options=("groups", "purpose"),
          compares_groups=True, on_tensors_alone=True),
     Form("bn", "BatchNorm", _DATA, "Ioffe & Szegedy 2015", "large batches, speed; the way back",
+         spellings=("batchnorm", "syncbatchnorm", "syncbn"),
          class_by_dimension=True),
     Form("frozen", "FrozenBatchNorm", "exact", "He et al. 2017", "short fine-tuning near the original data",
+         spellings=("frozenbatchnorm", "frozenbn", "freeze"),
          on_tensors_alone=True),
     Form("fold", "nothing: into the layer before it", "exact", "Ioffe & Szegedy 2015",
-         "deployment, or training without norms", into_neighbours=True),
+         "deployment, or training without norms",
+         spellings=("fuse", "merge", "identity", "none"), into_neighbours=True),
 )
 WEIGHT_FORMS = _by_name(
     Form("ws", "Standardized Conv, Linear, RNN", "exact; approximate with ws=strict", "Qiao et al. 2019",
-         "GroupNorm at batch 1 and 2", Slowdown(1.1, 1.2, _FOLD), options=("ws", "ws_scope")),
+         "GroupNorm at batch 1 and 2",
+         spellings=("weightstandardization", "stdconv", "std"), slowdown=Slowdown(1.1, 1.2, _FOLD),
+         options=("ws", "ws_scope")),
     Form("wn", "Normalized Conv, Linear, RNN", "exact", "Salimans & Kingma 2016",
-         "recurrent nets, training without norms (fold-wn)", Slowdown(1.0, 1.2, _FOLD)),
+         "recurrent nets, training without norms (fold-wn)",
+         spellings=("weightnorm",), slowdown=Slowdown(1.0, 1.2, _FOLD)),
 )
 RECURRENT_FORMS = _by_name(
     Form("ln", "LSTM, GRU with layer norm inside", "approximate", "Ba et al. 2016", "long sequences, small batches"),
@@ -119,3 +137,14 @@ def describe_slowdown(target: str) -> str:
         if form is not None and form.slowdown is not None
     ]
     return f"on a CPU a training step takes {', '.join(parts)}" if parts else ""
+
+
+def nearest_target(text: str) -> str | None:
+    """The target that `text` may have meant: `gn` for `GroupNorm`, `gn-ws` for `ws_gn`; None where none is near."""
+    names: dict[str, str] = {}
+    for target, forms in TARGET_FORMS.items():
+        for order in permutations([form.name, *form.spellings] for form in forms if form is not None):
+            names |= {"".join(words): target for words in product(*order)}
+    asked = re.sub(r"[123]d$|[^a-z]", "", re.sub("normali[sz]ation", "norm", text.lower().rpartition(".")[2]))
+    near = difflib.get_close_matches(asked, names, 1, _NEAR)
+    return names[near[0]] if near else None

@@ -107,6 +107,7 @@ def _check_paths(path: str | os.PathLike[str], outputs: Outputs, read_too: Itera
     """Raise, before any work, for an input of another kind, or an output that cannot be written or is read too."""
     paths.check_apart(outputs.model, outputs.reports, (path, *read_too))
     report_file.check_report_files(outputs.reports, outputs.overwrite)
+    inputs.check_is_there(path)
     if not model_specs.is_spec(str(path)):
         reading.check_input(Path(path))
     if outputs.model is not None:

@@ -15,7 +15,7 @@ from normswap.conversion.pipeline import undisturbed
 from normswap.conversion.request import Progress
 from normswap.errors import OptionError
 from normswap.files import model_for_state, model_specs, norms_by_keys, one_model
-from normswap.files.inputs import errors_name, read_input
+from normswap.files.inputs import check_is_there, errors_name, read_input
 from normswap.inspection.examine import examine
 from normswap.report.inspection import Inspection, Layer
 
@@ -38,6 +38,7 @@ def inspect_file(
     The arguments and the errors are those of `convert_file`. A file of tensors without their model is inspected as far
     as its keys tell: the batch norms, and what has the shape of a convolution.
     """
+    check_is_there(path)
     with steady_files(path) as check_input:
         progress(f"reading {path}")
         arguments = model_args or {}

@@ -45,9 +45,9 @@ def build(spec: str, weights: str | None = None, arguments: Mapping[str, Any] | 
     """
     library, _, name = spec.partition(":")
     if not name:
-        raise OptionError(
-            f"{spec!r} is no model; write torchvision:NAME, timm:NAME, package.module:factory or file.py:factory"
-        )
+        near = libraries.nearest_spec(spec)
+        forms = "write torchvision:NAME, timm:NAME, package.module:factory or file.py:factory"
+        raise OptionError(f"{spec!r} is no model; {f'did you mean {near}?' if near else forms}")
     makers = {"torchvision": _torchvision_maker, "timm": _timm_maker}
     if library not in makers and weights is not None:
         raise OptionError(f"--weights {weights}: {spec} is no model of a library; load its weights from a file")
@@ -151,6 +151,8 @@ def _module_of_package(name: str, spec: str) -> Any:
     try:
         return importlib.import_module(name)
     except (ImportError, ValueError, TypeError) as error:
-        raise OptionError(f"{spec}: {name} cannot be imported ({error}); install it, or run in its folder") from None
+        near = libraries.nearest_spec(spec)
+        hint = f"did you mean {near}?" if near else "install it, or run in its folder"
+        raise OptionError(f"{spec}: {name} cannot be imported ({error}); {hint}") from None
     except (Exception, SystemExit) as error:  # anybody's code
         raise ModelError(f"{spec}: {name} cannot be imported: {first_line(error)}") from error

@@ -1,6 +1,5 @@
 """The targets that a user names, a norm form, a weight form or a pair of them, and the plan for each site."""
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.layers.norms import ACTIVATED
 from normswap.layers.torch_normalization import kind_of_normalization
-from normswap.target_table import NORM_FORMS, PLAIN_FORM, TARGET_FORMS, WEIGHT_FORMS, Form
+from normswap.target_table import NORM_FORMS, PLAIN_FORM, TARGET_FORMS, WEIGHT_FORMS, Form, nearest_target
 from normswap.targets import folding, norms, plain, weights
 from normswap.targets.context import Context, Swap
 from normswap.targets.options import Options
@@ -58,14 +57,11 @@ PLAIN_TARGET = Target("plain torch", PLAIN_FORM, PLAIN_FORM)
 
 
 def parse_target(name: str) -> Target:
-    """The target called `name`; raises `OptionError`, which lists the known ones."""
+    """The target called `name`; raises `OptionError`, which names the nearest one."""
     if isinstance(name, str) and name in TARGETS:
         return TARGETS[name]
-    asked = str(name).lower()
-    turned = "-".join(reversed(asked.split("-")))
-    near = [n for n in (asked, turned) if n in TARGETS] or difflib.get_close_matches(asked, TARGETS, 1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise OptionError(f"unknown target {name!r}{hint}; the known ones are {', '.join(TARGETS)}")
+    near = nearest_target(str(name))
+    raise OptionError(f"unknown target {name!r}; {f'did you mean {near}? ' if near else ''}normswap targets lists all")
 
 
 def check_options(target: Target, options: Options) -> None:

@@ -119,6 +119,41 @@ def test_an_error_is_one_message_and_exit_1(saved: Path, arguments: list[str], m
 
 
 @pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("resnet50", "torchvision:resnet50"),
+        ("ResNet50", "torchvision:resnet50"),
+        ("torchvison:resnet50", "torchvision:resnet50"),
+        ("TorchVision:resnet_50", "torchvision:resnet50"),
+        ("torchvision:resnet5", "torchvision:resnet50"),
+        ("mobilenet-v2", "torchvision:mobilenet_v2"),
+        ("modle.pt", "model.pt"),
+    ],
+)
+def test_a_model_that_is_not_there_gets_one_suggestion(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, written: str, meant: str
+) -> None:
+    monkeypatch.chdir(saved.parent)
+    for command in (["convert", written, "--to", "gn"], ["inspect", written]):
+        result = run(*command)
+        assert result.exit_code == 1 and result.stderr.endswith(f"; did you mean {meant}?\n")
+
+
+@pytest.mark.parametrize("written", ["resnet50", "torchvison:resnet50", "torchvision:resnet5"])
+def test_a_model_for_tensors_that_is_unknown_gets_one_suggestion(tmp_path: Path, written: str) -> None:
+    torch.save(resnet().state_dict(), tmp_path / "w.pt")
+    result = run("convert", tmp_path / "w.pt", "--to", "gn", "--model", written)
+    assert result.exit_code == 1 and result.stderr.endswith("; did you mean torchvision:resnet50?\n")
+
+
+def test_a_name_that_is_like_none_gets_no_suggestion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("banana.pt", "zzz", "tv:zzz", "folder/none.pt"):
+        assert run("inspect", name).stderr == f"error: {name}: no such file or folder; check the name and the folder\n"
+    assert "give a checkpoint, and --model net.py:make" in run("convert", "net.py:make", "--to", "gn").stderr
+
+
+@pytest.mark.parametrize(
     "arguments", [["convert"], ["convert", "x.pt"], ["nothing"], ["convert", "x.pt", "--to", "gn", "--transfer", "no"]]
 )
 def test_wrong_usage_is_exit_2(arguments: list[str]) -> None:

@@ -249,9 +249,30 @@ def test_fold_with_a_layer_that_was_not_selected() -> None:
 # ---- refusals ----
 
 
-def test_unknown_target_lists_the_known() -> None:
-    with pytest.raises(OptionError, match=r"did you mean gn-ws.*gn, gn-ws, gn-wn, ln"):
-        normswap.convert(resnet(), "gnws")
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        *dict.fromkeys(
+            ["GN", "groupnorm", "group_norm", "Group Normalization", "nn.GroupNorm", "GroupNorm2d"], "gn"
+        ).items(),
+        *dict.fromkeys(
+            ["gnws", "ws-gn", "gn_ws", "gn+ws", "groupnorm-weightstandardization", "gn-wss"], "gn-ws"
+        ).items(),
+        ("instance_norm", "in"),
+        ("BatchNorm2d", "bn"),
+        ("FrozenBatchNorm2d", "frozen"),
+        ("weight-norm", "wn"),
+    ],
+)
+def test_unknown_target_gets_one_suggestion(written: str, meant: str) -> None:
+    with pytest.raises(OptionError) as error:
+        normswap.convert(resnet(), written)
+    assert str(error.value) == f"unknown target {written!r}; did you mean {meant}? normswap targets lists all"
+
+
+def test_unknown_target_that_is_like_none() -> None:
+    with pytest.raises(OptionError, match="^unknown target 'banana'; normswap targets lists all$"):
+        normswap.convert(resnet(), "banana")
 
 
 @pytest.mark.parametrize("option", ["transfer", "ws", "ws_scope"])

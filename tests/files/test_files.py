@@ -197,7 +197,7 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "list": (folder / "list", "a list, not a model"),
         "onnx": (folder / "net.onnx", "is an ONNX file"),
         "program": (folder / "program.pt2", "is an exported program"),
-        "missing": (folder / "missing.pt", "No such file"),
+        "missing": (folder / "missing.pt", "no such file"),
         "folder": (folder, "is a folder without"),
     }
     return files
@@ -261,7 +261,7 @@ def test_torchvision_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_unknown_models_and_weights() -> None:
-    with pytest.raises(normswap.OptionError, match="did you mean resnet50"):
+    with pytest.raises(normswap.OptionError, match="did you mean torchvision:resnet50"):
         model_specs.build("torchvision:resnet5")
     with pytest.raises(normswap.OptionError, match="it has IMAGENET1K_V1"):
         model_specs.build("torchvision:resnet18", "BEST")

@@ -292,7 +292,7 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("nets.py:nothing", "no function nothing in it; it has block, make"),
         ("none.py:make", "no such file"),
         ("nowhere.at.all:make", "cannot be imported"),
-        ("torchvision:resnet5", "did you mean resnet50"),
+        ("torchvision:resnet5", "did you mean torchvision:resnet50"),
         ("timm:resnet5", "did you mean|needs timm"),
         ("make", "is no model; write"),
     ):
