@@ -64,6 +64,14 @@ def check_input(path: Path) -> None:
         raise path_error(path, error) from None
 
 
+def is_distributed(path: Path) -> bool:
+    """Whether a folder holds a distributed checkpoint, or weight files with an index."""
+    try:
+        return (path / ".metadata").is_file() or any(path.glob(f"*{INDEX_ENDING}"))
+    except (OSError, ValueError):
+        return False
+
+
 def _is_safetensors(path: Path) -> bool:
     """By the ending and the first bytes; by these alone where a header of JSON begins there."""
     with path.open("rb") as file:

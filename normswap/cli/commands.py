@@ -115,7 +115,7 @@ def convert(
             fold=fold, format=form, overwrite=overwrite, dry_run=dry_run, reports=report or (),
             progress=progress,
         )  # fmt: skip
-    written = "" if dry_run else str(out or paths.default_output(input, to, form))
+    written = "" if dry_run else str(paths.output_of(out, input, to, form))
     _show(done, ReportView(done, input, written, full), as_json, quiet)
 
 
@@ -157,12 +157,12 @@ def fold(
             hint = "convert it first: --to fold, or --to gn-ws --fold"
             raise OptionError(f"{input} is a model, not a converted file; {hint}")
         progress(f"folding {input}")
-        out = out or paths.default_output(input, "fold")
+        where = paths.output_of(out, input, "fold")
         done = convert_file.convert_file(
-            input, PLAIN_TARGET, out, model=model, model_args=model_specs.parse_arguments(model_arg or []), key=key,
+            input, PLAIN_TARGET, where, model=model, model_args=model_specs.parse_arguments(model_arg or []), key=key,
             allow=allowed_classes(allow), trust=trust, overwrite=overwrite, reports=report or (),
         )  # fmt: skip
-    _show(done, ReportView(done, input, str(out), full), as_json, quiet)
+    _show(done, ReportView(done, input, str(where), full), as_json, quiet)
 
 
 @app.command()

@@ -93,8 +93,9 @@ Std = Annotated[str | None, _option(DATA, "Their standard deviation.", metavar="
 
 # ---- what is written and shown ----
 
-Out = Annotated[Path | None, _option(WRITING,
-    "Where to write; model.TARGET.pt beside the input by default.", "-o", "--out", metavar="FILE")]
+Out = Annotated[str | None, _option(WRITING,
+    "Where to write: a file, or a folder with a slash; model.TARGET.pt beside the input by default.",
+    "-o", "--out", metavar="FILE|FOLDER/")]
 FormatChoice = Annotated[Format | None, _option(WRITING,
     "Write another kind of file than the input's: of a training checkpoint, the model.")]
 Overwrite = Annotated[bool, _option(WRITING, "Replace what exists, a report too.", "--overwrite")]

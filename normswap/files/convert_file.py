@@ -43,7 +43,7 @@ def convert_file(
         path: a file (whole module, state dict, training checkpoint, safetensors), a folder (distributed checkpoint,
             weight files with an index), or `torchvision:NAME`, `timm:NAME`.
         to: the target, as for `normswap.convert`; `PLAIN_TARGET` folds what is converted, as `normswap.fold` does.
-        out: where to write; by default `model.gn-ws.pt` beside the input (`resnet50.gn-ws.pt` here).
+        out: where to write, or the folder; by default `model.gn-ws.pt` beside the input (`resnet50.gn-ws.pt` here).
         model: what the tensors belong to, where the file holds no module: a spec (`torchvision:NAME`, `timm:NAME`,
             `package.module:factory`, `file.py:factory`), a factory, or a module. Most norms do without.
         model_args: keyword arguments of a model that is built.
@@ -69,7 +69,7 @@ def convert_file(
     started = time.monotonic()
     asked, target = Options(calibrate=calibrate, **options), to if isinstance(to, Target) else parse_target(to)
     check_options(target, asked)
-    out = paths.default_output(path, target.name, format) if out is None else Path(out)
+    out = paths.output_of(out, path, target.name, format)
     format = format or paths.format_by_ending(out)
     outputs = Outputs(str(path), None if dry_run else out, format, tuple(map(Path, reports)), overwrite)
     _check_paths(path, outputs, (model, calibrate))

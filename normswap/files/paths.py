@@ -6,6 +6,7 @@ from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
+from normswap.checkpoints import reading
 from normswap.checkpoints.checkpoint import INDEX_ENDING
 from normswap.errors import FileError, OptionError
 from normswap.files import model_specs
@@ -30,6 +31,23 @@ def default_output(path: str | os.PathLike[str], suffix: str, format: str | None
     as_pt = ".pt" if own == ".safetensors" else own  # `.bin` and `.pth` are files of torch.save too, and stay
     endings |= {"pt": as_pt, "dcp": ""}
     return path.with_name(f"{path.stem}.{suffix}{endings.get(format or '', own)}")
+
+
+def output_of(
+    out: str | os.PathLike[str] | None, source: str | os.PathLike[str], suffix: str, format: str | None = None
+) -> Path:
+    """Where a converted model goes: `out`; by default, and where `out` is a folder to write into, `default_output`.
+
+    A folder is written into where its name ends in a slash, or where it exists and the output is one file; it is not
+    where it holds a distributed checkpoint, which may only be replaced as a whole.
+    """
+    default = default_output(source, suffix, format)
+    if out is None:
+        return default
+    text, folder_is_read = os.fspath(out), os.path.isdir(source) or str(source).endswith(INDEX_ENDING)
+    is_one_file = not folder_is_read if format is None else format != "dcp"
+    into = text.endswith(("/", os.sep)) or (is_one_file and os.path.isdir(text))
+    return Path(text, default.name) if into and not reading.is_distributed(Path(text)) else Path(text)
 
 
 def format_by_ending(out: Path) -> str | None:

@@ -109,13 +109,32 @@ def test_a_failed_write_leaves_the_old_file(saved: Path, monkeypatch: pytest.Mon
     assert listing(saved.parent) == before
 
 
-@pytest.mark.parametrize("out", ["none/out.pt", "model.pt/out.pt", "folder", "out.onnx"])
+@pytest.mark.parametrize("out", ["none/out.pt", "none/", "model.pt/out.pt", "out.onnx"])
 def test_outputs_that_cannot_be_written(saved: Path, out: str) -> None:
-    (saved.parent / "folder").mkdir()
     before = listing(saved.parent)
-    with pytest.raises(FileError, match="does not exist|is a folder that exists|not written as"):
-        normswap.convert_file(saved, "gn", saved.parent / out)
+    with pytest.raises(FileError, match="does not exist|not written as"):
+        normswap.convert_file(saved, "gn", f"{saved.parent}/{out}")
     assert listing(saved.parent) == before
+
+
+@pytest.mark.parametrize("slash", ["/", ""])
+@pytest.mark.parametrize("format", [None, "safetensors"])
+def test_a_folder_is_written_into_under_the_default_name(saved: Path, slash: str, format: str | None) -> None:
+    folder, name = saved.parent / "folder", "model.gn.safetensors" if format else "model.gn.pt"
+    folder.mkdir()
+    for _ in range(2):
+        normswap.convert_file(saved, "gn", f"{folder}{slash}", format=format, overwrite=True)
+        assert [path.name for path in folder.iterdir()] == [name]
+    with pytest.raises(FileError, match=rf"folder/{name}: exists already"):
+        normswap.convert_file(saved, "gn", f"{folder}{slash}", format=format)
+
+
+def test_a_distributed_checkpoint_is_not_written_into(saved: Path) -> None:
+    normswap.convert_file(saved, "gn", saved.parent / "parts", format="dcp")
+    for slash in ("", "/"):
+        with pytest.raises(FileError, match="parts: is a folder"):
+            normswap.convert_file(saved, "ln", f"{saved.parent}/parts{slash}", overwrite=True)
+        normswap.convert_file(saved, "ln", f"{saved.parent}/parts{slash}", format="dcp", overwrite=True)
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write")
