@@ -86,10 +86,10 @@ def convert(
     recurrent: opt.Recurrent = None, include: opt.Include = None, exclude: opt.Exclude = None, fold: opt.Fold = False,
     model: opt.Model = None, model_arg: opt.ModelArg = None, weights: opt.Weights = None, key: opt.Key = None,
     eps: opt.Eps = None, allow: opt.Allow = None, trust: opt.Trust = False, input_shape: opt.InputShape = None,
-    calibrate: opt.Calibrate = None, calibrate_seconds: opt.CalibrateSeconds = 60.0, input_size: opt.InputSize = None,
-    mean: opt.Mean = None, std: opt.Std = None, out: opt.Out = None, format: opt.FormatChoice = None,
-    overwrite: opt.Overwrite = False, dry_run: opt.DryRun = False, report: opt.ReportFile = None,
-    as_json: opt.Json = False, full: opt.Full = False, quiet: opt.Quiet = False,
+    calibrate: opt.Calibrate = None, calibrate_seconds: opt.CalibrateSeconds = 60.0, device: opt.Device = None,
+    input_size: opt.InputSize = None, mean: opt.Mean = None, std: opt.Std = None, out: opt.Out = None,
+    format: opt.FormatChoice = None, overwrite: opt.Overwrite = False, dry_run: opt.DryRun = False,
+    report: opt.ReportFile = None, as_json: opt.Json = False, full: opt.Full = False, quiet: opt.Quiet = False,
 ) -> None:  # fmt: skip
     """Convert a model: swap its norms, standardize its convolutions, keep what it has learnt.
 
@@ -112,7 +112,7 @@ def convert(
             layers=tuple(layers.split(",")), recurrent=recurrent, include=include or None, exclude=exclude or None,
             input_size=parse_size(input_size), mean=parse_numbers("--mean", mean, float),
             std=parse_numbers("--std", std, float), calibrate=calibrate, calibrate_seconds=calibrate_seconds,
-            fold=fold, format=form, overwrite=overwrite, dry_run=dry_run, reports=report or (),
+            device=device, fold=fold, format=form, overwrite=overwrite, dry_run=dry_run, reports=report or (),
             progress=progress,
         )  # fmt: skip
     written = "" if dry_run else str(paths.output_of(out, input, to, form))

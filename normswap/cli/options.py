@@ -86,6 +86,8 @@ Calibrate = Annotated[Path | None, _option(DATA,
 CalibrateSeconds = Annotated[float, _option(DATA,
     "The most time that measuring and fitting take; 0: no fit. Ctrl-C ends the fit: the best so far is kept.",
     metavar="S")]
+Device = Annotated[str | None, _option(DATA,
+    "Where the model is run and fitted: cuda, mps.", metavar="D")]
 InputSize = Annotated[str | None, _option(DATA,
     "Size of the pictures, where the model's own is not known.", metavar="N|H,W")]
 Mean = Annotated[str | None, _option(DATA, "Their mean, for values from 0 to 1.", metavar="R,G,B")]

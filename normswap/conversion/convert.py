@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from normswap.analysis.selection import Pattern
 from normswap.calibration import processes
 from normswap.calibration.batches import MOST_SAMPLES, input_batches
 from normswap.checkpoints import stored_recipes
+from normswap.conversion.device import parse_device
 from normswap.conversion.pipeline import Conversion, run
 from normswap.conversion.request import Request
 from normswap.report.report import Report
@@ -34,6 +36,7 @@ def convert(
     example_inputs: Any = None,
     calibrate: Any = None,
     calibrate_seconds: float = 60.0,
+    device: str | int | torch.device | None = None,
     inplace: bool = False,
 ) -> Conversion:
     """Swap the normalization of `model`, and standardize its convolutions, keeping what it has learnt.
@@ -43,8 +46,7 @@ def convert(
         to: a name in `normswap.TARGETS`: a norm (`gn`), a weight form (`ws`), or a pair of them (`gn-ws`).
         groups: for targets with groups (`gn`): `auto` (at most 8 groups, at least 4 channels in each; on data fewer
             where these keep more), a number of groups (`32`), or channels a group (`"16c"`).
-        purpose: of `auto`: the numbers that fine-tune best (`training`), or that keep most (`use`): those of least
-            error on the data, else one.
+        purpose: of `auto`: the numbers that fine-tune best (`training`), or that keep most (`use`).
         transfer: `match` moves the statistics into gain and bias, `copy` keeps these, `reset` makes them 1 and 0.
         ws: `preserve` starts from each filter's own std and mean, exactly; `strict` is the paper's form, not exact.
         ws_scope: `normed` standardizes layers that a norm follows, `all` every one; recurrent ones are always taken.
@@ -58,23 +60,24 @@ def convert(
             chooses groups by it, and the new norms' gains and biases are fitted to the original's outputs, if that is
             nearer on held-out samples. With torch.distributed, each process gives its share, and all get the same.
         calibrate_seconds: the most time that all of that takes; 0: no fit. Ctrl-C ends the fit: the best is kept.
+        device: where the model is run and fitted, such as `cuda`; the result is where the model was.
         inplace: change `model` itself; nothing changes unless all of it can.
 
     Returns:
-        The converted model, whose state dicts hold the recipe of the conversion from now on (in `_metadata`), so that
-        `normswap.load` knows it in what a training script saves, and the report. Every norm and every convolution is in
-        the report, as a change or with the reason why it was left.
+        The converted model, whose state dicts hold the recipe from now on (in `_metadata`), so that `normswap.load`
+        knows it in what a training script saves; and the report, with every norm and convolution, changed or left.
 
     Raises:
         OptionError: an unknown target or option, one that is of no use for the target, a pattern that matches no layer.
         ModelError: nothing to convert, a lazy module without weights, a distributed wrapper.
     """
+    where = parse_device(device)
     batches = None if calibrate is None else _batches_of_all_processes(calibrate)
     options = Options(
         groups, purpose, transfer, ws, ws_scope, layers, recurrent, include, exclude, batches, calibrate_seconds
     )
     check_options(target := parse_target(to), options)
-    request = Request(target, options, example_inputs=example_inputs, inplace=inplace, on_all_processes=True)
+    request = Request(target, options, example_inputs, inplace=inplace, device=where, on_all_processes=True)
     previous = stored_recipes.stored_recipe(model)
     return _with_recipe(*run(model, request), previous)
 

@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from normswap.analysis.running import inputs_like
 from normswap.analysis.selection import check_model, copy_of
 from normswap.conversion.audit import check_exact_half, is_steady, measure_drift, prove_nothing_missed
 from normswap.conversion.calibrate import calibrate, keep_original
+from normswap.conversion.device import home_of, move
 from normswap.conversion.evidence import Evidence, Survey, gather_evidence, survey_model
 from normswap.conversion.planning import plan_conversion
 from normswap.conversion.reporting import make_report
@@ -60,6 +62,8 @@ def _with_more_care(request: Request, survey: Survey, evidence: Evidence) -> Req
 def run(model: nn.Module, request: Request) -> Conversion:
     """Convert `model` as `request` says; nothing changes unless all of it can. `normswap.convert` tells the errors."""
     check_model(model)
+    if request.device is not None:
+        return _run_elsewhere(model, request, request.device)
     request.begin(Phase.COPY)
     work = model if request.inplace else copy_of(model)
     survey = survey_model(work, request)
@@ -86,3 +90,15 @@ def run(model: nn.Module, request: Request) -> Conversion:
         drift = None  # noise tells nothing of a model that selects by small differences, as detectors do
     register_if_imported()
     return Conversion(work, make_report(survey, plan, calibration, drift, request))
+
+
+def _run_elsewhere(model: nn.Module, request: Request, device: torch.device) -> Conversion:
+    """`run` on another device: the model, or a copy of it, goes there with the inputs, and comes back."""
+    home, there = home_of(model), model if request.inplace else copy_of(model)
+    try:
+        inputs = inputs_like(move(there, device), request.example_inputs)
+        work, report = run(there, replace(request, device=None, example_inputs=inputs))
+    finally:
+        if request.inplace:
+            move(model, home)
+    return Conversion(move(work, home), report)

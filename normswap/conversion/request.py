@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from normswap.analysis.running import Seen
@@ -66,6 +67,8 @@ class Request:
     """Layers stay whose class a forward asks for, even where a run could show that nothing comes of it."""
     inplace: bool = False
     """The model itself is changed, not a copy."""
+    device: torch.device | None = None
+    """Where the model is converted, run and fitted; None: where it is. The result is where the model was."""
     on_all_processes: bool = False
     """Every process of torch.distributed runs this on the same data, and the first one's fit is everybody's."""
     recorded: Recorded = field(default_factory=Recorded)

@@ -17,6 +17,7 @@ from normswap.calibration.batches import input_batches, read_samples
 from normswap.checkpoints import atomic_write, contents, mapped_memory, reading, stored_recipes, writing
 from normswap.checkpoints.checkpoint import Checkpoint
 from normswap.checkpoints.steady_files import steady_files
+from normswap.conversion.device import parse_device
 from normswap.conversion.request import Progress
 from normswap.errors import OptionError
 from normswap.files import inputs, model_specs, one_model, paths, recipe, report_file
@@ -31,7 +32,7 @@ def convert_file(
     path: str | os.PathLike[str], to: str | Target, out: str | os.PathLike[str] | None = None, *,
     model: model_specs.ModelSource | None = None, model_args: Mapping[str, Any] | None = None,
     weights: str | None = None, key: str | None = None, eps: float | None = None,
-    input_shape: Sequence[int] | None = None, example_inputs: Any = None, calibrate: Any = None,
+    input_shape: Sequence[int] | None = None, example_inputs: Any = None, calibrate: Any = None, device: Any = None,
     input_size: int | Sequence[int] | None = None, mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None, fold: bool = False, format: str | None = None, allow: Iterable[str | type] = (),
     trust: bool = False, overwrite: bool = False, dry_run: bool = False, reports: Iterable[str | os.PathLike[str]] = (),
@@ -45,8 +46,8 @@ def convert_file(
         to: the target, as for `normswap.convert`; `PLAIN_TARGET` folds what is converted, as `normswap.fold` does.
         out: where to write, or the folder; by default `model.gn-ws.pt` beside the input (`resnet50.gn-ws.pt` here).
         model: what the tensors belong to, where the file holds no module: a spec (`torchvision:NAME`, `timm:NAME`,
-            `package.module:factory`, `file.py:factory`), a factory, or a module. Most norms do without.
-        model_args: keyword arguments of a model that is built.
+            `package.module:factory`, `file.py:factory`), a factory, or a module; `model_args`: its keyword arguments.
+            Most norms do without.
         weights: the published weights of a library's model, by name.
         key: which entry of a training checkpoint is the model, where it has none of the usual names.
         eps: of the norms in a file without its model; 1e-5 is assumed.
@@ -58,10 +59,9 @@ def convert_file(
         fold: bake standardized weights in and leave plain torch layers.
         format: write `pt`, `safetensors` or `dcp` instead; of a training checkpoint, the model alone.
         allow, trust: which classes a file may hold; see `normswap.load`.
-        overwrite, dry_run: replace existing outputs; write no model.
+        overwrite, dry_run: replace existing outputs; write no model. `progress`: called with the name of each phase.
         reports: files for the report (`.html`, `.md`, `.json`, `.svg`), which come with the model or not at all.
-        progress: called with the name of each phase.
-        options: those of `normswap.convert`.
+        device, options: as for `normswap.convert`.
 
     Raises:
         NormswapError: with nothing written.
@@ -74,7 +74,8 @@ def convert_file(
     outputs = Outputs(str(path), None if dry_run else out, format, tuple(map(Path, reports)), overwrite)
     _check_paths(path, outputs, (model, calibrate))
     pictures = {"input_size": input_size, "mean": mean, "std": std}
-    request = FileRequest(target, asked, model, model_args or {}, eps, input_shape, example_inputs, fold, progress)
+    given = input_shape, example_inputs, parse_device(device)
+    request = FileRequest(target, asked, model, model_args or {}, eps, *given, fold, progress)
     with steady_files(path, calibrate) as check_inputs:
         progress(f"reading {path}")
         found = inputs.read_input(

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from normswap.conversion.request import Progress
 from normswap.files.model_specs import ModelSource
 from normswap.report.report import Report
@@ -28,6 +30,8 @@ class FileRequest:
     """Of a batch of noise to run the model on."""
     example_inputs: Any = None
     """In place of noise."""
+    device: torch.device | None = None
+    """Where the model is converted, run and fitted; None: where it is."""
     fold: bool = False
     """Leave plain torch layers."""
     progress: Progress = lambda phase: None

@@ -116,7 +116,7 @@ def _convert_in_place(model: nn.Module, request: FileRequest) -> Conversion:
         inputs, name = noise_for(model, request.input_shape)
     asked = Request(
         request.target, request.options, inputs, name, drift_only,
-        inplace=True, progress=request.progress, release=mapped_memory.release
+        device=request.device, inplace=True, progress=request.progress, release=mapped_memory.release
     )  # fmt: skip
     model, report = run(model, asked)
     recipe = with_origin(report.recipe | ({"folded": True} if request.fold else {}), None, {}, previous)

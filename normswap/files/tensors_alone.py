@@ -55,6 +55,7 @@ def check_without_model(request: FileRequest, where: Path) -> None:
         "--recurrent": options.recurrent is not None,
         "--calibrate": options.calibrate is not None,
         "--input-shape": request.input_shape is not None or request.example_inputs is not None,
+        "--device": request.device is not None,
         "--fold": request.fold,
         "--model-arg": bool(request.model_args),
     }
