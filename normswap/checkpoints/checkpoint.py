@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 RECIPE = "normswap_recipe"
 """The name under which a converted model, state dict or file holds the recipe of its conversion, a plain dict."""
+RECIPE_FILE = f"{RECIPE}.json"
+"""Holds the recipe of the weights beside it, where a trainer writes these without."""
 INDEX_ENDING = ".index.json"
 """The ending of an index: a file that says which of a folder's weight files holds which key."""
 

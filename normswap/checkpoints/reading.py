@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap.checkpoints import file_kinds, module_graph, module_numbers, pickle_files, safetensors_files
-from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, Checkpoint
+from normswap.checkpoints.checkpoint import INDEX_ENDING, RECIPE, RECIPE_FILE, Checkpoint
 from normswap.checkpoints.contents import SavedBytes, models_in, tensors_of
 from normswap.checkpoints.stored_recipes import LARGEST_RECIPE, store_recipe
 from normswap.errors import FileError, first_line, path_error
@@ -84,7 +84,8 @@ def _read_file(path: Path, trust: bool, allow: tuple[str | type, ...]) -> Checkp
         tensors, header = safetensors_files.read_safetensors(path)
         tensors, header, aliases = _with_aliases(tensors, header)
         _check_names(tensors, path)
-        content = _with_recipe(tensors, path, header.pop(RECIPE, None))
+        beside = _recipe_beside(path) if path.name in _WEIGHTS else None
+        content = _with_recipe(tensors, path, header.pop(RECIPE, beside))
         return Checkpoint(path, "safetensors", content, header, aliases)
     found = pickle_files.read_pickle(path, trust=trust, allow=allow)
     on_top = [found, *found.values()] if isinstance(found, Mapping) else [found]
@@ -150,7 +151,7 @@ def _read_shards(index: Path, trust: bool, allow: tuple[str | type, ...]) -> Che
         odd = min(map(str, state.keys() ^ weight_map.keys()))
         raise FileError(f"{index}: does not agree with its files: {odd} stands in one of them alone")
     state, header, aliases = _with_aliases(state, header)
-    content = _with_recipe(state, index, header.pop(RECIPE, None))
+    content = _with_recipe(state, index, header.pop(RECIPE, _recipe_beside(index)))
     optimizers = _optimizers(index.parent, trust, allow)
     return Checkpoint(
         index.parent, "folder", content, header, aliases, shards=shards, index=index.name, optimizers=optimizers
@@ -184,6 +185,14 @@ def _with_recipe(tensors: Mapping[str, Any], path: Path, recipe: str | None) -> 
         except (ValueError, TypeError, RecursionError) as error:
             raise FileError(f"{path}: its recipe is damaged ({first_line(error)})") from None
     return state
+
+
+def _recipe_beside(path: Path) -> str | None:
+    """The recipe, as JSON, that a trainer's callback has put beside weights; None where there is none."""
+    file = path.with_name(RECIPE_FILE)
+    if not file.is_file() or file.stat().st_size > LARGEST_RECIPE:
+        return None
+    return file.read_text(encoding="utf-8", errors="replace")
 
 
 def _saved_text(data: bytes) -> str | None:

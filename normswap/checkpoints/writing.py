@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checkpoints import atomic_write, mapped_memory, reading_back, safetensors_files
-from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
+from normswap.checkpoints.checkpoint import RECIPE, RECIPE_FILE, Checkpoint
 from normswap.checkpoints.contents import SavedBytes
 from normswap.checkpoints.state_keys import memory_of
 from normswap.checkpoints.stored_recipes import stored_recipe
@@ -186,6 +187,17 @@ def _stored_once(content: Mapping[str, Any], aliases: Mapping[str, str]) -> tupl
 def _texts(header: Mapping[str, Any]) -> dict[str, str]:
     """What a safetensors header can hold of some metadata."""
     return {name: value for name, value in header.items() if isinstance(value, str)}
+
+
+def write_recipe_beside(folder: Path, model: nn.Module) -> None:
+    """Write the recipe of a converted model into `folder`, beside weights of it that a trainer writes without.
+
+    Raises `FileError` where it cannot be written.
+    """
+    for text in _recipe_as_text(model).values():
+        writer = methodcaller("write", text.encode())
+        with atomic_write.stage_file(folder / RECIPE_FILE, writer, overwrite=True) as staged:
+            atomic_write.give_names([staged])
 
 
 def _recipe_as_text(content: Any) -> dict[str, str]:

@@ -94,15 +94,17 @@ def _batches_of_all_processes(data: Any) -> Any:
     return processes.gather_batches(input_batches(data, limit=share))
 
 
-def fold(model: nn.Module) -> Conversion:
+def fold(model: nn.Module, *, inplace: bool = False) -> Conversion:
     """The same function in plain torch layers, for deployment: a copy of `model` that does without normswap.
+
+    With `inplace`, `model` itself.
 
     Standardized and normalized weights are baked in, torch's own `weight_norm` and `spectral_norm` too. A
     `FrozenBatchNorm` goes into the layer before it, or becomes a torch batch norm in eval mode where there is none. A
     model without any of these comes back as it is.
     """
     previous = stored_recipes.stored_recipe(model)
-    plain, report = run(model, Request(PLAIN_TARGET, may_be_idle=True))
+    plain, report = run(model, Request(PLAIN_TARGET, may_be_idle=True, inplace=inplace))
     stored_recipes.drop_recipes(plain)
     recipe = stored_recipes.as_folded(previous, report.recipe)
     if recipe is None:
