@@ -14,7 +14,7 @@ from normswap.analysis.running import Seen, run_model, temporary_hooks
 from normswap.analysis.sites import Site
 from normswap.calibration.sample_moments import MatchedGroups, SampleMoments, normalized_in_groups, sample_moments
 from normswap.errors import ModelError
-from normswap.layers.matching import Moments, Statistics, as_affine, widen
+from normswap.layers.matching import Moments, Statistics, as_affine, shrinking_eps, widen
 from normswap.layers.recurrent_matching import VectorMoments, measured_moments, merge_moments
 
 AUTO_GROUPS, AUTO_CHANNELS = 8, 4
@@ -69,7 +69,7 @@ class _MomentGatherer:
 class _NormGatherer:
     """Gathers over batches what passes through one norm."""
 
-    def __init__(self, site: Site, numbers: Sequence[int]):
+    def __init__(self, site: Site, numbers: Sequence[int], shrinks: bool):
         self.site = site
         self.before = _MomentGatherer()
         self.behind = self.before if site.form == "data" else _MomentGatherer()
@@ -80,7 +80,7 @@ class _NormGatherer:
         self.tried: list[MatchedGroups] = []
         if numbers and site.form == "data":
             stats = running_statistics(site.module)
-            self.tried = [MatchedGroups(stats, n) for n in numbers]
+            self.tried = [MatchedGroups(stats, n, shrinking_eps(stats, n) if shrinks else stats.eps) for n in numbers]
 
     def add(self, values: Tensor) -> None:
         """`values` of shape (N, C, *spatial): an input of the norm."""
@@ -140,10 +140,11 @@ def measure_norms(
     batches: Sequence[Any],
     sites: Sequence[Site],
     numbers: Callable[[Site], Sequence[int]] = auto_numbers,
+    shrinks: bool = False,
 ) -> dict[str, Measured]:
     """Run `model` in eval mode on `batches` and gather, by path, what passes through each norm of `sites`.
 
-    `numbers` gives the numbers of groups that are tried on the data.
+    `numbers` gives the numbers of groups that are tried on the data, by `shrinking_eps` where `shrinks`.
     Raises `ModelError` where the model does not run on a batch, or a value is not finite.
     """
     gatherers: dict[str, _NormGatherer] = {}  # in the order in which norms are reached: the first that fails is named
@@ -152,7 +153,7 @@ def measure_norms(
     def note(site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
         values = _channels_second(site, args)
         if values is not None:
-            gatherers.setdefault(site.path, _NormGatherer(site, numbers(site))).add(values)
+            gatherers.setdefault(site.path, _NormGatherer(site, numbers(site), shrinks)).add(values)
 
     with temporary_hooks([site.module.register_forward_pre_hook(partial(note, site)) for site in sites]):
         for batch in batches:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.layers.matching import Statistics, as_affine, match_groups
+from normswap.layers.matching import Statistics, as_affine, group_moments, match_groups
 
 _CANCELS = 30.0  # mean² over variance from which E[x²] − E[x]² has too few digits left in float32
 _FAINTEST = 0.25  # of the data's standard deviation: a fainter sample, as a black picture, counts as one of so much
@@ -84,15 +84,14 @@ def normalized_in_groups(moments: SampleMoments, groups: int, eps: float) -> Sam
 
 
 class MatchedGroups:
-    """The group norm of `groups` groups that is matched to the batch norm `stats`, and what data show of the two."""
+    """A group norm that is matched to the batch norm `stats`, and what data show of the two."""
 
-    def __init__(self, stats: Statistics, groups: int):
-        self.groups, self.eps = groups, stats.eps
+    def __init__(self, stats: Statistics, groups: int, eps: float):
+        self.groups, self.eps = groups, eps
         self.wanted = as_affine(stats)
-        gain, bias = match_groups(stats, groups)
+        gain, bias = match_groups(stats, groups, eps)
         self.gain, self.bias = gain.view(groups, -1), bias.view(groups, -1)
-        mean, var = stats.mean.view(groups, -1), stats.var.view(groups, -1)
-        self.std = (var.mean(1) + mean.var(1, correction=0) + stats.eps).sqrt()
+        self.std = (group_moments(stats, groups)[1].flatten() + eps).sqrt()
         """Of each group over the data, by the running statistics; (groups,)."""
 
     def compare(self, moments: SampleMoments) -> tuple[Tensor, Tensor]:

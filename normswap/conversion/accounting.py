@@ -37,7 +37,9 @@ def changes_of(swaps: Sequence[Swap], notes: Mapping[Site, str]) -> list[Change]
         how = "; ".join(dict.fromkeys([swap.how, *(words for words, _ in others)]))
         partner = partners[0] if partners else None
         changes.append(
-            Change(site.paths, site.kind, site.name, swap.after, how, swap.exact, swap.note, swap.groups, partner)
+            Change(
+                site.paths, site.kind, site.name, swap.after, how, swap.exact, swap.note, swap.groups, swap.eps, partner
+            )
         )
     for layer, others in taken.items():
         how, exact = "; ".join(dict.fromkeys(words for words, _ in others)), all(other.exact for _, other in others)

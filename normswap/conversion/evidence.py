@@ -173,4 +173,4 @@ def _run_before(survey: Survey, request: Request, inputs: Any, unasked: bool) ->
 def _measure_norms(survey: Survey, request: Request, batches: Sequence[Any]) -> dict[str, Measured]:
     norms = [site for site in survey.sites if site.kind == "norm" and site.form and not site.obstacle]
     numbers = numbers_to_measure(request.target.norm, request.options)
-    return measure_norms(survey.model, batches, norms, numbers)
+    return measure_norms(survey.model, batches, norms, numbers, request.options.shrinks)

@@ -65,6 +65,7 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
         measured=evidence.measured,
         vectors=evidence.vectors,
         recorded_groups=request.recorded.groups,
+        recorded_eps=request.recorded.eps,
         recorded_changes=request.recorded.changes,
         measured_exact=evidence.tells_of_exactness and not (request.heeds_type_tests or request.inplace),
         release=request.release,

@@ -60,6 +60,10 @@ def _recipe(target: Target, options: Options, changes: Sequence[Change]) -> dict
     choices = {k: list(v) if isinstance(v, Iterable) and not isinstance(v, str) else v for k, v in choices.items()}
     choices |= {} if data is None else {"calibrate": True, "calibrate_seconds": seconds}
     choices |= {} if recurrent is None else {"recurrent": recurrent}
-    layers = {c.paths[0]: {"from": c.before, "to": c.after, "groups": c.groups} for c in changes}
+    layers = {
+        c.paths[0]: {"from": c.before, "to": c.after, "groups": c.groups} | ({"eps": c.eps} if c.eps else {})
+        for c in changes
+    }
     versions = {"normswap": version("normswap"), "torch": torch.__version__.split("+")[0]}
-    return {"format": 1, "target": target.name, "options": choices, "versions": versions, "layers": layers}
+    format = 2 if any(change.eps for change in changes) else 1  # a reader of 1 would not heed them
+    return {"format": format, "target": target.name, "options": choices, "versions": versions, "layers": layers}

@@ -41,6 +41,8 @@ class Recorded:
     """What the recipe of a converted file tells of its norms, by path, where a conversion is repeated without data."""
 
     groups: Mapping[str, int] = field(default_factory=dict)
+    eps: Mapping[str, float] = field(default_factory=dict)
+    """Of those that have another than the norms before them."""
     changes: Mapping[str, str] = field(default_factory=dict)
     """All layers that were changed, and what they became."""
     measured: Mapping[str, Measured] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from normswap.report.report import Report
 from normswap.targets.options import Options
 from normswap.targets.target import TARGETS, Target, parse_target
 
-_NEWEST_FORMAT = 1
+_NEWEST_FORMAT = 2  # from 2 on, layers may have an eps of their own
 _MOST_CONVERSIONS = 16  # one after the other
 _LONGEST_PREFIX = 16  # parts with dots
 _DEEPEST, _PART = 100, 64  # levels of a recipe; characters that each part of it counts
@@ -41,6 +42,8 @@ class LayerRecipe:
     to: str
     """As a report writes it: `GroupNorm(8)`."""
     groups: int | None
+    eps: float | None
+    """Where it is another than before."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def parse_recipe(stored: Any, where: object, most_before: int = _MOST_CONVERSION
         raise FileError(f"{where}: its recipe is damaged: too many conversions of conversions")
     return Recipe(
         target,
-        {path: LayerRecipe(layer["to"], layer.get("groups")) for path, layer in layers.items()},
+        {path: LayerRecipe(layer["to"], layer.get("groups"), layer.get("eps")) for path, layer in layers.items()},
         on_data=isinstance(options, Mapping) and bool(options.get("calibrate")),
         folded=stored.get("folded") is True,
         previous=None if previous is None else parse_recipe(previous, where, most_before - 1),
@@ -114,8 +117,9 @@ def check_plain_data(stored: Any, where: object) -> None:
 def _is_layer(path: Any, layer: Any) -> bool:
     if not isinstance(path, str) or not isinstance(layer, Mapping) or not isinstance(layer.get("to"), str):
         return False
-    groups = layer.get("groups")
-    return groups is None or (isinstance(groups, int) and not isinstance(groups, bool) and groups > 0)
+    groups, eps = layer.get("groups"), layer.get("eps")
+    sound = groups is None or (isinstance(groups, int) and not isinstance(groups, bool) and groups > 0)
+    return sound and (eps is None or (isinstance(eps, float) and math.isfinite(eps) and eps >= 0))
 
 
 # ---- repeated ----
@@ -140,7 +144,8 @@ def replay(model: nn.Module, recipe: Recipe, where: object) -> nn.Module:
     options = Options(ws_scope="all", layers=tuple(LAYERS), recurrent=recurrent, include=lambda path, _: path in layers)
     sizes = _stand_in_sizes(recipe, target, layers, sites)
     moments = _stand_in_moments(model, sites, sizes) if recipe.on_data else {}
-    recorded = Recorded(groups, {path: layer.to for path, layer in layers.items()}, moments, sizes)
+    eps = {path: layer.eps for path, layer in layers.items() if layer.eps is not None}
+    recorded = Recorded(groups, eps, {path: layer.to for path, layer in layers.items()}, moments, sizes)
     converted, report = run(model, Request(target, options, inplace=True, may_be_idle=True, recorded=recorded))
     _check_outcome(layers, sites, report, where)
     return fold(converted).model if recipe.folded else converted

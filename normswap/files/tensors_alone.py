@@ -34,7 +34,10 @@ def convert_tensors_alone(state: Mapping[str, Any], where: Path, request: FileRe
     if not norms_by_keys.norm_prefixes(state):
         raise ModelError(f"{where}: {why_nothing_to_convert(request.target, left)}")
     norms = norms_by_keys.module_of_norms(state, eps)
-    converted, report = run(norms, Request(request.target, request.options, inplace=True, progress=request.progress))
+    options = request.options
+    if options.shrinks:  # into one group, and by their own eps: a network that somebody writes for the file has that
+        options = replace(options, groups=1)
+    converted, report = run(norms, Request(request.target, options, inplace=True, progress=request.progress))
     own_keys = state_keys.Binding({key: key for key in norms_by_keys.norm_keys(state)})
     value = state_keys.rebuild(state, [own_keys], [converted.state_dict()])
     recipe = with_origin(report.recipe, None, {}, previous)

@@ -54,7 +54,7 @@ def as_affine(stats: Statistics) -> Affine:
     return Affine(scale, stats.bias - scale * stats.mean)
 
 
-def match_groups(stats: Statistics, groups: int) -> Affine:
+def match_groups(stats: Statistics, groups: int, eps: float | None = None) -> Affine:
     """The gain and bias of a group norm that stands in for a batch norm, moment-matched.
 
     Over the data, a group's mean is `m = mean_c μ_c` and its total variance `s² = mean_c(σ²_c + μ²_c) − m²`: the
@@ -62,18 +62,35 @@ def match_groups(stats: Statistics, groups: int) -> Affine:
     returned affine equals the batch norm. Exact for one channel a group in that same case, when it returns the batch
     norm's own gain and bias. A channel that is nearly constant (a dead filter) would need so large a gain that
     samples' different statistics drown it: below `_FAINT` of its group's variance, the gain falls with the channel's
-    own, down to 0, and the bias keeps the channel's mean.
+    own, down to 0, and the bias keeps the channel's mean. `eps` is the group norm's, where it is not the batch norm's.
     """
-    mean = stats.mean.view(groups, -1)
-    var = stats.var.view(groups, -1)
-    group_mean = mean.mean(1, keepdim=True)
-    # mean(σ² + μ²) − m², in the form that does not cancel when the means are large.
-    group_var = var.mean(1, keepdim=True) + (mean - group_mean).square().mean(1, keepdim=True)
+    mean, var = stats.mean.view(groups, -1), stats.var.view(groups, -1)
+    group_mean, group_var = group_moments(stats, groups)
     faint = (var / (_FAINT * group_var).clamp(min=torch.finfo(var.dtype).tiny)).clamp(max=1)
     scale = as_affine(stats).scale.view(groups, -1) * torch.where(group_var > 0, faint, 1)
-    weight = scale * (group_var + stats.eps).sqrt()
+    weight = scale * (group_var + (stats.eps if eps is None else eps)).sqrt()
     bias = stats.bias.view(groups, -1) + scale * (group_mean - mean)
     return Affine(weight.flatten(), bias.flatten())
+
+
+def group_moments(stats: Statistics, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and total variance of each group of channels over the data, two of shape (groups, 1)."""
+    mean, var = stats.mean.view(groups, -1), stats.var.view(groups, -1)
+    group_mean = mean.mean(1, keepdim=True)
+    # mean(σ² + μ²) − m², in the form that does not cancel when the means are large.
+    return group_mean, var.mean(1, keepdim=True) + (mean - group_mean).square().mean(1, keepdim=True)
+
+
+def shrinking_eps(stats: Statistics, groups: int) -> float:
+    """The eps with which a group norm divides by the mean of a sample's variance and the data's.
+
+    A sample's own variance is a noisy stand-in for the data's, by which the batch norm divides; the mean of the two
+    is nearer to it (shrinkage, as James & Stein 1961). With eps the data's variance, `x / √(var + eps)` is that, but
+    for a factor, which the gain takes back. Top-1 without data, in one group: with the batch norm's eps, with 0.5, 1,
+    2, 3 and 10 times the data's variance: ResNet-20 (.806 before) .772, .796, .798, .793, .792, .770; ResNet-56 (.829)
+    .772, .787, .801, .817, .815, .779; EfficientNet-Lite0 (.88, 125 pictures) with none, 1 and 3 times .85, .88, .88.
+    """
+    return stats.eps + group_moments(stats, groups)[1].mean().item()
 
 
 def as_batch_norm(moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Statistics:
@@ -108,10 +125,8 @@ def match_output(stats: Statistics, groups: int) -> Affine:
     They are the standard deviation and the mean that the batch half's output has over the group: its channels have the
     means β_c and the variances γ_c²·σ²_c / (σ²_c + ε). Both of shape (groups,). Exact where a sample has the data's.
     """
-    mean = stats.bias.view(groups, -1)
-    var = (as_affine(stats).scale.square() * stats.var).view(groups, -1)
-    group_mean = mean.mean(1, keepdim=True)
-    group_var = var.mean(1, keepdim=True) + (mean - group_mean).square().mean(1, keepdim=True)
+    output = stats._replace(mean=stats.bias, var=as_affine(stats).scale.square() * stats.var)
+    group_mean, group_var = group_moments(output, groups)
     return Affine((group_var + stats.eps).sqrt().flatten(), group_mean.flatten())
 
 

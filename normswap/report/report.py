@@ -36,6 +36,8 @@ class Change:
     """Whatever differs from what was asked, or was chosen by what the conversion is for."""
     groups: int | None = None
     """The number of groups, where the new layer has some."""
+    eps: float | None = None
+    """The new norm's, where it is another than the old one's."""
     partner: str | None = None
     """The path of the other layer, where a norm was folded into one."""
     amount: float | None = None

@@ -70,6 +70,8 @@ class Swap:
     note: str = ""
     """What differs from what was asked, for the report."""
     groups: int | None = None
+    eps: float | None = None
+    """The new layer's, where it is another than the old one's."""
     writes: tuple[tuple[Tensor, Tensor | Callable[[], Tensor]], ...] = ()
     """Tensors of the model that take new values in place, so that optimizers and other holders of a parameter keep it.
     A large value is a function, which is called when its turn comes."""
@@ -103,6 +105,8 @@ class Context:
     """What calibration data showed of recurrent layers, by path and vector."""
     recorded_groups: Mapping[str, int] = field(default_factory=dict)
     """The groups of norms that the recipe of a converted file tells, by path."""
+    recorded_eps: Mapping[str, float] = field(default_factory=dict)
+    """The eps of norms, where the recipe tells of another than they had, by path."""
     recorded_changes: Mapping[str, str] = field(default_factory=dict)
     """The layers that the recipe of a converted file tells to have changed, by path, and what they became."""
     told_apart: frozenset[Site] = frozenset()

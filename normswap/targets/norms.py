@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS, INSTANCE_NORM_BY_DIMS, eps_of
 from normswap.analysis.sites import Site
 from normswap.errors import OptionError
-from normswap.layers.matching import Statistics, match_output
+from normswap.layers.matching import Statistics, match_output, shrinking_eps
 from normswap.layers.norms import RATE, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 from normswap.layers.reparametrized import retyped
 from normswap.targets.context import Context, Swap, join_notes
@@ -28,7 +28,11 @@ def to_group_norm(site: Site, context: Context) -> Swap | str:
     if between and context.options.groups == "auto" and site.path not in context.recorded_groups:
         return "has groups already; give groups= to change their number"
     chosen = choose_groups(site, context)
-    return chosen if isinstance(chosen, str) else _group_norm(site, context, *chosen)
+    if isinstance(chosen, str):
+        return chosen
+    stats = read_statistics(site, context) if context.options.shrinks and site.form == "data" else None
+    eps = shrinking_eps(stats, chosen[0]) if stats is not None else None
+    return _group_norm(site, context, *chosen, context.recorded_eps.get(site.path, eps))
 
 
 def to_layer_norm(site: Site, context: Context) -> Swap | str:
@@ -74,11 +78,12 @@ def to_position_norm(site: Site, context: Context) -> Swap | str:
     return replace(swap, groups=None)
 
 
-def _group_norm(site: Site, context: Context, groups: int, note: str) -> Swap | str:
+def _group_norm(site: Site, context: Context, groups: int, note: str, eps: float | None = None) -> Swap | str:
     same = site.form in ("group", "last") and site.groups == groups
     if same and site.base is nn.GroupNorm:
         return f"has {'one group' if groups == 1 else f'{groups} groups'} already"
-    new: Any = nn.GroupNorm(groups, site.channels, eps=eps_of(site.module), affine=True, device="meta")
+    eps = eps_of(site.module) if eps is None else eps
+    new: Any = nn.GroupNorm(groups, site.channels, eps, affine=True, device="meta")
     stats = None if same else read_statistics(site, context)
     new.affine = site.module.weight is not None or (context.options.transfer == "match" and not same)
     swap = swap_with_affine(site, new, stats, groups, context, note, same)

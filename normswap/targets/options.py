@@ -51,6 +51,11 @@ class Options:
             raise OptionError(f"calibrate_seconds: {seconds!r} is no time; give seconds, 0 for matching alone")
 
     @property
+    def shrinks(self) -> bool:
+        """Whether group norms go half by a sample's variance and half by the data's: the numbers are chosen for use."""
+        return self.purpose == "use" and self.transfer == "match" and str(self.groups).strip() == "auto"
+
+    @property
     def reported_layers(self) -> tuple[str, ...]:
         """The kinds of weight layers that the report names, changed or left."""
         return (*self.layers, "rnn") if self.recurrent else tuple(self.layers)

@@ -93,7 +93,8 @@ def swap_with_affine(
     statistics over what the old norm does.
     """
     old: Any = site.module
-    values, how, more = _affine_values(site, stats, groups, context, same)
+    eps = eps_of(new) if eps_of(new) != eps_of(old) else None
+    values, how, more = _affine_values(site, stats, groups, eps, context, same)
     writes: list[tuple[Tensor, Tensor]] = []
     for name, value in values.items():
         if value is None:
@@ -108,13 +109,16 @@ def swap_with_affine(
     if shared:
         more = join_notes(more, f"{' and '.join(shared)} no longer shared with another layer")
     name = f"{type(new).__name__}({groups})" if isinstance(new, nn.GroupNorm) else type(new).__name__
-    return Swap(site, new, name, how, False, join_notes(note, more), groups, tuple(writes))
+    return Swap(site, new, name, how, False, join_notes(note, more), groups, eps, tuple(writes))
 
 
 def _affine_values(
-    site: Site, stats: Statistics | None, groups: int, context: Context, same: bool
+    site: Site, stats: Statistics | None, groups: int, eps: float | None, context: Context, same: bool
 ) -> tuple[Mapping[str, Tensor | None], str, str]:
-    """Gain and bias of a norm within a sample by the option `transfer`; what becomes of the old ones, and a note."""
+    """Gain and bias of a norm within a sample by the option `transfer`; what becomes of the old ones, and a note.
+
+    `eps` is the new norm's, where it is another than the old one's.
+    """
     old: Any = site.module
     values: dict[str, Tensor | None] = {"weight": old.weight, "bias": old.bias}
     transfer = context.options.transfer
@@ -124,9 +128,10 @@ def _affine_values(
     if transfer == "copy":
         return values, "gain and bias copied as they stand", ""
     if stats is not None:
-        affine = matching.match_groups(stats, groups)
+        affine = matching.match_groups(stats, groups, eps)
         own = site.form == "data" or site.path not in context.measured
-        how = f"{'running statistics' if own else 'statistics of the data'} moved into gain and bias"
+        into = "gain and bias" if eps is None else "gain, bias and eps"
+        how = f"{'running statistics' if own else 'statistics of the data'} moved into {into}"
         measured = context.measured.get(site.path) if site.path not in context.rescaling else None
         factor = measured.gains.get(groups, 1.0) if measured else 1.0
         if factor != 1:

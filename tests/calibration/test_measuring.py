@@ -214,7 +214,7 @@ def test_values_that_are_not_finite_are_named(bad: float) -> None:
 
 def test_nothing_as_large_as_an_input_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     norm, x = trained(nn.BatchNorm2d(16)), values_of((8, 16, 64, 64))
-    gatherer = measuring._NormGatherer(find_sites(nn.Sequential(norm))[0], [1, 2, 4])
+    gatherer = measuring._NormGatherer(find_sites(nn.Sequential(norm))[0], [1, 2, 4], False)
     with torch.profiler.profile(profile_memory=True) as profile:
         gatherer.add(x)
     assert max(event.self_cpu_memory_usage for event in profile.key_averages()) < x.nbytes / 10

@@ -87,10 +87,52 @@ def test_a_file_has_the_groups_and_nothing_runs_when_it_is_loaded(
     assert torch.equal(loaded(x), converted(x))
 
 
-def test_tensors_without_their_model_get_one_group(tmp_path: Path) -> None:
-    torch.save(randomize(chain(16, 32)).state_dict(), tmp_path / "m.pt")
+def test_tensors_without_their_model_get_one_group_and_keep_eps(tmp_path: Path) -> None:
+    model = randomize(chain(16, 32)).eval()
+    torch.save(model.state_dict(), tmp_path / "m.pt")
     report = normswap.convert_file(tmp_path / "m.pt", "gn", purpose="use")
     assert {change.groups for change in report.changes} == {1}
+    assert {change.eps for change in report.changes} == {None}
+    wanted = normswap.convert(model, "gn", groups=1).model  # as anybody writes it for the file
+    for key, tensor in torch.load(tmp_path / "m.gn.pt").items():
+        assert torch.equal(tensor, wanted.state_dict()[key]), key
+
+
+def test_for_use_a_group_norm_divides_by_the_mean_of_both_variances() -> None:
+    model = nn.Sequential(randomize(nn.BatchNorm2d(8))).eval()
+    norm, data = model[0], torch.randn(64, 8, 4, 4) * torch.linspace(0.2, 3, 64)[:, None, None, None]
+    norm.momentum = None
+    norm.train()(data)
+    converted, report = normswap.convert(model.eval(), "gn", purpose="use")
+    sample, over_data = (data.var(dims, correction=0) for dims in ((1, 2, 3), None))
+    mean = data.mean((1, 2, 3), keepdim=True)
+    std = ((sample + over_data) / 2 + norm.eps).sqrt()[:, None, None, None]
+    gain, bias, running_mean, running_std = (
+        v[:, None, None] for v in (norm.weight, norm.bias, norm.running_mean, (norm.running_var + norm.eps).sqrt())
+    )
+    wanted = (((data - mean) / std * over_data.sqrt() + data.mean()) - running_mean) / running_std * gain + bias
+    assert torch.allclose(converted(data), wanted, rtol=1e-2, atol=2e-2)
+    assert report.changes[0].eps == converted[0].eps == pytest.approx(over_data.item(), rel=1e-2)
+    assert "gain, bias and eps" in report.changes[0].how
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 1}, {"transfer": "copy"}, {"transfer": "reset"}])
+def test_eps_is_kept_unless_auto_matches_for_use(options: dict[str, Any]) -> None:
+    model = randomize(chain(16, 32)).eval()
+    for purpose in ("training", "use") if options else ("training",):
+        converted, report = normswap.convert(model, "gn", purpose=purpose, **options)
+        assert {m.eps for m in converted.modules() if isinstance(m, nn.GroupNorm)} == {1e-5}
+        assert {change.eps for change in report.changes} == {None} and report.recipe["format"] == 1
+
+
+@pytest.mark.parametrize("eps", ["big", -1.0, float("nan"), True])
+def test_a_recipe_with_a_forged_eps_is_refused(eps: Any, tmp_path: Path) -> None:
+    converted = normswap.convert(randomize(chain(16)).eval(), "gn", purpose="use").model
+    for layer in converted.normswap_recipe["layers"].values():
+        layer["eps"] = eps
+    torch.save(converted.state_dict(), tmp_path / "m.pt")
+    with pytest.raises(normswap.NormswapError, match="recipe is damaged"):
+        normswap.load(tmp_path / "m.pt", model=lambda: chain(16))
 
 
 def test_the_command(tmp_path: Path) -> None:
