@@ -3,11 +3,16 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from normswap.report.path_patterns import DEEPEST, ROOT, fold_paths, ranges, stem_and_number
 from normswap.report.report import Change, Drift
 
 _MOST_BARS = 12
+_WHOLE = 1.0  # relative L2 of a full bar: the output moved as far as it is long, and has little in common with the old
+_SMALL, _MEDIUM = 0.1, 0.5  # up to where a drift has that severity
+
+Severity = Literal["small", "medium", "large"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,28 @@ class Bar:
 
     path: str
     value: float
+    """The relative L2 distance of the outputs."""
     count: int
+    """Of how many layers this is the furthest."""
+
+    @property
+    def share(self) -> float:
+        """How much of a full bar it fills, from 0 to 1; the scale is the same in every report."""
+        return min(1.0, self.value / _WHOLE)
+
+    @property
+    def severity(self) -> Severity:
+        return "small" if self.value < _SMALL else "medium" if self.value < _MEDIUM else "large"
+
+    @property
+    def shown(self) -> str:
+        """The share of the output that moved: `25%`."""
+        return f"{self.value:.0%}" if self.value >= _SMALL else f"{self.value:.1%}"
+
+    @property
+    def several(self) -> str:
+        """What to say beside a bar that stands for several layers."""
+        return f"furthest of {self.count}" if self.count > 1 else ""
 
 
 def drift_bars(drift: Drift | None, full: bool = False) -> list[Bar]:

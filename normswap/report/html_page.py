@@ -17,37 +17,85 @@ _OPEN_DEPTH = 2  # branches of the tree that are open at first
 
 def to_html(report: Report, source: str) -> str:
     """The report on a conversion (or a `diff`) of `source` as HTML."""
-    template = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
-    rows = [*map(_change_row, report.changes), *map(_left_row, report.left)]
-    return template.substitute(
-        title=_escaped(wording.heading(report, source)),
-        summary=_summary(report),
-        charts=f'<div class="charts">{_drift_chart(report)}{_groups_chart(report)}</div>',
-        tree=_tree(report),
-        rows="\n".join(rows),
-        lines=len(rows),
-        foot=_escaped(f"normswap {version('normswap')}"),
+    rows = [*(_change_row(change, report) for change in report.changes), *map(_left_row, report.left)]
+    tree = (
+        '<section id="tree"><h2>Modules, before and after</h2><p class="dim">● changed, ○ a norm or weight layer left '
+        'as it was</p><div class="row dim"><span>module</span><span>before</span><span>after</span></div>'
+        f'<div class="tree">{_tree(report)}</div></section>'
+    )
+    body = f"{_drift_chart(report)}{_groups_chart(report)}{search_bar(len(rows), folds=True)}{tree}"
+    return page(
+        wording.heading(report, source), _summary(report), f"{body}{all_lines(('path', 'layer', 'what and why'), rows)}"
     )
 
 
-def _escaped(text: str) -> str:
+def page(title: str, summary: str, body: str) -> str:
+    """A whole page; `summary` and `body` are HTML."""
+    template = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    foot = escaped(f"normswap {version('normswap')}")
+    return template.substitute(title=escaped(title), summary=summary, body=body, foot=foot)
+
+
+def escaped(text: str) -> str:
     """`text` as nothing but text, within a tag's quotes too."""
     return html.escape(printable(text))
+
+
+def tiles(cells: Iterable[tuple[object, str]]) -> str:
+    """Numbers, or HTML, over what they are."""
+    drawn = (f'<div class="tile" data-name="{name}"><b>{value}</b>{name}</div>' for value, name in cells)
+    return f'<div class="tiles">{"".join(drawn)}</div>'
+
+
+def search_bar(lines: int, folds: bool = False) -> str:
+    """The field that searches the lines of the page; with `folds`, a button for the branches of a tree."""
+    button = '<button id="fold" type="button">Unfold all</button>' if folds else ""
+    field = '<input id="search" type="search" placeholder="Search paths, layers, reasons" aria-label="Search">'
+    return f'<div class="search">{field}<span id="found" class="dim" role="status">{lines} lines</span>{button}</div>'
+
+
+def all_lines(head: Iterable[str], rows: Iterable[str]) -> str:
+    """The table that is searched; `rows` are of `searched_row`."""
+    names, lines = "".join(f"<th>{name}</th>" for name in head), "\n".join(rows)
+    table = f"<table><thead><tr>{names}</tr></thead>\n<tbody>{lines}</tbody></table>"
+    return f'<section id="all"><h2>All lines</h2>{table}</section>'
+
+
+def searched_row(kind: str, what: str, paths: Iterable[str], *words: str) -> str:
+    """A line of the table: paths and layers, then plain words."""
+    paths = tuple(paths)
+    cells = "".join(f'<td class="path">{escaped(cell)}</td>' for cell in paths)
+    cells += "".join(f"<td>{escaped(cell)}</td>" for cell in words)
+    found = _searchable([*paths, *words])
+    return f'<tr class="{kind}" data-kind="{escaped(what)}" data-text="{found}">{cells}</tr>'
 
 
 def _summary(report: Report) -> str:
     totals = report.totals
     changed = [(totals.norms_changed, "norms changed"), (totals.weights_changed, "weights changed")]
-    tiles = [*changed, (totals.left, "left")]
+    cells: list[tuple[object, str]] = [*changed, (totals.left, "left")]
     if report.target == "diff":
-        tiles = [(len(report.changes), "differences"), (totals.left, "the same")]
-    shown = "".join(f'<div class="tile" data-name="{name}"><b>{count}</b>{name}</div>' for count, name in tiles)
-    if report.target != "diff":
-        kind, word = ("exact" if report.exact else "near"), wording.verdict(report.exact)
-        shown += f'<div class="tile" data-name="verdict"><b class="{kind}">{word}</b>in eval mode</div>'
-    sentences = "".join(f"<li>{_escaped(sentence)}</li>" for sentence in wording.summary(report))
-    warnings = "".join(f'<p class="warning">{_escaped(notice)}</p>' for notice in report.warnings)
-    return f'<div class="tiles">{shown}</div><ul>{sentences}</ul>{warnings}'
+        cells = [(len(report.changes), "differences"), (totals.left, "the same")]
+    else:
+        kind, word = ("exact" if report.exact else "near"), wording.kept_word(report)
+        cells.append((f'<span class="{kind}">{word}</span>', "in eval mode"))
+    told = wording.summary(report) if report.target == "diff" else wording.details(report)  # the tiles tell the rest
+    sentences = "".join(f"<li>{escaped(sentence)}</li>" for sentence in told)
+    warnings = "".join(f'<p class="warning">{escaped(notice)}</p>' for notice in report.warnings)
+    return f"{tiles(cells)}{_legend(report)}<ul>{sentences}</ul>{warnings}{_written(report)}"
+
+
+def _legend(report: Report) -> str:
+    if report.target == "diff":
+        return ""
+    words = "".join(f"<dt>{word}</dt><dd>{escaped(meaning)}</dd>" for word, meaning in wording.LEGEND.items())
+    return f'<dl class="legend dim">{words}</dl>'
+
+
+def _written(report: Report) -> str:
+    lines = wording.written_lines(report.written)
+    shown = "".join(f"<dt>{name}</dt><dd><code>{escaped(text)}</code></dd>" for name, text in lines)
+    return f'<dl class="written">{shown}</dl>' if shown else ""
 
 
 # ---- charts ----
@@ -57,16 +105,14 @@ def _drift_chart(report: Report) -> str:
     bars, every = charts.drift_bars(report.drift), charts.drift_bars(report.drift, full=True)
     if not bars:
         return ""
-    longest = max(max(bar.value for bar in bars), 1e-12)
-    drawn, each = (
-        "".join(_bar(_several(bar), bar.value / longest, f"{bar.value:.2g}") for bar in some) for some in (bars, every)
-    )
+    drawn, each = (_bars((_several(bar), bar.share, bar.shown, bar.severity) for bar in some) for some in (bars, every))
     all_of_them = f"<details><summary>every layer</summary>{each}</details>" if len(bars) < len(every) else ""
-    return f'<section id="drift"><h2>Drift of each layer\'s output (relative L2)</h2>{drawn}{all_of_them}</section>'
+    title = f'<h2>{escaped(wording.DRIFT_TITLE.capitalize())}</h2><p class="dim">{escaped(wording.DRIFT_SCALE)}</p>'
+    return f'<section id="drift">{title}{drawn}{all_of_them}</section>'
 
 
 def _several(bar: charts.Bar) -> str:
-    return bar.path if bar.count == 1 else f"{bar.path} (furthest of {bar.count})"
+    return f"{bar.path} ({bar.several})" if bar.several else bar.path
 
 
 def _groups_chart(report: Report) -> str:
@@ -74,17 +120,22 @@ def _groups_chart(report: Report) -> str:
     if not groups:
         return ""
     most = max(count for _, count in groups)
-    drawn = "".join(
-        _bar(wording.plural(number, "group"), count / most, wording.plural(count, "layer")) for number, count in groups
+    drawn = _bars(
+        (wording.plural(number, "group"), count / most, wording.plural(count, "layer"), "plain")
+        for number, count in groups
     )
     return f'<section id="groups"><h2>Groups of the new norms</h2>{drawn}</section>'
 
 
-def _bar(name: str, share: float, value: str) -> str:
-    return (
-        f'<div class="bar"><span class="path">{_escaped(name)}</span><i style="width:{100 * share:.1f}%"></i>'
-        f"<span>{_escaped(value)}</span></div>"
+def _bars(bars: Iterable[tuple[str, float, str, str]]) -> str:
+    """Bars on one scale, each a (name, share of the full width, value, class of its colour)."""
+    lines = (
+        f'<div class="bar"><span class="path" title="{escaped(name)}">{escaped(name)}</span>'
+        f'<span class="track"><i class="{kind}" style="width:{100 * share:.1f}%"></i></span>'
+        f"<span>{escaped(value)}</span></div>"
+        for name, share, value, kind in bars
     )
+    return f'<div class="bars">{"".join(lines)}</div>'
 
 
 # ---- the tree ----
@@ -115,8 +166,8 @@ def _branch(branch: Branch[Node], path: str, marks: Mapping[str, tuple[str, str]
     changes = sum(marks.get(item.path, ("",))[0] == " changed" for _, inner in branch.walk() for item in inner.items)
     below = f" ({changes} changed)" if changes else ""
     cells = (branch.name or ROOT, node.before, (node.after or ("gone" if node.before else "")) + below)
-    spans = "".join(f"<span>{_escaped(cell)}</span>" for cell in cells)
-    row = f'<div class="row path{mark}" style="--depth:{depth}" title="{_escaped(reason)}">{spans}</div>'
+    spans = "".join(f"<span>{escaped(cell)}</span>" for cell in cells)
+    row = f'<div class="row path{mark}" style="--depth:{depth}" title="{escaped(reason)}">{spans}</div>'
     text = f'data-text="{_searchable([path, *cells, reason])}"'
     if not branch.below:
         yield f'<div class="leaf" {text}>{row}</div>'
@@ -130,22 +181,17 @@ def _branch(branch: Branch[Node], path: str, marks: Mapping[str, tuple[str, str]
 # ---- all lines ----
 
 
-def _change_row(change: Change) -> str:
+def _change_row(change: Change, report: Report) -> str:
     names = " = ".join(path or ROOT for path in change.paths)
-    verdict = f" ({wording.verdict(change.exact)})" if change.kind in wording.MAY_BE_EXACT else ""
+    verdict = f" ({word})" if (word := wording.change_word(change, report)) else ""
     amount = f"; relative L2 {change.amount:.2g}" if change.amount is not None else ""
     why = f"{change.how}{verdict}{amount}{f'; {change.note}' if change.note else ''}"
-    return _row("change", change.kind, names, f"{change.before} → {change.after}", why)
+    return searched_row("change", change.kind, (names, f"{change.before} → {change.after}"), why)
 
 
 def _left_row(entry: Left) -> str:
-    return _row("left", entry.kind, entry.path or ROOT, entry.module, f"left: {entry.reason}")
-
-
-def _row(kind: str, what: str, path: str, layer: str, why: str) -> str:
-    cells = f'<td class="path">{_escaped(path)}</td><td class="path">{_escaped(layer)}</td><td>{_escaped(why)}</td>'
-    return f'<tr class="{kind}" data-kind="{_escaped(what)}" data-text="{_searchable([path, layer, why])}">{cells}</tr>'
+    return searched_row("left", entry.kind, (entry.path or ROOT, entry.module), f"left: {entry.reason}")
 
 
 def _searchable(parts: Iterable[str]) -> str:
-    return _escaped(" ".join(parts).lower())
+    return escaped(" ".join(parts).lower())

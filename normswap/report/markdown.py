@@ -28,7 +28,12 @@ def _parts(report: Report, source: str) -> Iterator[str]:
     yield from (f"\n> **warning:** {_plain(notice)}" for notice in report.warnings)
     if report.changes:
         rows = [
-            (_code(line.path), _plain(line.what), str(line.count), _plain(section.how + _in_brackets(section.exact)))
+            (
+                _code(line.path),
+                _plain(line.what),
+                str(line.count),
+                _plain(section.how + _in_brackets(wording.change_word(section.changes[0], report))),
+            )
             for section in wording.sections(report.changes)
             for line in wording.change_lines(section.changes)
         ]
@@ -37,12 +42,11 @@ def _parts(report: Report, source: str) -> Iterator[str]:
         yield "\nDiffers from what was asked, or was chosen:\n"
         yield from (f"- {_plain(note)}" for note in notes)
     if not report.exact and (bars := charts.drift_bars(report.drift)):
-        longest = max(bar.value for bar in bars) or 1.0
         drawn = [
-            (_code(b.path), f"{b.value:.2g}", "█" * max(1, round(_LONGEST_BAR * b.value / longest)), str(b.count))
-            for b in bars
+            (_code(bar.path), bar.shown, "█" * max(1, round(_LONGEST_BAR * bar.share)), bar.several) for bar in bars
         ]
-        yield _table(("layers", "drift, furthest", "", "count"), drawn)
+        yield f"\n{_plain(wording.DRIFT_TITLE.capitalize())} ({_plain(wording.DRIFT_SCALE)}):"
+        yield _table(("layers", "moved", "", ""), drawn)
     if report.left:
         rows = [
             (_code(line.path), _plain(line.what), str(line.count), _plain(line.reason))
@@ -51,10 +55,13 @@ def _parts(report: Report, source: str) -> Iterator[str]:
         yield f"\n<details><summary>{wording.left_heading(report)}</summary>\n"
         yield _table(("layers", "class", "count", "why"), rows)
         yield "\n</details>"
+    if report.target != "diff":
+        yield "\n" + "; ".join(f"*{word}*: {_plain(meaning)}" for word, meaning in wording.LEGEND.items())
+    yield from (f"\n{name}: {_code(text)}" for name, text in wording.written_lines(report.written))
 
 
-def _in_brackets(exact: bool | None) -> str:
-    return "" if exact is None else f" ({wording.verdict(exact)})"
+def _in_brackets(word: str) -> str:
+    return f" ({word})" if word else ""
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -99,6 +99,18 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Written:
+    """What made an output, and how it is read; a text is "" where there is none."""
+
+    command: str = ""
+    """As it was typed; "" for a call in Python."""
+    path: str = ""
+    """The file or the folder that was written."""
+    load: str = ""
+    """The line of Python that gives the model in it."""
+
+
+@dataclass(frozen=True)
 class Drift:
     """How far the output moved on a probe input, in eval mode.
 
@@ -166,6 +178,8 @@ class Report:
     """The whole tree; empty in a `diff` of tensors."""
     cost: Cost | None = None
     """None where no file was converted."""
+    written: Written | None = None
+    """Likewise."""
 
     @property
     def exact(self) -> bool:

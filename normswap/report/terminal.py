@@ -13,7 +13,8 @@ from normswap.report.report import Report
 
 _MOST_NOTES = 8
 _LONGEST_BAR = 24  # characters
-_FAR = 1.0  # relative L2 beyond which a bar grows no more: the output has little in common with the one before
+_SHORTEST_PATH = 20  # characters
+_COLORS = {"small": "green", "medium": "yellow", "large": "red"}
 _ASCII = str.maketrans({"→": "->", "×": "x", "█": "#", "…": "...", "·": "-", "–": "-", "—": "-", "‖": "|", "’": "'"})
 
 
@@ -33,6 +34,14 @@ class Terminal:
         """The same for rich."""
         return Text(self.string(text), style=style)
 
+    def fitted(self, text: str, columns: int) -> Text:
+        """The same in one line of at most so many columns: what is too much is left out in the middle."""
+        shown, gap = self.string(text), self.string("…")
+        if len(shown) <= columns:
+            return Text(shown)
+        kept = columns - len(gap)
+        return Text(f"{shown[: kept - kept // 2]}{gap}{shown[len(shown) - kept // 2 :]}")
+
 
 def plain_table(*names: str) -> Table:
     """A table without lines or header, whose texts fold; `count` and `value` stand at the right."""
@@ -49,7 +58,6 @@ class ReportView:
 
     report: Report
     title: str = ""  # what was converted
-    out: str = ""  # the file that was written
     full: bool = False  # a line for every layer, not patterns
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -63,13 +71,16 @@ class ReportView:
         if notes := self._notes(terminal):
             yield from (Text("differs from what was asked, or was chosen", style="bold"), *notes, Text())
         if report.left:
-            yield from (Text(wording.left_heading(report), style="bold"), self._left(terminal), Text())
+            yield from (Text(wording.left_heading(report), style="bold"), *self._left(terminal), Text())
         if not report.exact and (bars := charts.drift_bars(report.drift, self.full)):
-            yield from (Text("drift of each layer's output", style="bold"), _drift_chart(bars, terminal), Text())
+            yield from (Text(wording.DRIFT_TITLE, style="bold"), terminal.text(wording.DRIFT_SCALE, "dim"))
+            yield from (_drift_chart(bars, terminal), Text())
         yield from (_with_verdict(terminal.text(sentence)) for sentence in wording.summary(report))
         yield from (terminal.text(f"warning: {notice}", "yellow") for notice in report.warnings)
-        if self.out:
-            yield Text.assemble(("written to", "bold"), f" {terminal.string(self.out)}", overflow="fold")
+        if report.target != "diff":
+            yield _legend(terminal)
+        for name, value in wording.written_lines(report.written):
+            yield Text.assemble((name, "bold"), f" {terminal.string(value)}", overflow="fold")
 
     def _changes(self, terminal: Terminal) -> Iterator[Table | Text]:
         """A heading for each section, and below it what became what."""
@@ -80,7 +91,8 @@ class ReportView:
             title = terminal.text(section.how, "bold")
             if section.exact is not None:
                 style = "green" if section.exact else "yellow"
-                title.append_text(Text.assemble(" (", (wording.verdict(section.exact), style), ")", style="none"))
+                word = wording.change_word(section.changes[0], self.report)
+                title.append_text(Text.assemble(" (", (word, style), ")", style="none"))
             yield title
             table = plain_table("path", "change", "count")
             table.columns[0].min_width = min(width + 2, 50, max(26, terminal.width - 34))
@@ -97,28 +109,39 @@ class ReportView:
             return [*notes[:_MOST_NOTES], Text(f"and {hidden} more lines (--full)", style="dim")]
         return notes
 
-    def _left(self, terminal: Terminal) -> Table:
-        table = plain_table("path", "module", "count", "reason")
-        for line in wording.left_lines(self.report.left, self.full):
-            count = "" if self.full else f"×{line.count}"
-            table.add_row(*map(terminal.text, (line.path, line.what, count, line.reason)))
-        return table
+    def _left(self, terminal: Terminal) -> Iterator[Table | Text]:
+        """Each reason, and below it the layers that stay for it."""
+        for reason, lines in wording.left_by_reason(self.report.left, self.full).items():
+            table = plain_table("path", "module", "count")
+            for line in lines:
+                count = "" if self.full else f"×{line.count}"
+                table.add_row(*map(terminal.text, (f"    {line.path}", line.what, count)))
+            yield from (terminal.text(f"  {reason}"), table)
 
 
 def _with_verdict(sentence: Text) -> Text:
-    sentence.highlight_words(["approximate;"], "yellow")
+    sentence.highlight_words(["approximate;", "matched;", "calibrated;"], "yellow")
     sentence.highlight_words(["exact;"], "green")
     return sentence
 
 
+def _legend(terminal: Terminal) -> Table:
+    table = plain_table("word", "meaning")
+    table.columns[0].no_wrap = True
+    for word, meaning in wording.LEGEND.items():
+        table.add_row(terminal.text(word, "dim"), terminal.text(meaning, "dim"))
+    return table
+
+
 def _drift_chart(bars: list[charts.Bar], terminal: Terminal) -> Table:
+    """A bar a line on one scale, which no label breaks."""
     table = plain_table("path", "value", "bar", "count")
-    table.columns[2].no_wrap = table.columns[3].no_wrap = True
-    longest = min(_FAR, max(bar.value for bar in bars)) or 1.0
+    table.columns[0].no_wrap = table.columns[2].no_wrap = table.columns[3].no_wrap = True
     most = max(6, min(_LONGEST_BAR, terminal.width // 3 - 8))
+    beside = 2 + most + max(len(bar.shown) for bar in bars) + max(len(bar.several) for bar in bars) + 3
     for bar in bars:
-        length = max(1, round(most * min(1.0, bar.value / longest)))
-        drawn = terminal.text("█" * length, "red" if bar.value > 0.75 * longest else "yellow")
-        several = terminal.text(f"furthest of {bar.count}" if bar.count > 1 else "", "dim")
-        table.add_row(terminal.text(f"  {bar.path}"), f"{bar.value:.2g}", drawn, several)
+        length = max(1, round(most * bar.share))
+        drawn = terminal.text("█" * length, _COLORS[bar.severity]) + terminal.text("·" * (most - length), "dim")
+        path = Text("  ") + terminal.fitted(bar.path, max(_SHORTEST_PATH, terminal.width - beside))
+        table.add_row(path, bar.shown, drawn, terminal.text(bar.several, "dim"))
     return table

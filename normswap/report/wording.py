@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from normswap.report.path_patterns import NUMBER, ROOT, fold_paths, span, summarize_paths
-from normswap.report.report import Calibration, Change, Cost, Drift, Left, Report, Totals
+from normswap.report.report import Calibration, Change, Cost, Drift, Left, Report, Totals, Written
 from normswap.target_table import describe_slowdown
 
 Item = TypeVar("Item")
@@ -46,6 +46,37 @@ def plural(count: int, noun: str) -> str:
 
 def verdict(exact: bool) -> str:
     return "exact" if exact else "approximate"
+
+
+LEGEND = {
+    "exact": "the same outputs as before in eval mode, up to rounding",
+    "matched": "near: gain and bias start from the running statistics; no data needed",
+    "calibrated": "nearer: gain and bias are then fitted to the old outputs on your data",
+}
+"""The words for what a conversion keeps, and what they mean."""
+DRIFT_TITLE = "how much of each layer's output moved"
+DRIFT_SCALE = "0%: nothing; 100%, a full bar: as much as the output itself (relative L2 distance)"
+
+
+def kept_word(report: Report) -> str:
+    """How much of the function the whole conversion keeps: a word of `LEGEND`, or "approximate"."""
+    norms = [change for change in report.changes if change.kind == "norm"]
+    return verdict(True) if report.exact else _word_of_norms(report) if norms else verdict(False)
+
+
+def change_word(change: Change, report: Report) -> str:
+    """The same of one change, and of those in its section; "" for a kind that is never called exact."""
+    if change.kind not in MAY_BE_EXACT:
+        return ""
+    return _word_of_norms(report) if not change.exact and change.kind == "norm" else verdict(change.exact)
+
+
+def _word_of_norms(report: Report) -> str:
+    """How near the norms are that are not exact."""
+    if report.calibration is not None and report.calibration.kept == "calibrated":
+        return "calibrated"
+    transfer = report.recipe.get("options", {}).get("transfer", "match")
+    return "matched" if transfer == "match" else verdict(False)
 
 
 def _grouped(items: Iterable[Item], key: Callable[[Item], GroupKey]) -> dict[GroupKey, list[Item]]:
@@ -107,6 +138,19 @@ def left_lines(left: Sequence[Left], full: bool = False) -> list[Line]:
     ]
 
 
+def left_by_reason(left: Sequence[Left], full: bool = False) -> dict[str, list[Line]]:
+    """The lines of what stayed, by why."""
+    return _grouped(left_lines(left, full), lambda line: line.reason)
+
+
+def written_lines(found: Written | None) -> list[tuple[str, str]]:
+    """What was typed, what was written, and how to load it, each behind its name."""
+    if found is None:
+        return []
+    lines = [("command", found.command), ("written to", found.path), ("load it with", found.load)]
+    return [(name, text) for name, text in lines if text]
+
+
 def notes(changes: Sequence[Change]) -> list[str]:
     """What differs from what was asked, or was chosen; notes that differ in numbers alone are one."""
     texts = []
@@ -131,7 +175,7 @@ def counts_sentence(report: Report) -> str:
         differences = ", ".join(f"{count} {how}" for how, count in found.items()) or "no difference"
         return f"{differences}; {totals.left} the same"
     norms, weights = plural(totals.norms_changed, "norm"), plural(totals.weights_changed, "weight")
-    return f"{norms}, {weights} changed: {verdict(report.exact)}; {totals.left} left"
+    return f"{norms}, {weights} changed: {kept_word(report)}; {totals.left} left"
 
 
 def sizes_sentence(totals: Totals) -> str:
@@ -143,12 +187,16 @@ def sizes_sentence(totals: Totals) -> str:
 
 
 def summary(report: Report) -> list[str]:
-    """Counts, sizes, drift, calibration, what training will take longer, and the cost of it all, a sentence each."""
+    """Counts, and all that `details` has, a sentence each."""
+    return [counts_sentence(report), *details(report)]
+
+
+def details(report: Report) -> list[str]:
+    """Sizes, drift, calibration, what training will take longer, and the cost of it all, a sentence each."""
     if report.target == "diff":
-        return [counts_sentence(report), sizes_sentence(report.totals)]
+        return [sizes_sentence(report.totals)]
     furthest = furthest_sentence(report.drift) if report.drift and not report.exact else ""
     sentences = [
-        counts_sentence(report),
         sizes_sentence(report.totals),
         drift_sentence(report.drift),
         furthest,
