@@ -3,6 +3,7 @@
 import gc
 import io
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -39,9 +40,10 @@ _UsageError: Any = typer.BadParameter.__base__  # click's, or of the click that 
 class _Commands(TyperGroup):
     """The commands, whose errors about arguments show these in characters that do nothing to a terminal."""
 
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **more: Any) -> Any:
+        typed = shlex.join(["normswap", *args])
         with _printable_usage_errors():
-            return super().make_context(*args, **kwargs)
+            return super().make_context(info_name, args, *rest, obj=typed, **more)
 
     def invoke(self, ctx: Any) -> Any:
         with _printable_usage_errors():
@@ -80,6 +82,7 @@ def _app(
 
 @app.command()
 def convert(
+    context: typer.Context,
     input: opt.Input, to: opt.To, groups: opt.Groups = "auto", purpose: opt.PurposeChoice = opt.Purpose.training,
     transfer: opt.TransferChoice = opt.TransferRule.match,
     ws: opt.WsChoice = opt.Ws.preserve, ws_scope: opt.WsScopeChoice = opt.WsScope.normed, layers: opt.Layers = "conv",
@@ -98,7 +101,7 @@ def convert(
     [bold]normswap convert torchvision:resnet50 --to gn --calibrate pictures/ --report report.html[/]
     """
     from normswap.conversion.request import phases
-    from normswap.files import convert_file, model_specs, paths
+    from normswap.files import convert_file, model_specs
 
     form, data = format.value if format else None, calibrate is not None
     phased = len(phases(data))
@@ -113,10 +116,9 @@ def convert(
             input_size=parse_size(input_size), mean=parse_numbers("--mean", mean, float),
             std=parse_numbers("--std", std, float), calibrate=calibrate, calibrate_seconds=calibrate_seconds,
             device=device, fold=fold, format=form, overwrite=overwrite, dry_run=dry_run, reports=report or (),
-            progress=progress,
+            command=_typed(context), progress=progress,
         )  # fmt: skip
-    written = "" if dry_run else str(paths.output_of(out, input, to, form))
-    _show(done, ReportView(done, input, written, full), as_json, quiet)
+    _show(done, ReportView(done, input, full), as_json, quiet)
 
 
 @app.command()
@@ -141,6 +143,7 @@ def inspect(
 
 @app.command()
 def fold(
+    context: typer.Context,
     input: opt.Input, model: opt.Model = None, model_arg: opt.ModelArg = None, key: opt.Key = None,
     allow: opt.Allow = None, trust: opt.Trust = False, out: opt.Out = None, overwrite: opt.Overwrite = False,
     report: opt.ReportFile = None, as_json: opt.Json = False, full: opt.Full = False, quiet: opt.Quiet = False,
@@ -161,8 +164,9 @@ def fold(
         done = convert_file.convert_file(
             input, PLAIN_TARGET, where, model=model, model_args=model_specs.parse_arguments(model_arg or []), key=key,
             allow=allowed_classes(allow), trust=trust, overwrite=overwrite, reports=report or (),
+            command=_typed(context),
         )  # fmt: skip
-    _show(done, ReportView(done, input, str(where), full), as_json, quiet)
+    _show(done, ReportView(done, input, full), as_json, quiet)
 
 
 @app.command()
@@ -186,7 +190,7 @@ def diff(
         progress(f"comparing {a} with {b}")
         done = compare(a, b, key=key, allow=allowed_classes(allow), trust=trust)
         report_file.write_report_files(done, f"{a} and {b}", files, overwrite)
-    _show(done, ReportView(done, f"{a} and {b}", full=full), as_json, quiet)
+    _show(done, ReportView(done, f"{a} and {b}", full), as_json, quiet)
 
 
 @app.command()
@@ -205,6 +209,11 @@ def targets() -> None:
             table.add_row(form.name, form.becomes, form.exactness, form.paper, form.choose_when)
         console.print(table, "")
     console.print("Any of the first with any of the second: " + ", ".join(name for name in TARGET_FORMS if "-" in name))
+
+
+def _typed(context: typer.Context) -> str:
+    """The command as it was typed, in the shell's quotes."""
+    return str(context.obj or "")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from normswap.conversion.request import Progress
 from normswap.errors import OptionError
 from normswap.files import inputs, model_specs, one_model, paths, recipe, report_file
 from normswap.files.file_request import ConvertedEntry, FileRequest
-from normswap.report.report import Change, Cost, Report
+from normswap.files.load_line import load_line
+from normswap.report.report import Change, Cost, Report, Written
 from normswap.targets.options import Options
 from normswap.targets.target import Target, check_options, parse_target
 from normswap.training import optimizer_states, optimizers, parameter_numbers
@@ -36,7 +38,7 @@ def convert_file(
     input_size: int | Sequence[int] | None = None, mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None, fold: bool = False, format: str | None = None, allow: Iterable[str | type] = (),
     trust: bool = False, overwrite: bool = False, dry_run: bool = False, reports: Iterable[str | os.PathLike[str]] = (),
-    progress: Progress = lambda phase: None, **options: Any,
+    command: str = "", progress: Progress = lambda phase: None, **options: Any,
 ) -> Report:  # fmt: skip
     """Convert the model in a file or a folder, or a model of a library, and write it in the same kind.
 
@@ -51,16 +53,16 @@ def convert_file(
         weights: the published weights of a library's model, by name.
         key: which entry of a training checkpoint is the model, where it has none of the usual names.
         eps: of the norms in a file without its model; 1e-5 is assumed.
-        input_shape: the shape of an input batch; group counts then regard the sizes of feature maps.
-        example_inputs: the same with inputs of your own.
+        input_shape, example_inputs: of an input batch, or inputs; group counts then regard the sizes of feature maps.
         calibrate: data as for `normswap.convert`, or the path of a folder of pictures or of a file of tensors (`.pt`,
             `.npy`, `.npz`, `.safetensors`); pictures are prepared as the library's model has it.
         input_size, mean, std: for other pictures: side or (height, width); a number a channel, of values from 0 to 1.
         fold: bake standardized weights in and leave plain torch layers.
         format: write `pt`, `safetensors` or `dcp` instead; of a training checkpoint, the model alone.
         allow, trust: which classes a file may hold; see `normswap.load`.
-        overwrite, dry_run: replace existing outputs; write no model. `progress`: called with the name of each phase.
+        overwrite, dry_run: replace existing outputs; write no model.
         reports: files for the report (`.html`, `.md`, `.json`, `.svg`), which come with the model or not at all.
+        command, progress: what was typed, for the report; called with the name of each phase.
         device, options: as for `normswap.convert`.
 
     Raises:
@@ -69,11 +71,10 @@ def convert_file(
     started = time.monotonic()
     asked, target = Options(calibrate=calibrate, **options), to if isinstance(to, Target) else parse_target(to)
     check_options(target, asked)
-    out = paths.output_of(out, path, target.name, format)
-    format = format or paths.format_by_ending(out)
-    outputs = Outputs(str(path), None if dry_run else out, format, tuple(map(Path, reports)), overwrite)
+    out, format = paths.output_and_format(out, path, target.name, format)
+    load = partial(load_line, path, model=model, model_args=model_args, key=key, trust=trust, allow=allow)
+    outputs = Outputs(str(path), None if dry_run else out, format, tuple(map(Path, reports)), overwrite, command, load)
     _check_paths(path, outputs, (model, calibrate))
-    pictures = {"input_size": input_size, "mean": mean, "std": std}
     given = input_shape, example_inputs, parse_device(device)
     request = FileRequest(target, asked, model, model_args or {}, eps, *given, fold, progress)
     with steady_files(path, calibrate) as check_inputs:
@@ -85,6 +86,7 @@ def convert_file(
         _check_kind(found, outputs)
         with inputs.errors_name(path):
             one_model.check_request(entries := contents.find_entries(found.content, key, path), found.path, request)
+            pictures = {"input_size": input_size, "mean": mean, "std": std}
             asked = replace(asked, calibrate=_read_data(calibrate, (path, model), weights, pictures, progress))
             converted, report = _convert_models(found, entries, replace(request, options=asked))
         return _write(_in_format(converted, format, key), report, outputs, check_inputs, started, progress)
@@ -102,6 +104,10 @@ class Outputs:
     """None: that of the input."""
     reports: tuple[Path, ...]
     overwrite: bool
+    command: str
+    """What was typed, if anything was."""
+    load: Callable[[Any, Path], str]
+    """The line of Python that loads a content that is written to a path."""
 
 
 def _check_paths(path: str | os.PathLike[str], outputs: Outputs, read_too: Iterable[object]) -> None:
@@ -220,7 +226,10 @@ def _write(
                 mapped=not model_specs.is_spec(outputs.source),
             )
             staged.append(stack.enter_context(writing_model))
-        report = replace(report, cost=Cost(time.monotonic() - started, mapped_memory.peak_memory()))
+        loads = outputs.load(found.content, outputs.model) if outputs.model is not None else ""
+        written = Written(outputs.command, str(outputs.model or ""), loads)
+        cost = Cost(time.monotonic() - started, mapped_memory.peak_memory())
+        report = replace(report, cost=cost, written=written)
         writing_reports = report_file.stage_report_files(report, outputs.source, outputs.reports, outputs.overwrite)
         staged += stack.enter_context(writing_reports)
         check_inputs()

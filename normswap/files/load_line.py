@@ -12,8 +12,8 @@ from normswap.files import model_specs
 
 
 def load_line(
-    content: Any, out: Path, source: str | os.PathLike[str], *, model: object, key: str | None, trust: bool,
-    allow: Iterable[str | type],
+    source: str | os.PathLike[str], content: Any, out: Path, *, model: object, model_args: Mapping[str, Any] | None,
+    key: str | None, trust: bool, allow: Iterable[str | type],
 ) -> str:  # fmt: skip
     """A call of `normswap.load` that gives the model in `out`, a checkpoint with this content.
 
@@ -23,7 +23,10 @@ def load_line(
     value = contents.find_entries(content, key, source)[0].value
     arguments = [repr(str(out))]
     if not isinstance(value, nn.Module) and not _names_its_model(value):
-        arguments.append(f"model={model!r}" if isinstance(model, str) else "model=YourModel")
+        spec = model or str(source)
+        known = isinstance(spec, str) and (model is not None or model_specs.is_spec(spec))
+        arguments.append(f"model={spec!r}" if known else "model=YourModel")
+        arguments += [f"model_args={dict(model_args)!r}"] if model_args else []
     if key is not None:
         arguments.append(f"key={key!r}")
     names = [allow] if isinstance(allow, str) else [name if isinstance(name, str) else name.__name__ for name in allow]

@@ -33,6 +33,14 @@ def default_output(path: str | os.PathLike[str], suffix: str, format: str | None
     return path.with_name(f"{path.stem}.{suffix}{endings.get(format or '', own)}")
 
 
+def output_and_format(
+    out: str | os.PathLike[str] | None, source: str | os.PathLike[str], suffix: str, format: str | None
+) -> tuple[Path, str | None]:
+    """Where a converted model goes, and in which format: that of the input where it is None and no ending tells."""
+    place = output_of(out, source, suffix, format)
+    return place, format or format_by_ending(place)
+
+
 def output_of(
     out: str | os.PathLike[str] | None, source: str | os.PathLike[str], suffix: str, format: str | None = None
 ) -> Path:

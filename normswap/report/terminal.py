@@ -79,8 +79,8 @@ class ReportView:
         yield from (terminal.text(f"warning: {notice}", "yellow") for notice in report.warnings)
         if report.target != "diff":
             yield _legend(terminal)
-        for name, value in wording.written_lines(report.written):
-            yield Text.assemble((name, "bold"), f" {terminal.string(value)}", overflow="fold")
+        if lines := wording.written_lines(report.written):
+            yield from (Text(), _written(lines, terminal))
 
     def _changes(self, terminal: Terminal) -> Iterator[Table | Text]:
         """A heading for each section, and below it what became what."""
@@ -133,12 +133,22 @@ def _legend(terminal: Terminal) -> Table:
     return table
 
 
+def _written(lines: list[tuple[str, str]], terminal: Terminal) -> Table:
+    table = plain_table("name", "text")
+    table.columns[0].no_wrap = True
+    for name, value in lines:
+        table.add_row(terminal.text(name, "bold"), terminal.text(value))
+    return table
+
+
 def _drift_chart(bars: list[charts.Bar], terminal: Terminal) -> Table:
     """A bar a line on one scale, which no label breaks."""
     table = plain_table("path", "value", "bar", "count")
     table.columns[0].no_wrap = table.columns[2].no_wrap = table.columns[3].no_wrap = True
     most = max(6, min(_LONGEST_BAR, terminal.width // 3 - 8))
-    beside = 2 + most + max(len(bar.shown) for bar in bars) + max(len(bar.several) for bar in bars) + 3
+    beside = (
+        2 + most + max(len(bar.shown) for bar in bars) + max(len(bar.several) for bar in bars) + 6
+    )  # two spaces between columns
     for bar in bars:
         length = max(1, round(most * bar.share))
         drawn = terminal.text("█" * length, _COLORS[bar.severity]) + terminal.text("·" * (most - length), "dim")

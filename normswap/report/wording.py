@@ -50,12 +50,12 @@ def verdict(exact: bool) -> str:
 
 LEGEND = {
     "exact": "the same outputs as before in eval mode, up to rounding",
-    "matched": "near: gain and bias start from the running statistics; no data needed",
-    "calibrated": "nearer: gain and bias are then fitted to the old outputs on your data",
+    "matched": "near: gain and bias come from the running statistics, no data",
+    "calibrated": "nearer: then fitted to the old outputs on your data",
 }
 """The words for what a conversion keeps, and what they mean."""
 DRIFT_TITLE = "how much of each layer's output moved"
-DRIFT_SCALE = "0%: nothing; 100%, a full bar: as much as the output itself (relative L2 distance)"
+DRIFT_SCALE = "share of the output (relative L2); a full bar is 100%"
 
 
 def kept_word(report: Report) -> str:

@@ -3,8 +3,10 @@
 import io
 import json
 import re
+import shlex
 import shutil
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from torch import nn
 
 import normswap
 from normswap.files import model_specs
-from normswap.report import formats
+from normswap.report import charts, formats, wording
+from normswap.report.report import Calibration, Drift, LayerDrift, Written
 from normswap.report.terminal import ReportView
 
 SCHEMA = json.loads((Path(normswap.__file__).parent / "report/report.schema.json").read_text())
@@ -107,10 +110,10 @@ def test_all_views_agree(name: str) -> None:
         assert page.tiles == {"differences": str(len(report.changes)), "the same": str(report.totals.left)}
     else:
         line = re.search(r"^(\d+) norms?, (\d+) weights? changed: (\w+); (\d+) left$", text, re.MULTILINE)
-        assert line is not None and line[0] in told and line[0] in page.text
+        assert line is not None and line[0] in told and line[0] not in page.text  # its tiles say that
         totals = (kinds["norm"], kinds["weight"], len(report.left))
         assert (int(line[1]), int(line[2]), int(line[4])) == totals
-        tiles = [page.tiles[name] for name in ("norms changed", "weights changed", "left", "verdict")]
+        tiles = [page.tiles[name] for name in ("norms changed", "weights changed", "left", "in eval mode")]
         assert tiles == [line[1], line[2], line[4], line[3]]
         assert data["exact"] == report.exact == (line[3] == "exact")
         paths = {path for change in report.changes for path in change.paths}
@@ -173,10 +176,53 @@ def test_bars_stand_for_every_changed_layer() -> None:
         model_specs.build("torchvision:resnet50"), "gn", example_inputs=torch.randn(1, 3, 32, 32)
     ).report
     text = terminal(report)
-    part = text[text.index("drift of each layer") :].split("\n\n")[0].splitlines()[1:]
+    part = text[text.index(wording.DRIFT_TITLE) :].split("\n\n")[0].splitlines()[2:]
     several = [int(match[1]) if (match := re.search(r"furthest of (\d+)", line)) else 1 for line in part]
     assert sum(several) == len(report.drift.layers) == 53 and len(part) <= 12
     assert len(terminal(report, full=True).splitlines()) > 53 * 2
+
+
+@pytest.mark.parametrize(
+    ("moved", "shown", "share", "severity"),
+    [
+        (0.004, "0.4%", 0.004, "small"),
+        (0.1, "10%", 0.1, "medium"),
+        (0.25, "25%", 0.25, "medium"),
+        (0.5, "50%", 0.5, "large"),
+        (2.27, "227%", 1.0, "large"),
+    ],
+)
+def test_bars_are_on_one_scale(moved: float, shown: str, share: float, severity: str) -> None:
+    """Whatever else moved, a drift has the same bar and the same colour in every view."""
+    for others in ((), (3.0,), (0.001, 0.9)):
+        layers = tuple(LayerDrift(f"l{i}", value) for i, value in enumerate((moved, *others)))
+        report = replace(converted(), drift=Drift("pictures", 0.3, 0.9, 0.9, layers=layers))
+        bar = charts.drift_bars(report.drift)[0]
+        assert (bar.shown, bar.share, bar.severity) == (shown, share, severity)
+        line = next(line for line in terminal(report).splitlines() if re.match(r"  l0 +\d", line))
+        assert shown in line and line.count("█") == max(1, round(24 * share))
+        assert f'<i class="{severity}" style="width:{100 * share:.1f}%">' in formats.to_html(report, "model.pt")
+        told = next(line for line in formats.to_markdown(report, "model.pt").splitlines() if line.startswith("| `l0`"))
+        assert shown in told and told.count("█") == max(1, round(20 * share))
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_labels_of_bars_do_not_wrap(width: int) -> None:
+    layers = tuple(LayerDrift(f"backbone.{'block' * 20}.layer{i}.norm", 0.2) for i in range(3))
+    text = terminal(replace(converted(), drift=Drift("pictures", 0.3, layers=layers)), width)
+    part = text[text.index(wording.DRIFT_TITLE) :].split("\n\n")[0].splitlines()[2:]
+    assert len(part) == 3 and all("…" in line and f"layer{i}.norm" in line for i, line in enumerate(part))
+    assert all(len(line) <= width and "20%" in line for line in part)
+
+
+def test_reports_tell_their_words() -> None:
+    fitted = replace(converted("gn"), calibration=Calibration(32, 8, "calibrated"))
+    for report, word in ((converted(), "matched"), (converted("fold"), "exact"), (fitted, "calibrated")):
+        for view in (terminal(report), formats.to_markdown(report, "m.pt"), Page(formats.to_html(report, "m.pt")).text):
+            assert all(meaning in view for meaning in wording.LEGEND.values())
+        assert wording.kept_word(report) == word and f"changed: {word};" in terminal(report)
+    assert wording.kept_word(converted("gn", transfer="reset")) == "approximate"
+    assert "exact  " not in terminal(compared()), "two files are compared: nothing is matched"
 
 
 def test_the_tree_has_every_module() -> None:
@@ -205,6 +251,33 @@ def test_every_format_is_written_by_its_ending(tmp_path: Path) -> None:
     assert again.exit_code == 1 and "exists already" in again.stderr
     wrong = run("convert", tmp_path / "model.pt", "--to", "gn", "--report", tmp_path / "report.pdf")
     assert wrong.exit_code == 1 and ".html" in wrong.stderr and not (tmp_path / "model.gn.pt").exists()
+
+
+def test_reports_tell_the_command_and_how_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line is run: it gives the model that was written."""
+    monkeypatch.chdir(tmp_path)
+    net, (plain, state, mine) = small(), ("plain model.pt", "state.pt", "mine.safetensors")
+    torch.save(net, plain), torch.save({"net": net.state_dict()}, state)
+    Path("made.py").write_text("from torch import nn\n")
+    for given, options, load in (
+        (plain, [], "normswap.load('plain model.gn.pt')"),
+        (plain, ["--format", "safetensors", "-o", mine], f"normswap.load('{mine}', model=YourModel)"),
+        (state, ["--key", "net"], "normswap.load('state.gn.pt', model=YourModel, key='net')"),
+        (
+            "torchvision:resnet18",
+            ["--format", "safetensors"],
+            "normswap.load('resnet18.gn.safetensors', model='torchvision:resnet18')",
+        ),
+    ):
+        shown = run("convert", given, "--to", "gn", *options, "--report", "r.html", "--report", "r.md", "--overwrite")
+        assert shown.exit_code == 0, shown.stderr
+        typed = shlex.join(["normswap", "convert", given, "--to", "gn", *options, "--report", "r.html"])
+        for text in (shown.stdout, Path("r.md").read_text(), Page(Path("r.html").read_text()).text):
+            assert typed[:60] in " ".join(text.split()) and load in " ".join(text.split())
+        loaded = eval(load, {"normswap": normswap, "YourModel": small})
+        assert any(isinstance(module, nn.GroupNorm) for module in loaded.modules())
+    report = normswap.convert_file(plain, "gn", "out.pt", dry_run=True)
+    assert report.written == Written() and "load it with" not in terminal(report)
 
 
 def test_fold_and_diff_have_them_too(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_totals_are_those_of_the_printed_lines(name: str, target: str) -> None:
         match = re.search(r" (\w+) → .*×(\d+)$", line)
         if match:
             counts["norm" if "Norm" in match[1] else "weight"] += int(match[2])
-    left_total = sum(int(count) for count in re.findall(r" ×(\d+)  ", left.partition("\n\n")[0]))
+    left_total = sum(int(count) for count in re.findall(r" ×(\d+)$", left.partition("\n\n")[0], re.MULTILINE))
     totals = report.totals
     assert (counts["norm"], counts["weight"], left_total) == (totals.norms_changed, totals.weights_changed, totals.left)
     assert f"{totals.norms_changed} norms, {totals.weights_changed} weights changed" in text
@@ -72,7 +72,7 @@ def test_full_has_a_line_for_each_change() -> None:
 
 def test_a_narrow_terminal_loses_nothing() -> None:
     report = report_of("densenet121", "fold")
-    narrow = re.sub(r"\s", "", printed(report, 40, out="/a/long/path/" + "x" * 60))
+    narrow = re.sub(r"\s", "", printed(report, 40))
     for pattern in ("features.denseblock[1-4]", "convolution", "59norms,59weightschanged"):
         assert pattern in narrow
     assert max(len(line) for line in printed(report, 60).splitlines()) <= 60

@@ -85,7 +85,7 @@ def test_a_printable_name(name: str) -> None:
 @given(ANY_NAME)
 def test_terminals(name: str) -> None:
     shown = squeezed(printable(name))
-    for view in (ReportView(report_of(name), name, name), InspectionView(inspection_of(name), name)):
+    for view in (ReportView(report_of(name), name), InspectionView(inspection_of(name), name)):
         text = terminal(view)
         assert is_seen(text) and shown in squeezed(text)
         colours = terminal(view, 60, force_terminal=True, color_system="truecolor")
