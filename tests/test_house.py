@@ -76,6 +76,7 @@ def test_functions_are_on_one_screen() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
                 where = f"{path.name}: {node.name}"
-                assert (node.end_lineno or 0) - node.lineno < 60, f"{where} has more than 60 lines"
+                documented = len((ast.get_docstring(node, clean=False) or "").splitlines())
+                assert (node.end_lineno or 0) - node.lineno - documented < 60, f"{where} has more than 60 lines"
                 many = len(arguments) > 8 and path.parent.name != "cli" and node.name not in public
                 assert not many, f"{where} has more than 8 parameters"
