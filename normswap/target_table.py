@@ -129,6 +129,16 @@ TARGET_FORMS: dict[str, tuple[Form | None, Form | None]] = {
 """Every target by name: each norm form, each weight form, and each pair of them."""
 
 
+def described_targets() -> dict[str, list[dict[str, str]] | list[str]]:
+    """The tables as JSON-able data: what a norm, a weight and a recurrent layer can become, and the names to type."""
+    shown = ("name", "becomes", "exactness", "paper", "choose_when")
+    tables = {"norms": NORM_FORMS, "weights": WEIGHT_FORMS, "recurrent": RECURRENT_FORMS}
+    rows = {
+        name: [{key: getattr(form, key) for key in shown} for form in table.values()] for name, table in tables.items()
+    }
+    return {**rows, "targets": list(TARGET_FORMS)}
+
+
 def describe_slowdown(target: str) -> str:
     """What a target costs in training, a sentence; "" where that is no more than BatchNorm, and for an unknown name."""
     parts = [

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import json
 import os
 import shlex
 import sys
@@ -29,7 +30,7 @@ from normswap.report.report import Report
 from normswap.report.terminal import ReportView
 from normswap.report.terminal_inspection import InspectionView
 from normswap.signals import end_on_signals
-from normswap.target_table import NORM_FORMS, RECURRENT_FORMS, TARGET_FORMS, WEIGHT_FORMS
+from normswap.target_table import NORM_FORMS, RECURRENT_FORMS, TARGET_FORMS, WEIGHT_FORMS, described_targets
 
 # What a command needs is imported when it runs: `normswap --help` does without torch, which takes seconds.
 
@@ -125,19 +126,24 @@ def convert(
 def inspect(
     input: opt.Input, model: opt.Model = None, model_arg: opt.ModelArg = None, weights: opt.Weights = None,
     key: opt.Key = None, allow: opt.Allow = None, trust: opt.Trust = False, input_shape: opt.InputShape = None,
-    as_json: opt.Json = False, full: opt.Full = False, quiet: opt.Quiet = False,
+    overwrite: opt.Overwrite = False, report: opt.ReportFile = None, as_json: opt.Json = False, full: opt.Full = False,
+    quiet: opt.Quiet = False,
 ) -> None:  # fmt: skip
     """Show what is in a model, what it would become, what is wrong with it, and what to pick.
 
     [bold]normswap inspect torchvision:mobilenet_v2[/]
     """
-    from normswap.files import inspect_file, model_specs
+    from normswap.files import inspect_file, model_specs, paths, report_file
 
     with _exit_on_error(), show_progress(5, silent=quiet or as_json) as progress:
+        files = report or []
+        paths.check_apart(None, files, (input, model))
+        report_file.check_report_files(files, overwrite)
         found = inspect_file.inspect_file(
             input, model=model, model_args=model_specs.parse_arguments(model_arg or []), weights=weights, key=key,
             input_shape=parse_shape(input_shape), allow=allowed_classes(allow), trust=trust, progress=progress,
         )  # fmt: skip
+        report_file.write_report_files(found, input, files, overwrite)
     _show(found, InspectionView(found, input, full), as_json, quiet)
 
 
@@ -194,11 +200,14 @@ def diff(
 
 
 @app.command()
-def targets() -> None:
+def targets(as_json: opt.Json = False) -> None:
     """List the targets, and when to choose which.
 
     [bold]normswap targets[/]
     """
+    if as_json:
+        sys.stdout.write(json.dumps(described_targets(), indent=2) + "\n")
+        return
     console = Console()
     titles = ("a normalization becomes", "a weight becomes", "with --recurrent")
     for title, forms in zip(titles, (NORM_FORMS, WEIGHT_FORMS, RECURRENT_FORMS), strict=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 from normswap.checkpoints import atomic_write
 from normswap.errors import OptionError
 from normswap.report.formats import REPORT_FORMATS
+from normswap.report.inspection import Inspection
 from normswap.report.report import Report
 
 
@@ -21,7 +22,7 @@ def check_report_files(files: Sequence[Path], overwrite: bool) -> None:
 
 @contextmanager
 def stage_report_files(
-    report: Report, source: str, files: Sequence[Path], overwrite: bool
+    report: Report | Inspection, source: str, files: Sequence[Path], overwrite: bool
 ) -> Iterator[list[atomic_write.Staged]]:
     """Write the report on a conversion of `source` to temporary files, in the formats that the endings of `files` name.
 
@@ -35,7 +36,7 @@ def stage_report_files(
         ]
 
 
-def write_report_files(report: Report, source: str, files: Sequence[Path], overwrite: bool) -> None:
+def write_report_files(report: Report | Inspection, source: str, files: Sequence[Path], overwrite: bool) -> None:
     """Write the report to `files`: to all of them, or to none."""
     with stage_report_files(report, source, files, overwrite) as staged:
         atomic_write.give_names(staged)

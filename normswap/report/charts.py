@@ -37,12 +37,17 @@ class Bar:
     @property
     def shown(self) -> str:
         """The share of the output that moved: `25%`."""
-        return f"{self.value:.0%}" if self.value >= _SMALL else f"{self.value:.1%}"
+        return percent(self.value)
 
     @property
     def several(self) -> str:
         """What to say beside a bar that stands for several layers."""
         return f"furthest of {self.count}" if self.count > 1 else ""
+
+
+def percent(moved: float) -> str:
+    """A relative L2 distance as the share of the output that moved."""
+    return f"{moved:.0%}" if moved >= _SMALL else f"{moved:.1%}"
 
 
 def drift_bars(drift: Drift | None, full: bool = False) -> list[Bar]:

@@ -15,7 +15,7 @@ from normswap.report.report import Change, Left, Node, Report
 _OPEN_DEPTH = 2  # branches of the tree that are open at first
 
 
-def to_html(report: Report, source: str) -> str:
+def report_page(report: Report, source: str) -> str:
     """The report on a conversion (or a `diff`) of `source` as HTML."""
     rows = [*(_change_row(change, report) for change in report.changes), *map(_left_row, report.left)]
     tree = (

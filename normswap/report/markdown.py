@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from normswap.printable import printable
-from normswap.report import charts, wording
+from normswap.report import charts, inspection_wording, wording
+from normswap.report.inspection import Inspection
+from normswap.report.path_patterns import summarize_paths
 from normswap.report.report import Report
 
 _LONGEST_BAR = 20  # characters
@@ -17,9 +19,40 @@ _LINKED = re.compile(r"@|//|\bwww\.|:\S+:|\$|#\d", re.IGNORECASE)
 """What GitHub makes a mention, a link, a picture or a formula of, however it is escaped, unless it is code."""
 
 
-def to_markdown(report: Report, source: str) -> str:
+def report_as_markdown(report: Report, source: str) -> str:
     """The report on a conversion (or a `diff`) of `source`, folded into patterns of paths."""
     return "\n".join(_parts(report, source)) + "\n"
+
+
+def inspection_as_markdown(found: Inspection, source: str) -> str:
+    """The inspection of `source`."""
+    return "\n".join(_inspection_parts(found, source)) + "\n"
+
+
+def _inspection_parts(found: Inspection, source: str) -> Iterator[str]:
+    yield f"### {_plain(f'{source} · {found.model}')}\n"
+    yield f"{_plain(inspection_wording.counts(found))}"
+    if found.advice:
+        yield f"\n#### {inspection_wording.ADVICE.capitalize()}\n"
+        yield from (f"- {_plain(a.situation)}: **{_plain(a.choose)}**: {_plain(a.why)}" for a in found.advice)
+    if found.findings:
+        yield f"\n#### {inspection_wording.FINDINGS.capitalize()}\n"
+        for finding in found.findings:
+            yield f"- {_plain(finding.problem)}: {_code(summarize_paths(finding.paths))}: {_plain(finding.note)}"
+    yield f"\n#### {inspection_wording.OUTCOMES.capitalize()}"
+    outcomes = [
+        (_code(line.target), line.changes, line.verdict, _plain(line.left))
+        for line in inspection_wording.outcome_lines(found)
+    ]
+    yield _table(("target", "changes", "in eval mode", "what stays, and why"), outcomes)
+    if found.layers:
+        probe = f" (maps: {_plain(found.probe)})" if found.probe else ""
+        yield f"\n<details><summary>{inspection_wording.WHAT_IS_IN_IT}{probe}</summary>\n"
+        rows = [
+            [_code(path), *map(_plain, cells)] for path, *cells in map(inspection_wording.layer_cells, found.layers)
+        ]
+        yield _table(("path", "layer", "maps", "state"), rows)
+        yield "\n</details>"
 
 
 def _parts(report: Report, source: str) -> Iterator[str]:

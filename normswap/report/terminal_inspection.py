@@ -8,15 +8,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from normswap.report import inspection_wording as wording
 from normswap.report.inspection import Inspection, Layer
 from normswap.report.module_tree import Branch, fold_tree
 from normswap.report.path_patterns import MOST_PATTERNS, span, summarize_paths
 from normswap.report.terminal import Terminal, plain_table
-from normswap.report.wording import plural, verdict
-from normswap.target_table import NORM_FORMS
 
 _MOST_LINES = 24  # of the tree, before its deepest branches are summed up
-_MOST_REASONS = 3
 
 
 @dataclass(frozen=True)
@@ -32,36 +30,24 @@ class InspectionView:
 
     def _parts(self, terminal: Terminal) -> Iterator[Group | Text]:
         found = self.inspection
-        norms = sum(layer.kind == "norm" for layer in found.layers)
-        counts = f"{plural(norms, 'norm')}, {plural(len(found.layers) - norms, 'weight layer')}"
         yield Text.assemble((terminal.string(self.title), "bold"), terminal.string(f" · {found.model}"))
-        yield Text(f"{counts}, {plural(found.parameters, 'parameter')}, {plural(found.buffers, 'buffer element')}")
+        yield Text(wording.counts(found))
         yield Text()
         if found.layers:
             probe = terminal.string(f" (maps: {found.probe})") if found.probe else ""
-            title = Text.assemble(("what is in it", "bold"), (probe, "dim"))
+            title = Text.assemble((wording.WHAT_IS_IN_IT, "bold"), (probe, "dim"))
             yield Group(title, _layer_table(found.layers, self.full, terminal), Text())
-        yield Group(Text("what each target would do", style="bold"), self._outcomes(terminal), Text())
+        yield Group(Text(wording.OUTCOMES, style="bold"), self._outcomes(terminal), Text())
         if found.findings:
-            yield Group(Text("what is wrong, or suspicious", style="bold"), *self._findings(terminal), Text())
+            yield Group(Text(wording.FINDINGS, style="bold"), *self._findings(terminal), Text())
         if found.advice:
-            yield Group(Text("what to pick", style="bold"), *self._advice(terminal))
+            yield Group(Text(wording.ADVICE, style="bold"), *self._advice(terminal))
 
     def _outcomes(self, terminal: Terminal) -> Table:
         table = plain_table("target", "changes", "exact", "left")
-        outcomes = self.inspection.outcomes
-        norms = [set(outcome.reasons) for outcome in outcomes if outcome.target in NORM_FORMS]
-        common = set.intersection(*norms) if norms else set()  # said once
-        for outcome in outcomes:
-            changes = [plural(n, w) for n, w in ((outcome.norms, "norm"), (outcome.weights, "weight")) if n]
-            own = [reason for reason in outcome.reasons if outcome.target not in NORM_FORMS or reason not in common]
-            exact = "" if outcome.exact is None else verdict(outcome.exact)
-            shown = Text(exact, style="green" if outcome.exact else "yellow")
-            left = terminal.text(outcome.problem or _reasons(own))
-            table.add_row(f"  {outcome.target}", ", ".join(changes) or "nothing", shown, left)
-        if common:
-            left = terminal.text(_reasons(sorted(common, key=lambda reason: -reason[1])))
-            table.add_row("  all", "of gn to fold", "", left)
+        for line in wording.outcome_lines(self.inspection):
+            shown = Text(line.verdict, style="green" if line.exact else "yellow")
+            table.add_row(f"  {line.target}", line.changes, shown, terminal.text(line.left))
         return table
 
     def _findings(self, terminal: Terminal) -> Iterator[Padding]:
@@ -80,10 +66,6 @@ class InspectionView:
 
 def _indented(text: Text, columns: int) -> Padding:
     return Padding(text, (0, 0, 0, columns))
-
-
-def _reasons(reasons: Sequence[tuple[str, int]]) -> str:
-    return "; ".join(f"{count} left: {reason}" for reason, count in reasons[:_MOST_REASONS])
 
 
 # ---- the tree of layers ----

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from normswap.report import charts
 from normswap.report.path_patterns import NUMBER, ROOT, fold_paths, span, summarize_paths
 from normswap.report.report import Calibration, Change, Cost, Drift, Left, Report, Totals, Written
 from normswap.target_table import describe_slowdown
@@ -238,7 +239,7 @@ def drift_sentence(found: Drift | None) -> str:
 def furthest_sentence(found: Drift) -> str:
     """The layers that moved furthest, which a user may want to exclude."""
     furthest = sorted(found.layers, key=lambda layer: -layer.relative_l2)[:_MOST_FURTHEST]
-    named = ", ".join(f"{layer.path or ROOT} {layer.relative_l2:.2g}" for layer in furthest)
+    named = ", ".join(f"{layer.path or ROOT} {charts.percent(layer.relative_l2)}" for layer in furthest)
     return f"furthest: {named}" if named else ""
 
 

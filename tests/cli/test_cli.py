@@ -160,6 +160,14 @@ def test_wrong_usage_is_exit_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
 
 
+def test_targets_as_json() -> None:
+    data = json.loads(run("targets", "--json").stdout)
+    assert data["targets"] == list(normswap.TARGETS)
+    pairs = {f"{norm['name']}-{weight['name']}" for norm in data["norms"] for weight in data["weights"]}
+    assert pairs == {name for name in normswap.TARGETS if "-" in name}
+    assert all(row["becomes"] and row["exactness"] for name in ("norms", "weights", "recurrent") for row in data[name])
+
+
 def test_targets_shows_both_tables() -> None:
     printed = run("targets").stdout
     for name in normswap.TARGETS:

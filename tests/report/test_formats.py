@@ -168,7 +168,7 @@ def test_each_changed_layer_has_its_drift() -> None:
         before, after = outputs[0][layer.path], outputs[1][layer.path]
         assert layer.relative_l2 == pytest.approx(((after - before).norm() / before.norm()).item(), rel=1e-5)
     furthest = max(report.drift.layers, key=lambda layer: layer.relative_l2)
-    assert f"furthest: {furthest.path} {furthest.relative_l2:.2g}" in terminal(report)
+    assert f"furthest: {furthest.path} {charts.percent(furthest.relative_l2)}" in terminal(report)
 
 
 def test_bars_stand_for_every_changed_layer() -> None:
@@ -328,6 +328,43 @@ def test_the_largest_model_of_torchvision_is_a_page_at_most() -> None:
         model_specs.build("torchvision:efficientnet_v2_l"), "gn", example_inputs=torch.randn(1, 3, 32, 32)
     ).report
     assert len(terminal(report, 80).splitlines()) < 60
+
+
+# ---- inspections ----
+
+
+def test_inspections_are_written_in_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each target, finding, piece of advice and layer is read back from each of them."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(small(), "model.pt")
+    files = [part for ending in formats.REPORT_FORMATS for part in ("--report", f"r{ending}")]
+    assert run("inspect", "model.pt", *files).exit_code == 0
+    found = normswap.inspect(small())
+    data = json.loads(Path("r.json").read_text())
+    assert len(data["layers"]) == len(found.layers) == 9
+    page, told = Page(Path("r.html").read_text()), Path("r.md").read_text()
+    drawn = " ".join(ElementTree.fromstring(Path("r.svg").read_text()).itertext()).replace("\xa0", " ")
+    assert page.tiles == {"norms": "5", "weight layers": "4", "parameters": f"{found.parameters:,}", "findings": "1"}
+    assert sum(page.rows.values()) == len(found.layers) and set(page.links) == {"data:,"}
+    for layer in found.layers:
+        assert layer.paths[0] in page.text and f"| `{layer.paths[0]}` |" in told
+    for outcome in found.outcomes:
+        assert f"| `{outcome.target}` |" in told and outcome.target in page.text
+    for text in (page.text, drawn, re.sub(r"\\", "", told)):
+        assert found.findings[0].problem in text and all(advice.choose in text for advice in found.advice)
+    again = run("inspect", "model.pt", "--report", "r.html", "--report", "new.md")
+    assert again.exit_code == 1 and "exists already" in again.stderr and not Path("new.md").exists()
+    torch.save(small(), "model.json")
+    assert "is read too" in run("inspect", "model.json", "--report", "model.json", "--overwrite").stderr
+
+
+def test_names_with_markup_stay_text_in_inspections() -> None:
+    model = nn.Module()
+    model.add_module("<script>alert(1)</script>|*_", nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    found = normswap.inspect(model)
+    assert formats.to_html(found, "<b>model</b>.pt").count("<script>") == 1
+    cells = [line for line in formats.to_markdown(found, "model.pt").splitlines() if line.startswith("| `<")]
+    assert len(cells) == 2 and all(len(re.split(r"(?<!\\)\|", line)) == 6 for line in cells)
 
 
 # ---- the page in a browser ----
