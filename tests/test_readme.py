@@ -1,4 +1,4 @@
-"""Every command and every code block of the README runs, in its order, in one folder."""
+"""Every command and every code block of the README, and of the pages beside the code, runs, in its order."""
 
 import re
 import shlex
@@ -15,8 +15,8 @@ from torch import nn
 import normswap
 from normswap.files import model_specs
 
-TEXT = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = [(found[1], found[2]) for found in re.finditer(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)]
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("normswap/*/README.md"))]
 NET = """
 from torchvision.models import resnet18
 
@@ -47,17 +47,24 @@ def prepare(folder: Path) -> dict[str, Any]:
     return names
 
 
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """The language and the text of each block of code."""
+    found = re.finditer(r"^```(\w+)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [(block[1], block[2]) for block in found]
+
+
 def commands(block: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in block.splitlines() if line.strip()]
 
 
-def test_the_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_the_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = prepare(tmp_path)
-    assert len(BLOCKS) > 6
-    for language, block in BLOCKS[1:]:  # the first is the two commands that install: `.ci/run` runs them
+    # The first of all is the two commands that install: `.ci/run` runs them.
+    for language, block in blocks(page)[page == ROOT / "README.md" :]:
         if language == "python":
-            exec(compile(block, "README.md", "exec"), names)
+            exec(compile(block, str(page), "exec"), names)
             continue
         assert language == "sh"
         for words in commands(block):
@@ -67,15 +74,20 @@ def test_the_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
                 assert "cannot be fetched" in done.stderr
                 continue
             assert done.exit_code == 0 and done.stderr == "", (words, done.stderr)
-    written = {path.name for path in tmp_path.iterdir()}
-    assert {"model.gn-ws.pt", "out.pt", "model.gn.bn.pt", "converted.pt", "report.html", "report.json"} <= written
 
 
 def test_the_tables_name_every_target() -> None:
-    named = set(re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE))
+    text = (ROOT / "normswap" / "targets" / "README.md").read_text()
+    named = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
     assert named == {part for target in normswap.TARGETS for part in target.split("-")}
 
 
 def test_links_lead_to_files() -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert (Path(__file__).parents[1] / link).exists(), link
+    others = [ROOT / "tests" / name / "README.md" for name in ("bench", "integration")]
+    for page in (*PAGES, *others, *ROOT.glob(".github/*.md")):
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+            assert link.startswith(("https://", "../../security")) or (page.parent / link).exists(), (page, link)
+
+
+def test_the_first_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

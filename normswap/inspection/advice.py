@@ -1,6 +1,6 @@
 """What to pick, and why. A new piece of advice is one function in `ADVICE_RULES`, or a row in `FOR_BATCH_NORM`.
 
-What it says follows the tables of the README, which benchmarks write (`fine_tune`, `retention`, `calibrated`).
+What it says follows the tables of `tests/bench/README.md` (`fine_tune`, `retention`, `calibrated`).
 """
 
 from collections.abc import Callable, Mapping, Sequence

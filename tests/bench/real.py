@@ -44,7 +44,7 @@ NORM_WAYS: dict[str, dict[str, Any]] = {
     "gn-ws strict": {"to": "gn-ws", "ws": "strict"},
     "gn on data": {"to": "gn", "calibrate_seconds": 0.0},
     "gn calibrated 60 s": {"to": "gn", "calibrate_seconds": 60.0},
-    "gn calibrated 300 s": {"to": "gn", "calibrate_seconds": 300.0},
+    "gn calibrated 180 s": {"to": "gn", "calibrate_seconds": 180.0},
 }
 """By name: the options of the conversion; with seconds to calibrate, it gets data."""
 RECURRENT_WAYS: dict[str, dict[str, Any]] = {
@@ -52,7 +52,7 @@ RECURRENT_WAYS: dict[str, dict[str, Any]] = {
     "recurrent ln": {"to": "ln", "recurrent": "ln"},
     "recurrent ln on data": {"to": "ln", "recurrent": "ln", "calibrate_seconds": 0.0},
     "recurrent ln calibrated 60 s": {"to": "ln", "recurrent": "ln", "calibrate_seconds": 60.0},
-    "recurrent ln calibrated 300 s": {"to": "ln", "recurrent": "ln", "calibrate_seconds": 300.0},
+    "recurrent ln calibrated 180 s": {"to": "ln", "recurrent": "ln", "calibrate_seconds": 180.0},
 }
 BATCH = 50
 

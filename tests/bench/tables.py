@@ -1,4 +1,4 @@
-"""The tables of the two READMEs, at the top and here, made from the files in `results`, which the benchmarks write.
+"""The tables of the READMEs, made from the files in `results`, which the benchmarks write.
 
 Run: python tests/bench/tables.py, to put them in their places: from `<!-- results: NAME -->` to `<!-- end -->`.
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = (Path(__file__).parents[2] / "README.md", Path(__file__).parent / "README.md")
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / folder / "README.md" for folder in (".", "tests/bench", "tests/integration", "normswap/training")]
 PLACE = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -105,6 +106,27 @@ def fine_tune_calibrated(rows: list[Row]) -> list[list[str]]:
 def real(rows: list[Row]) -> list[list[str]]:
     """A line a way, of networks with norms: the score of each with its standard error."""
     return _by_network(rows, "score")
+
+
+IN_SHORT = {
+    "reset": "reset",
+    "copied": "copied",
+    "gn auto": "normswap, for training",
+    "gn for use": "for use",
+    "gn calibrated 180 s": "calibrated",
+}
+
+
+def real_kept(rows: list[Row]) -> list[list[str]]:
+    """A line a network with norms: what it had before, and after some ways to take group norm."""
+    found = {(row["network"], row["way"]): row for row in rows if row["measure"] != "cosine"}
+    table = [["group norm instead of BatchNorm", "before", *IN_SHORT.values()]]
+    for network in dict.fromkeys(network for network, _ in found):
+        before = found[network, "original"]
+        cells = [found.get((network, way)) for way in IN_SHORT]
+        name = f"{network}, {before['measure']}"
+        table.append([name, _percent(before["score"]["mean"]), *(_with_error(c["score"]) if c else "" for c in cells)])
+    return table
 
 
 def real_agreement(rows: list[Row]) -> list[list[str]]:
@@ -261,7 +283,7 @@ def neighbours(rows: list[Row]) -> list[list[str]]:
     table = [["with", "version", "proven", "tests passed"]]
     for row in rows:
         versions = ", ".join(v if len(row["versions"]) == 1 else f"{name} {v}" for name, v in row["versions"].items())
-        link = f"[{row['passed']}](tests/integration/{row['tests']})"
+        link = f"[{row['passed']}]({row['tests']})"
         table.append([row["neighbour"], versions, row["proven"], link])
     return table
 
@@ -325,6 +347,7 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "fine_tune": fine_tune,
     "fine_tune_calibrated": fine_tune_calibrated,
     "real": real,
+    "real_kept": real_kept,
     "real_agreement": real_agreement,
     "real_seconds": real_seconds,
     "real_recurrent": real_recurrent,
@@ -343,7 +366,7 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
 
 SOURCES = {
     "kept": "retention", "recurrent_speed": "recurrent", "speed": "step_time", "left_reasons": "left",
-    "real_agreement": "real", "real_seconds": "real", "real_recurrent": "real",
+    "real_kept": "real", "real_agreement": "real", "real_seconds": "real", "real_recurrent": "real",
 }  # fmt: skip
 """By the table's name, the results that it is made of, where they have another."""
 EXTERNAL = ("real", "real_fine_tune")
