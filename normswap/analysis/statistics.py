@@ -14,7 +14,7 @@ def statistics_of(norm: nn.Module) -> str:
     mean, var = (getattr(norm, name, None) for name in ("running_mean", "running_var"))
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
         return ""
-    if not _has_plain_values(mean) or not _has_plain_values(var):
+    if not has_plain_values(mean) or not has_plain_values(var):
         return "without values" if mean.is_meta or var.is_meta else "without plain values"
     mean, var = widen(mean), widen(var)
     if not (mean.isfinite().all() and var.isfinite().all()):
@@ -31,9 +31,9 @@ def statistics_of(norm: nn.Module) -> str:
 def is_untrained(norm: nn.Module) -> bool:
     """Whether a norm's running statistics are those it was made with."""
     tensors = [norm._buffers.get(name) for name in ("num_batches_tracked", "running_mean")]
-    return all(t is not None and _has_plain_values(t) and not t.any() for t in tensors)
+    return all(t is not None and has_plain_values(t) and not t.any() for t in tensors)
 
 
-def _has_plain_values(tensor: Tensor) -> bool:
+def has_plain_values(tensor: Tensor) -> bool:
     """Whether a tensor can be asked for its values: a file may hold sparse and quantized ones, or none."""
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta

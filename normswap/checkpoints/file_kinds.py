@@ -13,22 +13,22 @@ _SHOWN = 40  # characters in a message
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def check_kind(path: Path) -> bool:
-    """Whether the file is a zip archive of `torch.save`; raises for every other kind but torch's older one."""
+def check_kind(path: Path) -> list[zipfile.ZipInfo] | None:
+    """The entries of a zip archive of `torch.save`; None for torch's older kind. Raises `FileError` for every other."""
     with path.open("rb") as file:
         head = file.read(HEAD)
-    zipped, problem = head.startswith(b"PK\x03\x04"), ""
+    entries, problem = None, ""
     if not head:
         problem = "is empty"
-    elif zipped:
-        problem = _archive_problem(path)
+    elif head.startswith(b"PK\x03\x04"):
+        entries, problem = _archive(path)
     elif path.suffix == ".onnx":
         problem = "is an ONNX file, whose layers are compiled; convert the torch model that it was exported from"
     elif not head.startswith(_PICKLES):
         problem = text_problem(head) or "is of another kind, not one that torch.save wrote"
     if problem:
         raise FileError(f"{path}: {problem}")
-    return zipped
+    return entries
 
 
 def text_problem(head: bytes) -> str:
@@ -49,8 +49,8 @@ def text_problem(head: bytes) -> str:
     return f"is a text file, not one that torch.save wrote; it begins with {text.strip()[:_SHOWN]!r}"
 
 
-def _archive_problem(path: Path) -> str:
-    """Why a zip archive is none that can be read; empty where all is well.
+def _archive(path: Path) -> tuple[list[zipfile.ZipInfo], str]:
+    """The entries of a zip archive, and why it is none that can be read; empty where all is well.
 
     torch.save packs nothing and writes each name once: an archive that does otherwise is made to mislead.
     """
@@ -58,7 +58,7 @@ def _archive_problem(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             entries, table = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, UnicodeDecodeError, OverflowError):
-        return "is truncated or damaged: its table of contents cannot be read; copy or save it again"
+        return [], "is truncated or damaged: its table of contents cannot be read; copy or save it again"
     names = {entry.filename.partition("/")[2] for entry in entries}
     marks = ("serialized_exported_program.json", "models/model.json")
     exported = any(entry.filename.endswith(marks) for entry in entries)
@@ -79,7 +79,7 @@ def _archive_problem(path: Path) -> str:
         problem = "is a zip archive that claims more than it holds"
     elif table != _table_of_contents(path):
         problem = "is a zip archive with two tables of contents, or with something before or after it"
-    return problem
+    return entries, problem
 
 
 def _table_of_contents(path: Path) -> int:

@@ -7,7 +7,7 @@ import struct
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -36,10 +36,10 @@ def read_pickle(path: Path, *, trust: bool = False, allow: Iterable[str | type] 
         FileError: no such file, another kind of file, or a broken one.
         UnsafeFileError: a class that is not allowed; the message says how to allow it.
     """
-    zipped = check_kind(path)
+    entries = check_kind(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickle protocols and typed storages: nothing that a user can mend
-        return _trusted(path, zipped) if trust else _read_safely(path, zipped, allow)
+        return _trusted(path, entries is not None) if trust else _read_safely(path, entries, allow)
 
 
 def _trusted(path: Path, zipped: bool) -> Any:
@@ -57,14 +57,14 @@ def _trusted(path: Path, zipped: bool) -> Any:
         raise FileError(f"{path}: is damaged or incomplete ({first_line(error)})") from None
 
 
-def _read_safely(path: Path, zipped: bool, allow: Iterable[str | type]) -> Any:
+def _read_safely(path: Path, entries: Sequence[zipfile.ZipInfo] | None, allow: Iterable[str | type]) -> Any:
     allowance = parse_allowance(allow, path)
     rows = partial(find_row, allowance=allowance, path=path)
     try:
-        return _read_archive(path, rows) if zipped else _read_old_file(path, rows)
+        return _read_old_file(path, rows) if entries is None else _read_archive(path, entries, rows)
     except UnknownName as error:
         unknown = {class_behind(str(error))}
-        unknown |= _unknown_names(path, rows) if zipped else set()
+        unknown |= set() if entries is None else _unknown_names(path, entries, rows)
         raise refusal(sorted(unknown), allowance, path) from None
     except UnsafeFileError as error:
         raise UnsafeFileError(f"{path}: {error}") from None
@@ -75,10 +75,10 @@ def _read_safely(path: Path, zipped: bool, allow: Iterable[str | type]) -> Any:
         raise FileError(f"{path}: is damaged, or cannot be read safely ({first_line(error)})") from None
 
 
-def _unknown_names(path: Path, rows: Callable[[str], Row | None]) -> set[str]:
+def _unknown_names(path: Path, entries: Sequence[zipfile.ZipInfo], rows: Callable[[str], Row | None]) -> set[str]:
     """What a pickle names and no row has, so that a message names all at once."""
     with path.open("rb") as file:
-        names = names_in(_pickle_in(file))
+        names = names_in(_content(_places_of(entries, file), "data.pkl", file))
     found = set()
     for name in names:
         with suppress(FileError):  # what cannot be imported is told when the others are allowed
@@ -86,11 +86,11 @@ def _unknown_names(path: Path, rows: Callable[[str], Row | None]) -> set[str]:
     return found
 
 
-def _read_archive(path: Path, rows: Callable[[str], Row | None]) -> Any:
+def _read_archive(path: Path, entries: Sequence[zipfile.ZipInfo], rows: Callable[[str], Row | None]) -> Any:
     """The object in a zip archive; its storages are mapped from there."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        places = _places_in(file)
+        places = _places_of(entries, file)
         data = _content(places, "data.pkl", file)
         swapped = _content(places, "byteorder", file) == (b"big" if sys.byteorder == "little" else b"little")
     with native_path(path) as name:
@@ -122,26 +122,24 @@ def _read_archive(path: Path, rows: Callable[[str], Row | None]) -> Any:
 
 def read_saved_bytes(data: bytes) -> Any:
     """The object in bytes that `torch.save` wrote, where it is plain data. Whatever is wrong with it is raised."""
-    pickled = _pickle_in(io.BytesIO(data))
+    file = io.BytesIO(data)
+    with zipfile.ZipFile(file) as archive:
+        pickled = _content(_places_of(archive.infolist(), file), "data.pkl", file)
     return Unpickler(io.BytesIO(pickled), Claims(len(data), len(pickled)), row_of).load()
 
 
-def _pickle_in(file: BinaryIO) -> bytes:
-    return _content(_places_in(file), "data.pkl", file)
-
-
-def _places_in(file: BinaryIO) -> dict[str, tuple[int, int]]:
+def _places_of(entries: Iterable[zipfile.ZipInfo], file: BinaryIO) -> dict[str, tuple[int, int]]:
     """Where each entry of a zip archive begins, and how many bytes it has, by its name within the archive's folder."""
-    with zipfile.ZipFile(file) as archive:
-        return {entry.filename.partition("/")[2]: _place_of(entry, file) for entry in archive.infolist()}
+    size = file.seek(0, os.SEEK_END)
+    return {entry.filename.partition("/")[2]: _place_of(entry, file, size) for entry in entries}
 
 
-def _place_of(entry: zipfile.ZipInfo, file: BinaryIO) -> tuple[int, int]:
-    """Where the bytes of an entry begin, and how many there are. See PKWARE's APPNOTE.TXT, 4.3.7."""
+def _place_of(entry: zipfile.ZipInfo, file: BinaryIO, size: int) -> tuple[int, int]:
+    """Where an entry begins in a file of `size`, and how many bytes it has. See PKWARE's APPNOTE.TXT, 4.3.7."""
     file.seek(entry.header_offset)
     head = file.read(30)
     start = entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:]))
-    if head[:4] != b"PK\x03\x04" or start + entry.file_size > file.seek(0, os.SEEK_END):
+    if head[:4] != b"PK\x03\x04" or start + entry.file_size > size:
         raise FileError(f"its entry {entry.filename} is not where its table of contents says")
     return start, entry.file_size
 

@@ -5,6 +5,7 @@ import pickle
 import pickletools
 from collections import deque
 from collections.abc import Callable
+from struct import Struct
 from typing import Any, BinaryIO, ClassVar
 
 import numpy
@@ -15,15 +16,17 @@ from normswap.checkpoints.pickle_claims import Claims, refuse
 from normswap.checkpoints.pickled_values import frozen_set, set_item
 
 _OPCODES = (
-    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK,
-    pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1,
-    pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8, pickle.SHORT_BINSTRING,
+    pickle.PROTO, pickle.MARK,
+    pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT,
+    pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8, pickle.SHORT_BINSTRING,
     pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8,
-    pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
-    pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE,
+    pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
+    pickle.LONG_BINGET, pickle.BINPUT, pickle.MEMOIZE,
     pickle.POP, pickle.POP_MARK, pickle.STACK_GLOBAL, pickle.BINPERSID,
 )  # fmt: skip
-"""What Python's own reader does: it moves what is on the stack, or makes of bytes in the file what is no larger."""
+"""What Python's own reader does, as do those in `load`: it moves what is on the stack, or makes of bytes in the file
+what is no larger."""
+_uint32 = Struct("<I").unpack
 _EMPTY = 24  # bytes that an empty container counts: it takes one of the file, and more than three with its place
 _MOST_NAMES, _MOST_LOOKED_AT = 1000, 1_000_000  # that a message can name; instructions that are searched for them
 
@@ -45,12 +48,12 @@ class Unpickler(pickle._Unpickler):
         load_storage: the storage of a persistent id; None: the pickle may have none.
     """
 
-    stack: list[Any]  # these five are of the class above
+    stack: list[Any]  # these six are of the class above
     metastack: list[list[Any]]
+    memo: dict[int, Any]
     append: Callable[[Any], None]
-    readline: Callable[[], bytes]
     pop_mark: Callable[[], list[Any]]
-    dispatch: ClassVar[dict[int, Any]] = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES}
+    dispatch: ClassVar[dict[Any, Any]] = {code: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES}
 
     def __init__(
         self,
@@ -60,9 +63,34 @@ class Unpickler(pickle._Unpickler):
         load_storage: Callable[[Any], Any] | None = None,
     ):
         super().__init__(stream, encoding="utf-8")
+        self.read, self.readline = stream.read, stream.readline
         self.claims, self.row_of, self.load_storage = claims, row_of, load_storage
         self.rows: dict[int, Row] = {}  # by the id of each object that was named, which `named` keeps alive
         self.named: dict[str, Any] = {}
+
+    def load(self) -> Any:
+        """The object. As in the class above, with the commonest instructions at hand."""
+        self.metastack, self.stack = [], []
+        self.append = self.stack.append
+        read, memo, dispatch = self.read, self.memo, self.dispatch
+        while (code := read(1)) != pickle.STOP:
+            if code == pickle.BINGET:
+                self.append(memo[read(1)[0]])
+            elif code == pickle.LONG_BINPUT:
+                memo[_uint32(read(4))[0]] = self.stack[-1]
+            elif code == pickle.EMPTY_TUPLE:
+                self.append(())
+            elif code == pickle.BININT1:
+                self.append(read(1)[0])
+            elif not code:
+                raise EOFError("the pickle has no end")
+            else:
+                dispatch[code](self)
+        return self.stack.pop()
+
+    def load_frame(self) -> None:
+        """How much of the pickle to read at once: nothing here asks for that."""
+        self.read(8)
 
     def find_class(self, module: str, name: str) -> Any:
         """What a pickle calls `name` in `module`, in Python 2's names or 3's."""
@@ -179,14 +207,11 @@ class Unpickler(pickle._Unpickler):
         self.append(self.find_class(module, name))
 
     dispatch |= {
-        code[0]: load
-        for code, load in {
-            pickle.REDUCE: load_reduce, pickle.NEWOBJ: load_newobj, pickle.BUILD: load_build,
-            pickle.SETITEM: load_setitem, pickle.SETITEMS: load_setitems, pickle.APPEND: load_append,
-            pickle.APPENDS: load_appends, pickle.ADDITEMS: load_appends, pickle.EMPTY_LIST: load_empty_list,
-            pickle.EMPTY_DICT: load_empty_dictionary, pickle.EMPTY_SET: load_empty_set,
-            pickle.FROZENSET: load_frozenset, pickle.GLOBAL: load_global,
-        }.items()
+        pickle.FRAME: load_frame, pickle.REDUCE: load_reduce, pickle.NEWOBJ: load_newobj, pickle.BUILD: load_build,
+        pickle.SETITEM: load_setitem, pickle.SETITEMS: load_setitems, pickle.APPEND: load_append,
+        pickle.APPENDS: load_appends, pickle.ADDITEMS: load_appends, pickle.EMPTY_LIST: load_empty_list,
+        pickle.EMPTY_DICT: load_empty_dictionary, pickle.EMPTY_SET: load_empty_set,
+        pickle.FROZENSET: load_frozenset, pickle.GLOBAL: load_global,
     }  # fmt: skip
 
 

@@ -264,8 +264,9 @@ def _show(found: Report | Inspection, view: ReportView | InspectionView, as_json
 def main() -> None:
     """The command `normswap`."""
     end_on_signals()  # again, for a script that comes here without `normswap.cli.main`
-    # Importing torch makes a million objects that stay: a tenth of the time went into looking through them for garbage.
-    gc.set_threshold(100_000)
+    # Importing torch makes a million objects that stay, and a large model more: a tenth of the time went into looking
+    # through them for garbage. A command ends before there is much of that.
+    gc.disable()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without → or × shows ? and not a traceback
@@ -275,6 +276,8 @@ def main() -> None:
         lines = traceback.format_exc().splitlines()
         sys.stderr.write("".join(f"{printable(line)}\n" for line in lines))
         sys.exit(1)
+    finally:
+        gc.freeze()  # nor at the end of the process
 
 
 if __name__ == "__main__":

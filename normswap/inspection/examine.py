@@ -18,7 +18,7 @@ from normswap.conversion.pipeline import undisturbed
 from normswap.errors import ModelError
 from normswap.inspection.advice import Facts, advise
 from normswap.inspection.findings import Observations, find_problems
-from normswap.inspection.kinds import kinds_of_norms
+from normswap.inspection.kinds import kinds_of
 from normswap.inspection.outcomes import outcomes_of
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import TRANSPOSED
@@ -86,7 +86,7 @@ def examine(
     by_path = {site.path: site for site in sites}
     proven = {} if probe_only else seen  # what noise of a guessed shape shows is no proof of what the model reads
     context = Context(Options(), flow, by_path, shared_tensors(model), seen=proven, measured_exact=bool(proven))
-    norms = kinds_of_norms(sites, context)
+    norms = kinds_of((site for site in sites if site.kind == "norm"), context)
     groups = {first: _auto_groups(first, context) for first in norms}
     first_of = {site: first for first, alike in norms.items() for site in alike}
     layers = tuple(_describe_layer(site, seen, groups[first_of[site]] if site in first_of else {}) for site in sites)

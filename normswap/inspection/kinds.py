@@ -1,4 +1,4 @@
-"""Norms that every target treats alike: one of each kind is tried, and stands for the others."""
+"""Norms and weight layers that a target treats alike: one of each kind is tried, and stands for the others."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from normswap.analysis.copies import MODULE_STATE
 from normswap.analysis.sites import Site
+from normswap.analysis.statistics import has_plain_values
+from normswap.layers.reparametrized import as_filters, filter_groups, weight_names
 from normswap.targets.context import Context
 
 _ATOMS = (int, float, str, bool, type(None))
@@ -19,22 +21,55 @@ Kinds = Mapping[Site, Sequence[Site]]
 """Sites that are alike for a target, by the first of them, which is tried."""
 
 
-def kinds_of_norms(sites: Iterable[Site], context: Context) -> Kinds:
-    """The norms of `sites` by the first of their kind, in order.
+def kinds_of(sites: Iterable[Site], context: Context) -> Kinds:
+    """`sites` by the first of their kind, in order.
 
     Of one kind are those that differ in no more than their names and the numbers in their tensors, and of which
-    `context` tells the same. That is for targets that take each norm by itself: what `fold` makes of one goes by the
-    layers around it.
+    `context` tells the same. That is for targets that take each layer by itself; for `fold` see `kinds_to_fold`.
     """
-    kinds: dict[Hashable, list[Site]] = defaultdict(list)
-    for site in sites:
-        if site.kind == "norm":
-            kinds[_kind_of(site, context)].append(site)
-    return {alike[0]: alike for alike in kinds.values()}
+    return _by_kind((site, _kind_of(site, context)) for site in sites)
+
+
+def kinds_to_fold(sites: Sequence[Site], norms: Kinds, context: Context) -> Kinds:
+    """The norms of `sites` by the first of those that are alike with the layers which they go into, and the weight
+    layers that folding may change by themselves.
+
+    A norm that may go elsewhere than into the layers before it, or beside which layers may become one, is alone.
+
+    Args:
+        sites: the norms and weight layers of the model.
+        norms: the norms among them by kind.
+        context: what is known of the model.
+    """
+    flow = context.flow
+    pairs = [(site.path, branch.layer) for site in sites for branch in flow.parallel(site.path)]
+    beside = {path for pair in pairs if pair[0] != pair[1] for path in pair}
+    own: dict[Site, Hashable] = {}
+    for site in (site for site in sites if site.kind == "weight"):
+        kind = site if site.path in beside or site.obstacle else _kind_of(site, context)
+        own[site] = kind
+    first_of = {site: first for first, alike in norms.items() for site in alike}
+
+    def kind_with_neighbours(norm: Site) -> Hashable:
+        layers, why = flow.feeders(norm.path)
+        before = [own[context.sites[path]] for path in layers]
+        if norm.path in beside or (why and flow.behind(norm.path)) or any(isinstance(kind, Site) for kind in before):
+            return norm
+        return first_of[norm], why, tuple(before)
+
+    single = [(site, kind) for site, kind in own.items() if kind is site]
+    return _by_kind([*((norm, kind_with_neighbours(norm)) for norm in first_of), *single])
+
+
+def _by_kind(kinds: Iterable[tuple[Site, Hashable]]) -> Kinds:
+    alike: dict[Hashable, list[Site]] = defaultdict(list)
+    for site, kind in kinds:
+        alike[kind].append(site)
+    return {sites[0]: sites for sites in alike.values()}
 
 
 def _kind_of(site: Site, context: Context) -> Hashable:
-    """What plans of a norm go by; the site itself where that is more than can be compared: it has hooks, or parts."""
+    """What plans of a layer go by; the site itself where that is more than can be compared: it has hooks, or parts."""
     module, flow, path = site.module, context.flow, site.path
     attributes: list[Hashable] = []
     for name, value in vars(module).items():
@@ -42,14 +77,17 @@ def _kind_of(site: Site, context: Context) -> Hashable:
             attributes.append((name, type(value), value))
         elif name in _TENSORS:
             attributes += [(key, _kind_of_tensor(tensor, context)) for key, tensor in value.items()]
-        elif isinstance(value, tuple) and all(isinstance(part, int) for part in value):
-            attributes.append((name, value))
+        elif isinstance(value, tuple | list) and all(isinstance(part, int) for part in value):
+            attributes.append((name, tuple(value)))
         elif name not in _SETTINGS and (name not in MODULE_STATE or value):
             return site
-    places = (flow.touched, flow.mixing, flow.single, flow.spatial)
+    if site.kind == "weight" and _may_be_constant(site):
+        return site
+    places = (flow.touched, flow.mixing, flow.single, flow.spatial, flow.normed, flow.first, flow.readers)
     return (
-        type(module), site.base, site.obstacle, site.form, site.form and site.damage, len(site.paths), *attributes,
-        *(path in places_of for places_of in places), frozenset(flow.ranks.get(path, ())), context.seen.get(path),
+        type(module), site.kind, site.base, site.obstacle, site.form, site.form and site.damage, len(site.paths),
+        *attributes, *(path in places_of for places_of in places), frozenset(flow.ranks.get(path, ())),
+        frozenset(flow.flattened.get(path, ())), context.seen.get(path),
         *(owner for path in site.paths for owner in flow.asking(path)),
     )  # fmt: skip
 
@@ -58,3 +96,15 @@ def _kind_of_tensor(tensor: Any, context: Context) -> Hashable:
     if not isinstance(tensor, Tensor):
         return None if tensor is None else type(tensor).__name__
     return type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, id(tensor) in context.shared
+
+
+def _may_be_constant(layer: Site) -> bool:
+    """Whether no filter of a layer may vary: such a layer is not standardized."""
+    weights = [layer.module._parameters.get(name) for name in weight_names(layer.module)] if layer.base else []
+    for weight in weights:
+        if weight is None or weight.dim() < 2 or not (weight.is_meta or has_plain_values(weight)):
+            return True
+        filters = as_filters(weight.detach(), filter_groups(layer.module))
+        if not weight.is_meta and bool((filters == filters[:, :1]).all()):
+            return True
+    return False

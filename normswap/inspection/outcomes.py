@@ -10,7 +10,7 @@ from normswap.analysis.other_ways import told_apart
 from normswap.analysis.sites import Site
 from normswap.conversion.planning import plan_sites
 from normswap.errors import NormswapError
-from normswap.inspection.kinds import Kinds
+from normswap.inspection.kinds import Kinds, kinds_of, kinds_to_fold
 from normswap.report.inspection import Outcome
 from normswap.target_table import NORM_FORMS, WEIGHT_FORMS
 from normswap.targets.context import Context
@@ -20,9 +20,9 @@ from normswap.targets.target import TARGETS, Target
 def outcomes_of(model: nn.Module, sites: Sequence[Site], norms: Kinds, context: Context) -> Iterator[Outcome]:
     """The outcome of each form of norms, then of weights; `sites` are the norms and weight layers of `model`."""
     for form in NORM_FORMS.values():
-        kinds = {site: [site] for site in sites} if form.into_neighbours else norms
+        kinds = kinds_to_fold(sites, norms, context) if form.into_neighbours else norms
         yield _try_target(model, TARGETS[form.name], kinds, context)
-    weights = {site: [site] for site in sites if site.kind == "weight"}
+    weights = kinds_of((site for site in sites if site.kind == "weight"), context)
     for name in WEIGHT_FORMS:
         yield _try_target(model, TARGETS[name], weights, context)
 
@@ -41,7 +41,8 @@ def _try_target(model: nn.Module, target: Target, kinds: Kinds, context: Context
     mine = "norm" if target.norm else "weight"
     changed, reasons = Counter[str](), Counter[str]()
     for change in changes:
-        changed[change.kind] += alike[change.paths[0]]
+        of = change.paths[0] if change.paths[0] in alike else str(change.partner)  # a norm that the layer takes in
+        changed[change.kind] += alike[of]
     for entry in left:
         if entry.kind == mine:
             reasons[entry.reason] += alike.get(entry.path, 1)  # functions that norm are no site
