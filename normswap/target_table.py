@@ -59,7 +59,7 @@ class Form:
 
 
 _NEAR = 0.7  # how alike a name has to be to a target's, from 0 to 1, for this to be suggested
-_MATCHED = "approximate, moment-matched"
+_MATCHED = "approximate (matched)"
 _DATA = "approximate, needs data; exact from frozen, est, SyncBatchNorm"
 _LAYOUT = "less in the contiguous layout than in channels-last"
 _FOLD = "for use, normswap fold takes it away"
@@ -103,7 +103,7 @@ NORM_FORMS = _by_name(
          spellings=("fuse", "merge", "identity", "none"), into_neighbours=True),
 )
 WEIGHT_FORMS = _by_name(
-    Form("ws", "Standardized Conv, Linear, RNN", "exact; approximate with ws=strict", "Qiao et al. 2019",
+    Form("ws", "Standardized Conv, Linear, RNN", "exact; approximate with --ws strict", "Qiao et al. 2019",
          "GroupNorm at batch 1 and 2",
          spellings=("weightstandardization", "stdconv", "std"), slowdown=Slowdown(1.1, 1.2, _FOLD),
          options=("ws", "ws_scope")),

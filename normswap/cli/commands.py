@@ -35,6 +35,7 @@ from normswap.target_table import NORM_FORMS, RECURRENT_FORMS, TARGET_FORMS, WEI
 # What a command needs is imported when it runs: `normswap --help` does without torch, which takes seconds.
 
 
+_WIDE = 110  # columns from which the table of targets shows the papers
 _UsageError: Any = typer.BadParameter.__base__  # click's, or of the click that newer versions of typer bring along
 
 
@@ -62,7 +63,8 @@ def _printable_usage_errors() -> Iterator[None]:
 
 app = typer.Typer(
     name="normswap", cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
-    help="Swap the normalization of a trained PyTorch model, and keep the trained function.",
+    help="Swap the normalization of a trained PyTorch model, and keep the trained function.\n\n"
+         "[bold]normswap convert model.pt --to gn-ws[/]",
 )  # fmt: skip
 
 
@@ -95,11 +97,9 @@ def convert(
     format: opt.FormatChoice = None, overwrite: opt.Overwrite = False, dry_run: opt.DryRun = False,
     report: opt.ReportFile = None, as_json: opt.Json = False, full: opt.Full = False, quiet: opt.Quiet = False,
 ) -> None:  # fmt: skip
-    """Convert a model: swap its norms, standardize its convolutions, keep what it has learnt.
+    """Convert a model: exchange its norms, keep what it has learnt, and write it to a new file.
 
-    [bold]normswap convert model.pt --to gn-ws[/]
-
-    [bold]normswap convert torchvision:resnet50 --to gn --calibrate pictures/ --report report.html[/]
+    [bold]normswap convert model.pt --to gn-ws --report report.html[/]
     """
     from normswap.conversion.request import phases
     from normswap.files import convert_file, model_specs
@@ -129,7 +129,7 @@ def inspect(
     overwrite: opt.Overwrite = False, report: opt.ReportFile = None, as_json: opt.Json = False, full: opt.Full = False,
     quiet: opt.Quiet = False,
 ) -> None:  # fmt: skip
-    """Show what is in a model, what it would become, what is wrong with it, and what to pick.
+    """Show what is in a model, what each target would do to it, what is wrong, and which target to take.
 
     [bold]normswap inspect torchvision:mobilenet_v2[/]
     """
@@ -182,7 +182,7 @@ def diff(
     key: opt.Key = None, allow: opt.Allow = None, trust: opt.Trust = False, overwrite: opt.Overwrite = False,
     report: opt.ReportFile = None, as_json: opt.Json = False, full: opt.Full = False, quiet: opt.Quiet = False,
 ) -> None:  # fmt: skip
-    """Say what differs between two checkpoints: keys, modules, shapes, values.
+    """Show what differs between two checkpoints: keys, modules, shapes, values.
 
     [bold]normswap diff model.pt model.gn-ws.pt[/]
     """
@@ -201,7 +201,7 @@ def diff(
 
 @app.command()
 def targets(as_json: opt.Json = False) -> None:
-    """List the targets, and when to choose which.
+    """List the targets: what each makes of a norm or a weight, and when to choose it.
 
     [bold]normswap targets[/]
     """
@@ -212,12 +212,14 @@ def targets(as_json: opt.Json = False) -> None:
     titles = ("a normalization becomes", "a weight becomes", "with --recurrent")
     for title, forms in zip(titles, (NORM_FORMS, WEIGHT_FORMS, RECURRENT_FORMS), strict=True):
         table = Table(box=None, pad_edge=False)
-        for heading in ("name", title, "in eval mode", "paper", "choose it for"):
-            table.add_column(heading, overflow="fold", min_width=18 if heading == title else None)
+        wide = console.width >= _WIDE
+        for heading in ("name", title, "in eval mode", "choose it for", *(["paper"] if wide else [])):
+            table.add_column(heading, overflow="fold")
         for form in forms.values():
-            table.add_row(form.name, form.becomes, form.exactness, form.paper, form.choose_when)
+            cells = (form.name, form.becomes, form.exactness, form.choose_when, form.paper)
+            table.add_row(*cells[: len(table.columns)])
         console.print(table, "")
-    console.print("Any of the first with any of the second: " + ", ".join(name for name in TARGET_FORMS if "-" in name))
+    console.print("A norm and a weight form together: " + ", ".join(name for name in TARGET_FORMS if "-" in name))
 
 
 def _typed(context: typer.Context) -> str:

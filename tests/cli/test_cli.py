@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 
 import normswap
 from normswap.cli import commands
+from normswap.cli import options as opt
 from normswap.layers.reparametrized import StandardizedConv2d
+from normswap.target_table import NORM_FORMS, RECURRENT_FORMS, WEIGHT_FORMS
 
 
 @pytest.fixture
@@ -261,6 +263,33 @@ def test_a_terminal_of_ascii(saved: Path, width: str) -> None:
     assert max(map(len, text.splitlines())) <= int(width)
 
 
+COMMANDS = ("", "convert", "inspect", "fold", "diff", "targets")
+
+
+@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_and_loses_no_word(command: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = run(*command.split(), "--help").stdout.splitlines()
+    assert max(map(len, lines)) <= width
+    shown = " ".join(re.sub("[─│╭╮╰╯]", " ", " ".join(lines)).split())
+    for option in vars(opt).values() if command == "convert" else ():
+        for made in getattr(option, "__metadata__", ()):
+            words = set(re.sub(r"\[/?\w*\]", "", made.help).split())
+            assert words and words <= set(shown.split())
+    if command == "":
+        assert all(f" {name} " in shown for name in COMMANDS[1:]) and "normswap convert model.pt --to gn-ws" in shown
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_table_of_targets_loses_no_word(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = run("targets").stdout
+    for form in (*NORM_FORMS.values(), *WEIGHT_FORMS.values(), *RECURRENT_FORMS.values()):
+        assert set(f"{form.becomes} {form.exactness} {form.choose_when}".split()) <= set(text.split())
+        assert width == 80 or form.paper in text
+
+
 def test_every_command_has_help_with_an_example() -> None:
     for command in ("convert", "inspect", "fold", "diff", "targets"):
         shown = run(command, "--help").stdout
@@ -280,6 +309,7 @@ LIGHT = """
 import sys
 from typer.testing import CliRunner
 from normswap.cli import commands
+from normswap.cli import options as opt
 done = CliRunner().invoke(commands.app, {arguments!r})
 assert done.exit_code == 0, done.output
 heavy = {{"torch", "torchvision", "timm", "numpy"}} & set(sys.modules)
