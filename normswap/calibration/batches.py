@@ -1,4 +1,6 @@
-"""Calibration data: folders of pictures, files of tensors and any iterable, as a short list of input batches.
+"""Calibration data: folders of pictures, files of tensors and any iterable, as input batches.
+
+A few hundred samples are in memory and are measured; those beyond are read while a fit goes on, a batch at a time.
 
 A batch is what `running.call_model` takes: a tensor (n, ...), a tuple of positional arguments or a dict of keyword
 arguments. Samples are spread over what is there and shuffled, the same way each time: data that are sorted by class,
@@ -37,11 +39,21 @@ from normswap.errors import FileError, OptionError, first_line, path_error
 
 _SEED = 0
 MOST_SAMPLES = 512
-"""Most samples that are taken: all stay in memory and are run to be measured, in time that a fit of large inputs lacks.
+"""Most samples in memory: all of them are run to be measured, in time that a fit of large inputs lacks."""
 
-In 100 steps on 1,000, ResNet-20 came to .289 of error on 2,000 other pictures, from 512 to .294; top-1 .801 and .797,
-with a standard error of .005.
-"""
+
+class Batches(list[Any]):
+    """Batches that are in memory; those after them are read as they are asked for."""
+
+    def __init__(self, batches: Iterable[Any], further: Iterator[Any]):
+        super().__init__(batches)
+        self.further = further
+        """Batches of other samples, once; whatever cannot be read raises what reading the first ones does."""
+
+
+def further_batches(data: Any) -> Iterator[Any]:
+    """Those that are read as they are asked for; of a plain list, none."""
+    return data.further if isinstance(data, Batches) else iter(())
 
 
 def read_samples(
@@ -54,7 +66,7 @@ def read_samples(
     std: float | Sequence[float] | None = None,
     limit: int = MOST_SAMPLES,
     batch: int = 32,
-) -> list[Any]:
+) -> Batches:
     """Input batches from a folder of pictures or a file of tensors, the same ones each time, floats as float32.
 
     A folder: every picture below it, in RGB, prepared as torchvision or timm prepares them for the model that `spec`
@@ -70,7 +82,7 @@ def read_samples(
         weights: the name of published weights, where they are not the default ones.
         input_size: side, or (height, width).
         mean, std: one number or one a channel, for values from 0 to 1; both or none.
-        limit: most samples that are read.
+        limit: most samples that are read at once.
         batch: most samples in a batch; not of a list in a `.pt` file.
 
     Raises:
@@ -86,22 +98,22 @@ def read_samples(
         raise path_error(path, error) from None
     if stat.S_ISDIR(mode):
         prepared, found = preparation(spec, weights, options), find_pictures(path)
-        dealt = _shuffled_indices(len(found), limit, batch)
-        return [inputs for indices in dealt for inputs in read_pictures([found[i] for i in indices], prepared)]
+        return _indexed(len(found), limit, batch, lambda some: read_pictures([found[i] for i in some], prepared))
     if path.suffix.lower() not in READERS:
         kinds = ", ".join(READERS)
         raise OptionError(f"{path}: calibration data are a folder of pictures, or tensors in one of {kinds}")
     if not stat.S_ISREG(mode):
         raise FileError(f"{path}: is not a regular file")
     try:
-        return _read_tensors(path, limit, batch, Uint8Pictures(spec, weights, options))
+        read = _read_tensors(path, limit, batch, Uint8Pictures(spec, weights, options))
+        return Batches(read, _errors_told(read.further, lambda error: FileError(f"{path}: {error}")))
     except UnusableData as error:
         raise FileError(f"{path}: {error}") from None
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or first_line(error)}") from None
 
 
-def _read_tensors(path: Path, limit: int, batch: int, uint8: Uint8Pictures) -> list[Any]:
+def _read_tensors(path: Path, limit: int, batch: int, uint8: Uint8Pictures) -> Batches:
     """Batches of what a file of tensors holds."""
     read = _batches_in(READERS[path.suffix.lower()](path), limit, batch, uint8)
     if uint8.options and not uint8.met:
@@ -109,29 +121,34 @@ def _read_tensors(path: Path, limit: int, batch: int, uint8: Uint8Pictures) -> l
             f"{path}: holds no uint8 pictures, so its values are taken as they stand; "
             "leave --input-size, --mean and --std (input_size, mean, std) out"
         )
-    for array in arrays_in(read):
+    return Batches(map(_finite, read), map(_finite, read.further))
+
+
+def _finite(batch: Any) -> Any:
+    for array in arrays_in(batch):
         if isinstance(array, Tensor) and not array.isfinite().all():
             raise UnusableData("holds values that are not finite (NaN or infinity); calibration would spread them")
-    return read
+    return batch
 
 
-def input_batches(data: Any, *, limit: int = MOST_SAMPLES, batch: int = 32) -> list[Any]:
-    """Input batches of at most `limit` samples in all, from whatever holds inputs.
+def input_batches(data: Any, *, limit: int = MOST_SAMPLES, batch: int = 32) -> Batches:
+    """Input batches of at most `limit` samples in all, and further ones, from whatever holds inputs.
 
     A tensor, a numpy array (floats become float32), a dict of them (keyword inputs) and a map-style `Dataset`, whose
     items are single samples: spread evenly, `batch` at a time. A pair (inputs, labels) of tensors: the same.
     Anything else that can be iterated, such as a `DataLoader`, a list or a generator: its items as given, each a
-    batch; the last one is cut where it holds too many, and then no more are asked for. Labels stay: see `first_inputs`.
+    batch; the last one is cut where it holds too many, and more are asked for as they are needed, which may be never.
+    Labels stay: see `first_inputs`.
 
     Raises `OptionError` for data that is empty, or no data.
     """
     _check_counts(limit, batch)
     if data is None or isinstance(data, str | bytes | os.PathLike):
         raise OptionError(f"calibrate: {data!r} holds no inputs; give a tensor, or batches of inputs")
+    is_indexed = isinstance(data, Dataset) and not isinstance(data, IterableDataset)
     try:
-        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-            return _dataset_batches(data, limit, batch)
-        return _batches_in(data, limit, batch)
+        read = _dataset_batches(data, limit, batch) if is_indexed else _batches_in(data, limit, batch)
+        return Batches(read, _errors_told(read.further, lambda error: OptionError(f"calibrate: {error}")))
     except UnusableData as error:
         raise OptionError(f"calibrate: {error}") from None
 
@@ -148,20 +165,34 @@ def _check_counts(limit: int, batch: int) -> None:
 # ---- any data, in batches ----
 
 
-def _batches_in(data: Any, limit: int, batch: int, uint8: Callable[[Tensor], Tensor] | None = None) -> list[Any]:
+def _errors_told(further: Iterator[Any], told: Callable[[UnusableData], Exception]) -> Iterator[Any]:
+    """`further`, with errors of which whoever has the data makes the whole message."""
+    try:
+        yield from further
+    except UnusableData as error:
+        raise told(error) from None
+
+
+def _batches_in(data: Any, limit: int, batch: int, uint8: Callable[[Tensor], Tensor] | None = None) -> Batches:
     """`data` in batches; `uint8` makes inputs of such pictures and is there where the numbers come from a file."""
     if _is_labelled(data) and uint8 is not None:
         data = data[0]
     if isinstance(data, PackedSequence):
-        return [data]
+        return Batches([data], iter(()))
     if isinstance(data, Tensor | numpy.ndarray | Mapping | Arguments) or _is_labelled(data):
-        size = _size_of(data)
-        return [_rows_of(data, indices, uint8) for indices in _shuffled_indices(size, limit, batch)]
+        return _indexed(_size_of(data), limit, batch, lambda some: [_rows_of(data, some, uint8)])
     if isinstance(data, list | tuple) and uint8 is not None:
         return _first_items((_to_tensors(item, uint8) for item in _spread_items(data, limit)), limit)
     if isinstance(data, nn.Module) or not isinstance(data, Iterable):
         raise UnusableData(f"a {type(data).__name__} holds no inputs; give a tensor, or batches of inputs")
     return _first_items((_to_tensors(item, None) for item in data), limit)
+
+
+def _indexed(size: int, limit: int, batch: int, read: Callable[[list[int]], Sequence[Any]]) -> Batches:
+    """What `read` makes of at most `limit` of `size` indices, `batch` at a time, and of the others once asked for."""
+    first = _shuffled_indices(size, limit, batch)
+    further = (item for indices in _other_indices(size, first, batch) for item in read(indices))
+    return Batches((item for indices in first for item in read(indices)), further)
 
 
 def _is_labelled(data: Any) -> bool:
@@ -199,6 +230,16 @@ def _shuffled_indices(size: int, limit: int, batch: int) -> list[list[int]]:
     if number > 1:
         random.Random(_SEED).shuffle(chosen)
     return [chosen[start::number] for start in range(number)]
+
+
+def _other_indices(size: int, first: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
+    """The indices that are not among the first, each once, shuffled, `batch` at a time."""
+    if sum(map(len, first)) == size:
+        return
+    taken = numpy.isin(shuffled := numpy.random.default_rng(_SEED).permutation(size), numpy.concatenate(first))
+    others = shuffled[~taken]
+    for start in range(0, len(others), batch):
+        yield others[start : start + batch].tolist()
 
 
 def _spread_indices(size: int, count: int) -> list[int]:
@@ -253,7 +294,7 @@ def _array_to_tensor(array: numpy.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(numpy.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
-def _dataset_batches(data: Dataset[Any], limit: int, batch: int) -> list[Any]:
+def _dataset_batches(data: Dataset[Any], limit: int, batch: int) -> Batches:
     """Samples of a map-style dataset, stacked."""
     try:
         size = len(data)  # type: ignore[arg-type]
@@ -261,23 +302,29 @@ def _dataset_batches(data: Dataset[Any], limit: int, batch: int) -> list[Any]:
         raise UnusableData(f"a {type(data).__name__} without a length; give a DataLoader") from None
     if not size:
         raise UnusableData("the dataset is empty")
-    try:
-        return [default_collate([data[i] for i in indices]) for indices in _shuffled_indices(size, limit, batch)]
-    except Exception as error:  # the dataset is anybody's code
-        raise UnusableData(
-            f"the samples of {type(data).__name__} cannot be stacked ({first_line(error)}); give a DataLoader"
-        ) from error
+
+    def stacked(indices: list[int]) -> list[Any]:
+        try:
+            return [default_collate([data[i] for i in indices])]
+        except Exception as error:  # the dataset is anybody's code
+            raise UnusableData(
+                f"the samples of {type(data).__name__} cannot be stacked ({first_line(error)}); give a DataLoader"
+            ) from error
+
+    return _indexed(size, limit, batch, stacked)
 
 
-def _spread_items(items: Sequence[Any], limit: int) -> list[Any]:
-    """Evenly spread items of a list, as many as hold `limit` samples or a little more."""
+def _spread_items(items: Sequence[Any], limit: int) -> Iterator[Any]:
+    """Evenly spread items of a list, as many as hold `limit` samples or a little more, and then the others."""
     total = sum(_sample_count(item, i) for i, item in enumerate(items))
     keep = min(len(items), -(-limit * len(items) // max(total, 1)))
-    return [items[i] for i in _spread_indices(len(items), keep)]
+    first = _spread_indices(len(items), keep)
+    others = (i for indices in _other_indices(len(items), [first], 1) for i in indices)
+    return (items[i] for i in itertools.chain(first, others))
 
 
-def _first_items(items: Iterator[Any], limit: int) -> list[Any]:
-    """Items until they hold `limit` samples, and none after that: a loader may have no end."""
+def _first_items(items: Iterator[Any], limit: int) -> Batches:
+    """Items until they hold `limit` samples, and what follows: a loader may have no end."""
     found: list[Any] = []
     left = limit
     while left > 0:
@@ -294,7 +341,7 @@ def _first_items(items: Iterator[Any], limit: int) -> list[Any]:
         left -= count
     if not found:
         raise UnusableData("holds no samples: it ended before its first item")
-    return found
+    return Batches(found, items)
 
 
 def _sample_count(item: Any, index: int) -> int:

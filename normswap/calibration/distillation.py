@@ -36,7 +36,7 @@ size (94.7 to 96.2); mirrored pictures beside the given ones (ResNet-20, 150 ste
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normswap.analysis.running import batch_size, eval_mode
+from normswap.calibration.batches import further_batches
 from normswap.calibration.interruption import Stop, ended_by_ctrl_c
 from normswap.calibration.paired_runs import (
     ChannelMoments,
@@ -64,6 +65,7 @@ _BATCH = 32  # most samples a step
 _SHARE = 5  # one sample in so many is held out
 _LEAST = 10  # samples with which there is anything to fit and to hold out
 _RATE, _WARM = 1e-2, 20  # Adam's highest rate, reached after so many steps; of weights, times their root mean square
+_USES = 4  # passes in which a batch serves, where there are further ones
 _PATIENCE = 20  # passes without a better loss before the rate falls at once
 _LOOK_EACH = 0.15  # of the schedule: how often the held-out samples are looked at
 _RE_ESTIMATION = 0.2  # of the time, at most, goes into statistics layer by layer
@@ -91,6 +93,8 @@ class Samples(NamedTuple):
 
     fitted: list[Any]
     held_out: list[Any]
+    further: Iterator[Any]
+    """To be fitted on after the first ones, read as they are asked for."""
 
 
 def distill(
@@ -110,7 +114,7 @@ def distill(
     """
     started = time.monotonic()
     samples = split(batches)
-    fitted, held_out = (sum(map(batch_size, part)) for part in samples)
+    fitted, held_out = (sum(map(batch_size, part)) for part in (samples.fitted, samples.held_out))
     outcome = Calibration(fitted + held_out, held_out, "matched")
     try:
         if not held_out:
@@ -146,18 +150,19 @@ def _fit_and_compare(
     deadline = started + settings.seconds - 1.2 * comparing  # the last comparison takes about as long as the first
     best = _Best(pair, samples.held_out, place, before)
     schedule = _Schedule(len(samples.fitted), settings.steps, deadline)
+    stock = _Stock(pair, samples)
     with ended_by_ctrl_c() as stop:
         _re_estimate(pair, samples.fitted, started + _RE_ESTIMATION * (deadline - started), stop)
         best.look()
         best.put_back()
-        problem = _descend(pair, samples.fitted, schedule, best, stop, progress)
+        problem = _descend(pair, stock, schedule, best, stop, progress) or stock.problem
     if schedule.is_sound and schedule.step:
         best.look()
     elif not problem:
         problem = "there was no time for a step of distillation"
     result = best.tried if best.distance is before else best.distance  # what was tried is told even where it is worse
     found: dict[str, Any] = {"calibrated_error": result.relative, "calibrated_top1": result.top1}
-    outcome = replace(outcome, steps=schedule.step, note=problem, **found)
+    outcome = replace(outcome, samples=outcome.samples + stock.read, steps=schedule.step, note=problem, **found)
     if not result.is_better(before):
         return outcome
     best.put_back()
@@ -239,6 +244,37 @@ class _Best:
         self.pair.set_values(self.values)
 
 
+class _Stock:
+    """The batches to fit on. One that has served in some passes gives way to the next further one, where there is one.
+
+    A batch is worth some passes: the original is run on it once.
+    """
+
+    def __init__(self, pair: FittedPair, samples: Samples):
+        self.pair, self.batches, self.further = pair, list(samples.fitted), samples.further
+        self.uses = [0] * len(self.batches)
+        self.read = 0
+        """How many further samples there were."""
+        self.problem = ""
+        """Why there were no more."""
+
+    def take(self, number: int) -> Any:
+        if self.uses[number] == _USES and (fresh := self._next()) is not None:
+            self.pair.forget(self.batches[number])
+            self.batches[number], self.uses[number] = fresh, 0
+        self.uses[number] += self.uses[number] < _USES
+        return self.batches[number]
+
+    def _next(self) -> Any:
+        try:
+            fresh = next(self.further, None)
+        except Exception as error:  # a loader is anybody's code
+            self.problem = f"not all data could be read: {first_line(error)}"
+            return None
+        self.read += 0 if fresh is None else batch_size(fresh)
+        return fresh
+
+
 class _Schedule:
     """Which batch comes next, and how much of the descent is done: by the clock or by steps, whichever is further."""
 
@@ -283,7 +319,7 @@ class _Schedule:
 
 def _descend(
     pair: FittedPair,
-    batches: Sequence[Any],
+    stock: _Stock,
     schedule: _Schedule,
     best: _Best,
     stop: Stop,
@@ -310,7 +346,7 @@ def _descend(
             if not best.look():
                 best.put_back()
                 highest = [rate / 2 for rate in highest]
-        loss = pair.loss(batches[schedule.next_batch()])
+        loss = pair.loss(stock.take(schedule.next_batch()))
         if not loss.requires_grad:
             schedule.is_sound = False
             return "no gradient reaches the norms: the forward detaches its tensors"
@@ -347,10 +383,11 @@ def split(batches: Sequence[Any]) -> Samples:
     """
     total = sum(map(batch_size, batches))
     if total < _LEAST:
-        return Samples(list(batches), [])
+        return Samples(list(batches), [], iter(()))
     most = min(_BATCH, total // _SHARE)
     pieces = [piece for batch in batches for piece in _cut(batch, most)]
-    return Samples([p for i, p in enumerate(pieces) if i % _SHARE != 2], pieces[2::_SHARE])
+    further = (piece for batch in further_batches(batches) for piece in _cut(batch, most))
+    return Samples([p for i, p in enumerate(pieces) if i % _SHARE != 2], pieces[2::_SHARE], further)
 
 
 def _cut(batch: Any, most: int) -> list[Any]:

@@ -142,11 +142,16 @@ class FittedPair:
         with torch.no_grad():
             tensors = _forward(self.teacher, self._teacher_tensors, batch, self.paths, watch)
         outputs = Outputs([tensor.clone() for tensor in tensors], taps, moments)
-        size = sum(t.numel() * t.itemsize for t in (*taps.values(), *outputs.tensors))
+        size = _bytes_of(outputs)
         if size <= self._cache_left:
             self._cache_left -= size
             self.cache[id(batch)] = batch, outputs
         return outputs
+
+    def forget(self, batch: Any) -> None:
+        """The teacher's outputs on a batch, which does not come again."""
+        _, outputs = self.cache.pop(id(batch), (None, Outputs([], {}, {})))
+        self._cache_left += _bytes_of(outputs)
 
     def student_outputs(self, batch: Any) -> Outputs:
         """The student's outputs on a batch, with the values as they now are."""
@@ -189,6 +194,10 @@ class FittedPair:
                 at_norms = at_norms.with_rows(_distance_of(given.taps[tap], wanted.taps[tap], ranked=False))
         place = place or ("output" if at_output.size.sum() > 0 else "norms")
         return (at_output if place == "output" else at_norms), place
+
+
+def _bytes_of(outputs: Outputs) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in (*outputs.taps.values(), *outputs.tensors))
 
 
 # ---- a forward that leaves no trace ----

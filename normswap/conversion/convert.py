@@ -10,7 +10,7 @@ from torch import nn
 
 from normswap.analysis.selection import Pattern
 from normswap.calibration import processes
-from normswap.calibration.batches import MOST_SAMPLES, input_batches
+from normswap.calibration.batches import MOST_SAMPLES, Batches, input_batches
 from normswap.checkpoints import stored_recipes
 from normswap.conversion.device import parse_device
 from normswap.conversion.pipeline import Conversion, run
@@ -92,7 +92,8 @@ def _with_recipe(model: nn.Module, report: Report, previous: Any) -> Conversion:
 
 def _batches_of_all_processes(data: Any) -> Any:
     share = math.ceil(MOST_SAMPLES / processes.world_size())  # at least one sample of each process
-    return processes.gather_batches(input_batches(data, limit=share))
+    own = input_batches(data, limit=share)
+    return Batches(processes.gather_batches(own), own.further)
 
 
 def fold(model: nn.Module, *, inplace: bool = False) -> Conversion:

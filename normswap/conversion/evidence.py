@@ -13,6 +13,7 @@ from normswap.analysis.noise import guess_inputs
 from normswap.analysis.running import Observed, Seen, Sketches, batch_size, calls_outside, inputs_like, run_model
 from normswap.analysis.selection import hidden_layers, select, shared_tensors
 from normswap.analysis.sites import Site, find_sites
+from normswap.calibration.batches import Batches, further_batches
 from normswap.calibration.likeness import Unlikeness, unlikeness
 from normswap.calibration.measuring import Measured, measure_norms, measure_recurrent
 from normswap.calibration.model_inputs import first_inputs
@@ -73,7 +74,7 @@ def survey_model(model: nn.Module, request: Request) -> Survey:
 class Evidence:
     """What runs of the model before the conversion show."""
 
-    batches: Sequence[Any]
+    batches: Batches
     """The calibration data, as the model takes them."""
     inputs: Any
     """What the model is run on before and after, or None."""
@@ -114,7 +115,7 @@ class Evidence:
 def gather_evidence(survey: Survey, request: Request) -> Evidence:
     """Run the model on the example inputs and on the calibration data; raises `ModelError` where it does not run."""
     options, model, begun = request.options, survey.model, time.monotonic()
-    batches = [inputs_like(model, first_inputs(model, batch)) for batch in options.calibrate or ()]
+    batches = _as_inputs(model, options.calibrate or ())
     inputs, name = request.example_inputs, request.inputs_name
     if batches and inputs is None:
         inputs, name = batches[0], f"the calibration data's first batch of {batch_size(batches[0])}"
@@ -149,6 +150,15 @@ def gather_evidence(survey: Survey, request: Request) -> Evidence:
         batches, inputs, name, observed.output, problem, observed.sketches, seen, measured, vectors, made_up,
         frozenset(outside), time.monotonic() - begun, unlike,
     )  # fmt: skip
+
+
+def _as_inputs(model: nn.Module, data: Sequence[Any]) -> Batches:
+    """Batches as `model` takes them."""
+
+    def prepared(batch: Any) -> Any:
+        return inputs_like(model, first_inputs(model, batch))
+
+    return Batches(map(prepared, data), map(prepared, further_batches(data)))
 
 
 def _folds_in_parts(survey: Survey, request: Request) -> bool:

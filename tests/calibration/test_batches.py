@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision import models
 
 from normswap.analysis.running import call_model
+from normswap.calibration import pictures
 from normswap.calibration.batches import input_batches, read_samples
 from normswap.calibration.model_inputs import first_inputs
 from normswap.errors import FileError, OptionError
@@ -540,8 +541,68 @@ def test_iterables_stop_at_the_limit() -> None:
             asked.append(index)
             yield torch.ones(4, 2)
 
-    input_batches(watched(), limit=8)
+    read = input_batches(watched(), limit=8)
     assert asked == [0, 1]
+    assert len(next(read.further)) == 4
+    assert asked == [0, 1, 2]
+    assert len(list(read.further)) == 6
+
+
+@pytest.mark.parametrize("kind", ["array", "dict", "pair", "dataset", "list.pt", "array.npy"])
+def test_what_is_beyond_the_limit_is_read_later(tmp_path: Path, kind: str) -> None:
+    """All of it once, in batches, the rows of a sample together."""
+    x = torch.from_numpy(counted(100))
+    if kind == "array.npy":
+        np.save(tmp_path / kind, x.numpy())
+        read = read_samples(tmp_path / kind, limit=20, batch=8)
+    elif kind == "list.pt":
+        torch.save(list(x.split(5)), tmp_path / kind)
+        read = read_samples(tmp_path / kind, limit=20, batch=8)
+    else:
+        data = {
+            "array": x,
+            "dict": {"a": x, "b": x + 0},
+            "pair": (x, x.flatten(1)[:, 0].long()),
+            "dataset": TensorDataset(x, x),
+        }
+        read = input_batches(data[kind], limit=20, batch=8)
+    further = list(read.further)
+    assert list(read.further) == []
+    if kind in ("dict", "pair", "dataset"):
+        rows = [list(part.values()) if isinstance(part, dict) else part for part in [*read, *further]]
+        assert all(a.flatten(1)[:, 0].tolist() == b.reshape(len(b), -1)[:, 0].tolist() for a, b in rows)
+        read, further = ([part["a"] if kind == "dict" else part[0] for part in some] for some in (read, further))
+    assert len(values(read)) == 20
+    assert max(map(len, further)) <= 8
+    assert sorted(values([*read, *further])) == list(range(100))
+
+
+def test_no_more_pictures_are_decoded_than_are_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+    decode = pictures._read_picture
+    monkeypatch.setattr(pictures, "_read_picture", lambda path, how: decoded.append(path.name) or decode(path, how))
+    read = read_samples(folder, input_size=4, mean=0.0, std=1 / 255, limit=8, batch=4)
+    assert len(decoded) == 8
+    found = values(read) + values([next(read.further)])
+    assert len(decoded) == len(set(found)) == 12
+    (folder / "a" / "05.png").write_bytes(b"no picture")
+    (folder / "b" / "15.png").write_bytes(b"no picture")
+    with pytest.raises(FileError, match=r"[01]5.png: cannot be read"):
+        list(read.further)
+
+
+def test_broken_samples_beyond_the_limit_are_told(tmp_path: Path) -> None:
+    x = torch.from_numpy(counted(100)).numpy()
+    chosen = {value for part in input_batches(x, limit=20) for value in values([part])}
+    x[next(i for i in range(100) if i not in chosen)] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    read = read_samples(tmp_path / "x.npy", limit=20)
+    with pytest.raises(FileError, match=r"x.npy: holds values that are not finite"):
+        list(read.further)
+    mixed = Odd([torch.ones(2)] * 4 + [torch.ones(3)] * 4)
+    read = input_batches(mixed, limit=1, batch=8)
+    with pytest.raises(OptionError, match="calibrate: the samples of Odd cannot be stacked"):
+        list(read.further)
 
 
 def test_items_as_given() -> None:

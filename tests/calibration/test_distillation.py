@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import normswap
 from normswap.analysis.running import eval_mode
 from normswap.calibration import distillation, paired_runs
+from normswap.calibration.batches import Batches
 from normswap.calibration.distillation import FitSettings, distill, split
 from normswap.calibration.paired_runs import Distance, FittedPair
 from normswap.conversion import calibrate, pipeline
@@ -553,7 +554,7 @@ def test_both_models_draw_the_same_numbers() -> None:
 @pytest.mark.parametrize("sizes", [[256], [10], [16] * 16, [1] * 256, [100, 7], [33] * 3])
 def test_about_a_fifth_is_held_out(sizes: list[int]) -> None:
     samples = torch.arange(sum(sizes)).view(-1, 1)
-    fitted, held = split(list(samples.split(sizes)))
+    fitted, held, _ = split(list(samples.split(sizes)))
     assert sorted(torch.cat(fitted + held).flatten().tolist()) == list(range(sum(sizes)))
     assert 0.12 < len(torch.cat(held)) / sum(sizes) < 0.35
     assert all(len(part) <= 32 for part in fitted + held)
@@ -565,8 +566,62 @@ def test_arguments_are_cut_together_and_lists_stay_whole() -> None:
         parts = [list(p.values()) if isinstance(p, dict) else p for part in split([batch]) for p in part]
         assert all(torch.equal(a[:, 0], x[b, 0]) for a, b in parts) and sum(len(a) for a, _ in parts) == 20
     pictures = [([torch.randn(3, 8, 8)] * 2,)] * 10
-    fitted, held = split(pictures)
+    fitted, held, _ = split(pictures)
     assert len(fitted) == 8 and len(held) == 2 and fitted[0] is pictures[0]
+
+
+# ---- more samples than are in memory ----
+
+
+def watched(batches: list[Tensor], read: list[int]) -> Iterator[Tensor]:
+    for number, batch in enumerate(batches):
+        read.append(number)
+        yield batch
+
+
+def id_of(batch: Tensor) -> float:
+    return batch[0, 0, 0, 0].item()
+
+
+def test_further_batches_take_the_places_of_those_that_have_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = split(DATA).fitted
+    later = [part for batch in MORE for part in batch.split(12)]
+    names = {id_of(part): len(part) for part in later}
+    seen: list[float] = []
+    loss, forget = FittedPair.loss, FittedPair.forget
+    monkeypatch.setattr(FittedPair, "loss", lambda pair, batch: seen.append(id_of(batch)) or loss(pair, batch))
+    kept: list[int] = []
+    monkeypatch.setattr(FittedPair, "forget", lambda pair, batch: forget(pair, batch) or kept.append(len(pair.cache)))
+    _, _, outcome = fit(Net(), Batches(DATA, iter(MORE)), steps=40)
+    served = 4 * len(first)
+    assert sorted(seen[:served]) == sorted([id_of(part) for part in first] * 4)
+    assert set(seen[served:]) <= names.keys()
+    assert outcome.samples == 60 + sum(names[name] for name in set(seen[served:]))
+    assert max(kept) < len(split(DATA).fitted) + len(split(DATA).held_out), "outputs on what is gone are kept"
+
+
+def test_further_batches_that_run_out_or_break() -> None:
+    read: list[int] = []
+    _, _, outcome = fit(Net(), Batches(DATA, watched(MORE[:2], read)), steps=90)
+    assert (outcome.samples, outcome.steps, outcome.note, read) == (100, 90, "", [0, 1])
+
+    def broken() -> Iterator[Tensor]:
+        yield MORE[0]
+        raise OSError("disk is gone")
+
+    _, _, outcome = fit(Net(), Batches(DATA, broken()), steps=90)
+    assert (outcome.kept, outcome.samples, outcome.steps) == ("calibrated", 80, 90)
+    assert outcome.note == "not all data could be read: OSError: disk is gone"
+
+
+def test_convert_fits_on_more_samples_than_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = X.repeat(34, 1, 1, 1)[:2000]
+    monkeypatch.setattr(calibrate, "FitSettings", lambda seconds: FitSettings(1e6, 100))
+    report = normswap.convert(Net(), "gn", calibrate=(batch for batch in many.split(25))).report
+    assert report.calibration is not None
+    assert report.calibration.steps == 100
+    assert 512 < report.calibration.samples < 1500
+    assert 90 < report.calibration.held_out < 130
 
 
 # ---- from convert ----
