@@ -61,8 +61,8 @@ class Form:
 _NEAR = 0.7  # how alike a name has to be to a target's, from 0 to 1, for this to be suggested
 _MATCHED = "approximate (matched)"
 _DATA = "approximate, needs data; exact from frozen, est, SyncBatchNorm"
-_LAYOUT = "less in the contiguous layout than in channels-last"
-_FOLD = "for use, normswap fold takes it away"
+_LAYOUT = "less with contiguous tensors than with channels_last"
+_FOLD = "normswap fold removes that for deployment"
 
 
 def _by_name(*forms: Form) -> dict[str, Form]:
@@ -75,7 +75,7 @@ NORM_FORMS = _by_name(
          spellings=("groupnorm",),
          within_sample=True, over_positions=True, options=("groups", "purpose"), compares_groups=True,
          on_tensors_alone=True),
-    Form("ln", "GroupNorm with one group", _MATCHED, "Ba et al. 2016", "the most of the function before training",
+    Form("ln", "GroupNorm with one group", _MATCHED, "Ba et al. 2016", "keeping most without training",
          spellings=("layernorm",),
          within_sample=True, over_positions=True, on_tensors_alone=True),
     Form("in", "InstanceNorm", _MATCHED, "Ulyanov et al. 2016", "style transfer, contrast that should not matter",

@@ -35,7 +35,7 @@ def output_drift(before: Any, after: Any, probe: str) -> Drift:
     of_classes = old[0].dim() in (2, 4) and old[0].shape[1] > 1  # (N, C) or (N, C, H, W)
     top1 = (old[0].argmax(1) == new[0].argmax(1)).double().mean().item() if of_classes else None
     if not a.norm() > 0:
-        return Drift(probe, top1_agreement=top1, note="the output before was zero")
+        return Drift(probe, top1_agreement=top1, note="the old output was zero")
     cosine = nn.functional.cosine_similarity(a, b, dim=0).item() if b.norm() > 0 else None
     return Drift(probe, relative_distance(a, b), cosine, top1)
 

@@ -139,7 +139,7 @@ class Flow:
             return (), "more than one layer before it"
         (layers,) = writers
         if any(layer not in self.parts or set(self.readers[layer]) != {norm} for layer in layers):
-            return (), "the layer before it has other readers"
+            return (), "the output of the layer before it is used elsewhere too"
         return layers, ""
 
     def feeder(self, norm: str) -> str | None:

@@ -104,14 +104,14 @@ class Site:
         norm: Any = self.module
         mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
         if not isinstance(getattr(norm, "eps", 0.0), int | float):
-            return "has an eps that is no number"
+            return "has an eps that is not a number"
         tensors = [t for t in (mean, var, norm.weight, norm.bias) if isinstance(t, Tensor)]
         if not all(t.is_floating_point() and t.layout is torch.strided for t in tensors):
-            return "has tensors that are not of plain floating point"
+            return "has tensors that are not plain floating-point numbers"
         if len({t.is_meta for t in tensors}) > 1:
             return "has some tensors without memory"
         if self.base is not PositionNorm and not all(t.dim() == 1 for t in tensors):
-            return "has tensors that are no vectors"
+            return "has tensors that are not vectors"
         if any(len(tensor) != self.channels for tensor in tensors if tensor.dim() == 1):
             return "has tensors of different sizes"
         if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.is_meta:

@@ -159,7 +159,7 @@ def input_batches(data: Any, *, limit: int = MOST_SAMPLES, batch: int = 32) -> B
 def _check_counts(limit: int, batch: int) -> None:
     for name, value in (("limit", limit), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise OptionError(f"{name}: {value!r} is no number of samples; give a whole number from 1")
+            raise OptionError(f"{name}: {value!r} is not a number of samples; give a whole number, 1 or more")
 
 
 # ---- any data, in batches ----

@@ -63,7 +63,7 @@ def picture_options(input_size: Any, mean: Any, std: Any) -> PictureOptions:
         size = tuple(input_size) if isinstance(input_size, Sequence) else (input_size, input_size)
         if len(size) != 2 or not all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in size):
             raise OptionError(
-                f"--input-size: {input_size!r} is no size of a picture; write 224, or 224,320 for height and width"
+                f"--input-size: {input_size!r} is not a picture size; write 224, or 224,320 for height and width"
             )
     if (mean is None) != (std is None):
         raise OptionError("--mean and --std belong together; give both")

@@ -134,7 +134,7 @@ def imported(name: str, path: Path) -> Any:
     """The object with the full name `name`. Raises `FileError` where there is none."""
     module_name, _, attribute = name.rpartition(".")
     if not module_name:
-        raise FileError(f"--allow {name}: is no full class name; write package.module.Class")
+        raise FileError(f"--allow {name}: is not a full class name; write package.module.Class")
     try:
         return getattr(import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError, TypeError):

@@ -92,7 +92,7 @@ def _likeliest(models: Sequence[Entry], content: Mapping[Any, Any], where: objec
         return named
     alone = [e for e in highest if not _is_average(e)] or highest
     if len(alone) == 1:
-        note = f"{alone[0].name} is taken for the model, since nothing else in the file can be it; else give --key"
+        note = f"{alone[0].name} is taken as the model, since nothing else in the file can be it; else give --key"
         return [replace(alone[0], note=note)]
     if models:
         names = [e.name for e in alone or models]
@@ -105,7 +105,7 @@ def _entry_at(models: Sequence[Entry], key: str, where: object) -> Entry:
     found = next((e for e in models if e.name == key), None)
     if found is None:
         hint = f"; models stand under {', '.join(e.name for e in models[:_SHOWN])}" if models else ""
-        raise OptionError(f"{where}: nothing that is a model stands under --key {key}{hint}")
+        raise OptionError(f"{where}: there is no model under --key {key}{hint}")
     return found
 
 

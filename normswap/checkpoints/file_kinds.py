@@ -41,9 +41,9 @@ def text_problem(head: bytes) -> str:
         return ""
     start = text.lstrip("\ufeff \t\r\n").lower()
     if start.startswith("version https://git-lfs."):
-        return "is a pointer of git-lfs, which stands for the file: fetch that with git lfs pull, or download it anew"
+        return "is a pointer of git-lfs, which stands for the file: fetch that with git lfs pull, or download it again"
     if start.startswith(("<!doctype html", "<html", "<?xml", "<error")):
-        return "is a web page or a server's answer, not the model: open its address in a browser, and download it anew"
+        return "is a web page or a server's answer, not the model: open its address in a browser, and download it again"
     if start.startswith(("{", "[")):
         return "is a text file of JSON, such as a configuration; give the file with the weights"
     return f"is a text file, not one that torch.save wrote; it begins with {text.strip()[:_SHOWN]!r}"

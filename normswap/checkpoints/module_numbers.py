@@ -101,4 +101,4 @@ def _why_they_differ(module: Any, cls: type[nn.Module]) -> str:
         fits = weight.shape == (module.out_features, module.in_features)
     else:
         return ""
-    return "" if fits else f"has a weight of the shape {tuple(weight.shape)}, which its numbers do not tell of"
+    return "" if fits else f"has a weight of the shape {tuple(weight.shape)}, which does not fit its settings"

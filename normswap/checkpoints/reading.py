@@ -133,7 +133,7 @@ def _read_shards(index: Path, trust: bool, allow: tuple[str | type, ...]) -> Che
         header = dict(described.get("metadata") or {})
         safe = all(Path(name).name == name for name in names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FileError(f"{index}: is no index of weight files ({first_line(error)})") from None
+        raise FileError(f"{index}: is not an index of weight files ({first_line(error)})") from None
     if not safe or not names:
         raise FileError(f"{index}: names files outside its folder, or none")
     state: dict[str, Any] = {}
@@ -143,7 +143,7 @@ def _read_shards(index: Path, trust: bool, allow: tuple[str | type, ...]) -> Che
             raise FileError(f"{index}: names {name}, which is missing")
         found = _read_file(index.parent / name, trust, allow)
         if not isinstance(found.content, Mapping) or state.keys() & found.content.keys():
-            raise FileError(f"{index.parent / name}: is no state dict, or repeats keys of another file")
+            raise FileError(f"{index.parent / name}: is not a state dict, or repeats keys of another file")
         header = {**found.aliases, **header}
         shards[name] = tuple(key for key in found.content if key not in found.aliases)
         state |= {key: found.content[key] for key in shards[name]}

@@ -18,7 +18,9 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
-        raise OptionError(f"--input-shape: {text!r} is no shape; write numbers from 1 with commas, such as 1,3,224,224")
+        raise OptionError(
+            f"--input-shape: {text!r} is not a shape; write whole numbers with commas, such as 1,3,224,224"
+        )
     return shape
 
 
@@ -29,7 +31,9 @@ def parse_numbers(option: str, text: str | None, kind: Callable[[str], Number]) 
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise OptionError(f"{option}: {text!r} is not possible; write numbers with commas") from None
+        raise OptionError(
+            f"{option}: {text!r} is not possible; write numbers with commas, such as 0.5,0.5,0.5"
+        ) from None
 
 
 def parse_size(text: str | None) -> int | list[int] | None:

@@ -197,7 +197,9 @@ def _check_groups(target: Target, swaps: Sequence[Swap], groups: str | int) -> N
     _, number = parse_groups(groups)
     widths = [swap.site.channels for swap in swaps if swap.site.kind == "norm"]
     if target.norm and "groups" in target.norm.options and widths and number > max(widths):
-        raise OptionError(f"groups: {groups} is more than the {max(widths)} channels of the widest layer")
+        raise OptionError(
+            f"groups: {groups} is more than the {max(widths)} channels of the widest layer; give at most so many"
+        )
 
 
 def _notices(survey: Survey, request: Request, swaps: Sequence[Swap]) -> list[str]:

@@ -202,7 +202,7 @@ def _remap_optimizers(
     remap = optimizer_states.remap_flat_states if flat else optimizer_states.remap_states
     content, states, lost = remap(content, pairs)
     changes = [change for name, state in states.items() for change in optimizers.state_changes(name, state)]
-    reason = "dropped, since nothing tells which parameter each of its states belongs to; start it anew"
+    reason = "dropped, since the file does not tell which parameter each state belongs to; make a new optimizer"
     return content, changes, [f"{name}: {reason}" for name in lost]
 
 

@@ -106,7 +106,7 @@ def save(
     with _as_written(model, report):
         own_layers = any(type(module).__module__.startswith("normswap.layers") for module in model.modules())
         if format == "safetensors" and own_layers and stored_recipes.stored_recipe(model) is None:
-            notice = f"{path}: holds no recipe of its conversion, for load to repeat; give report="
+            notice = f"{path}: holds no recipe, so that load cannot repeat the conversion; give report="
             warnings.warn(printable(notice), stacklevel=2)
         content = recipe.state_dict_with_recipe(model) if format == "safetensors" else model
         return writing.write_checkpoint(Checkpoint(path, "pt", content), path, format, overwrite=overwrite)

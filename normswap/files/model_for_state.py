@@ -34,7 +34,7 @@ def find_source(
     if model is not None:
         return model, arguments or {}
     if arguments:
-        raise OptionError(f"{where}: model_args (--model-arg) are of no use without the model that takes them: --model")
+        raise OptionError(f"{where}: --model-arg (model_args) needs the model that takes it: give --model (model=) too")
     stored = stored_recipes.stored_recipe(state)
     spec = stored.get("model") if isinstance(stored, Mapping) else None
     if isinstance(spec, str) and model_specs.is_spec(spec):
@@ -42,7 +42,7 @@ def find_source(
         _check_size(state, spec, arguments, where)
         return spec, arguments
     raise FileError(
-        f"{where}: holds a state dict: tensors without their model; give it: load(path, model=factory), or --model SPEC"
+        f"{where}: holds tensors without their model; give the model: load(path, model=...), or --model SPEC"
     )
 
 

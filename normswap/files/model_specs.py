@@ -47,10 +47,12 @@ def build(spec: str, weights: str | None = None, arguments: Mapping[str, Any] | 
     if not name:
         near = libraries.nearest_spec(spec)
         forms = "write torchvision:NAME, timm:NAME, package.module:factory or file.py:factory"
-        raise OptionError(f"{spec!r} is no model; {f'did you mean {near}?' if near else forms}")
+        raise OptionError(f"{spec!r} is not a model; {f'did you mean {near}?' if near else forms}")
     makers = {"torchvision": _torchvision_maker, "timm": _timm_maker}
     if library not in makers and weights is not None:
-        raise OptionError(f"--weights {weights}: {spec} is no model of a library; load its weights from a file")
+        raise OptionError(
+            f"--weights {weights}: {spec} is not a model of torchvision or timm; load its weights from a file"
+        )
     make = makers[library](name, weights) if library in makers else _imported_factory(spec)
     try:
         with warnings.catch_warnings():
@@ -119,7 +121,7 @@ def _imported_factory(spec: str) -> Callable[..., Any]:
         found = getattr(found, part, None)
     if not callable(found):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise OptionError(f"{spec}: there is no function {name} in it; it has {', '.join(names[:8]) or 'none'}")
+        raise OptionError(f"{spec}: it has no function {name}; it has {', '.join(names[:8]) or 'none'}")
     return found
 
 
@@ -127,7 +129,7 @@ def _module_of_file(path: Path) -> Any:
     name = path.stem
     described = importlib.util.spec_from_file_location(name, path) if os.path.isfile(path) else None
     if described is None or described.loader is None:
-        raise OptionError(f"{path}: no such file; the model is looked for in file.py:factory")
+        raise OptionError(f"{path}: no such file; give the file that makes the model, as file.py:function")
     module = importlib.util.module_from_spec(described)
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)  # for what the file imports from beside it
@@ -136,7 +138,7 @@ def _module_of_file(path: Path) -> Any:
         described.loader.exec_module(module)
     except SystemExit:
         raise ModelError(
-            f"{path}: exits as it is imported; guard its main part with if __name__ == '__main__':"
+            f"{path}: exits as it is imported; put its main part under if __name__ == '__main__':"
         ) from None
     except Exception as error:  # anybody's code
         raise ModelError(f"{path}: cannot be imported: {first_line(error)}") from error

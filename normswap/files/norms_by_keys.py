@@ -69,15 +69,15 @@ def _why_no_norm(state: Mapping[str, Any], prefix: str, names: Mapping[str, list
     lacking = [name for name in (*_STATISTICS, *_AFFINE) if name not in found]
     if lacking:
         return (
-            f"lacks {', '.join(lacking)} of a batch norm: statistics of observations, rewards or data look like that; "
-            "if it is one, give its model (--model)"
+            f"lacks {', '.join(lacking)} that a batch norm has, so it may be statistics of data; "
+            "if it is a norm, give its model (--model)"
         )
     if len(vectors) < len(found) or len({len(v) for v in vectors}) > 1 or not len(vectors[0]):
         return "mean, variance, gain and bias are not vectors of one length, of floating point"
     if others := [name for name in names[prefix] if name not in (*_AFFINE, *_BUFFERS)]:
-        return f"has {others[0]} beside them, which no batch norm has; if it is one, give its model (--model)"
+        return f"has {others[0]} beside them, which no batch norm has; if it is a norm, give its model (--model)"
     counted = state.get(f"{prefix}num_batches_tracked")
-    return "" if counted is None or isinstance(counted, Tensor) else "its num_batches_tracked is no tensor"
+    return "" if counted is None or isinstance(counted, Tensor) else "its num_batches_tracked is not a tensor"
 
 
 def _is_plain(tensor: Tensor) -> bool:

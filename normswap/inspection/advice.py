@@ -27,9 +27,9 @@ class Facts:
 def small_batches(facts: Facts) -> Advice | None:
     if not facts.outcomes["gn"].norms:
         return None
-    choose, why = "gn", "statistics within a sample do not care for the batch; no convolutions here"
+    choose, why = "gn", "its statistics come from one sample, so the size of the batch does not matter"
     if facts.outcomes["ws"].weights:
-        choose, why = "gn-ws", "ahead of all else when fine-tuned at batch 1 to 4; bcn is its equal"
+        choose, why = "gn-ws", "best when fine-tuned at batch 1 to 4, as measured; bcn is as good"
     return Advice("small batches (1 to 8)", choose, why)
 
 
@@ -49,7 +49,7 @@ def recurrence(facts: Facts) -> Advice | None:
         return Advice("norms used again and again", "gn", why)
     if facts.recurrent:
         what = ", ".join(sorted({layer.module for layer in facts.recurrent}))
-        why = f"layer norm inside {what} steadies long sequences; approximate, so give data with --calibrate"
+        why = f"layer norm inside {what} makes long sequences stable; approximate, so give data with --calibrate"
         return Advice("recurrent layers", "--recurrent ln", why)
     return None
 
@@ -66,10 +66,10 @@ def without_training(facts: Facts) -> Advice | None:
     if not groups or not facts.batch_norms:
         return None
     training, use = (span([numbers[purpose] for numbers in groups]) for purpose in ("training", "use"))
-    why = f"groups a norm: {use} keeps most, {training} trains best"
+    why = f"groups per norm: {use} keeps most without training, {training} trains best"
     depthwise = [c for c in facts.layers if c.kind == "weight" and (c.groups or 0) > 1 and c.groups == c.channels]
     if depthwise:
-        why = f"{why}; {len(depthwise)} depthwise layers: several groups keep less, and --ws strict little"
+        why = f"{why}; {len(depthwise)} depthwise layers: several groups keep less there, and --ws strict little"
     return Advice("use right after the conversion", "gn --for use, or --calibrate", why)
 
 
@@ -79,7 +79,7 @@ def pointlike(facts: Facts) -> Advice | None:
     if len(small) < max(1, _MANY_POINTS * len(norms)):
         return None
     where = f"{len(small)} of {len(norms)} norms read 1×1 maps"
-    why = f"{where}, where few elements share a group: take few groups, and not in"
+    why = f"{where}, so that a group has few elements: take few groups, and avoid in"
     return Advice("many 1×1 maps", "ln, or gn --groups 1", why)
 
 
@@ -87,11 +87,11 @@ FOR_BATCH_NORM = (
     Advice("large batches", "keep BatchNorm",
            "from 16 samples a device on, nothing is better and nothing is faster"),
     Advice("a short fine-tuning near the original data", "frozen",
-           "exact; behind the others where the data have shifted far"),
+           "exact; worse than the others if your data differ much"),
     Advice("private or federated training", "gn, or gn-ws",
-           "no sample and no client depends on another; Opacus also wants activations with inplace=False"),
-    Advice("some data at hand", "--calibrate PATH",
-           "a few hundred samples without labels keep most of what gn, ln, bcn lose"),
+           "no sample and no client depends on another; Opacus also needs activations with inplace=False"),
+    Advice("you have some data", "--calibrate PATH",
+           "a few hundred samples without labels win back most of what gn, ln and bcn lose"),
 )  # fmt: skip
 """For every model with batch norms."""
 ADVICE_RULES: tuple[Callable[[Facts], Advice | None], ...] = (

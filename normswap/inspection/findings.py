@@ -96,20 +96,20 @@ def _along_time(what: str) -> Rule:
 
 PROBLEM_RULES: dict[str, tuple[Rule, str]] = {
     "running statistics that are not finite or negative": (_statistics("not finite", "negative variance"),
-        "no target takes these layers; re-estimate them on data in train mode, or look for the step that diverged"),
+        "no target converts these layers; compute them again on data in train mode, or find where training diverged"),
     "running statistics that were never trained": (_statistics("never trained"),
         "there is no function to keep: load the trained weights first, or check that they were loaded"),
     "dead channels: no variance": (_statistics("dead channel"),
-        "the filters before them give a constant; group norms keep them out of their groups' scale"),
+        "the filters before them always give the same value; group norms leave them out of a group's scale"),
     "momentum 0": (_never_following,
-        "the statistics never follow the data, though batches are normalized by their own in training: "
-        "frozen says so openly"),
+        "the running statistics never change, although training normalizes each batch by its own: "
+        "the target frozen makes that explicit"),
     "a bias without effect, since the norm after it subtracts it": (_useless_bias,
         "it only takes memory: build these layers with bias=False; gn and ln would give the bias an effect"),
     "a norm after the non-linearity, where the others stand before it": (_after_activation,
-        "often a slip; matching moves the statistics of what they see all the same"),
+        "often a mistake; the conversion works all the same"),
     "dropout between norm and convolution": (_dropout,
-        "it changes the variance between training and evaluation, which running statistics cannot follow "
+        "it changes the variance between training and evaluation, so that running statistics do not fit "
         "(Li et al. 2019)"),
     "norms of a causal network": (_along_time(CAUSAL),
         "gn, ln, in and bcn take statistics along time, so that the past would depend on the future; pn, frozen and "

@@ -187,9 +187,9 @@ def _into_layers_behind(norm: Site, affine: Affine, context: Context) -> list[Ab
         if (problem := _cannot_absorb(layer, norm, context, Place.BEHIND)) or (
             problem := _cannot_take_inputs(layer, norm, context)
         ):
-            return f"the layer behind it {problem}"
+            return f"the layer after it {problem}"
         if adds and _pads_with_zeros(layer):
-            return "the layer behind it pads with zeros, which the norm would change"
+            return "the layer after it pads with zeros, which the norm would change"
     return [_absorption(layer, norm, affine, Place.BEHIND) for layer in into]
 
 

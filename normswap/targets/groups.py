@@ -36,7 +36,7 @@ def choose_groups(site: Site, context: Context) -> tuple[int, str] | str:
     rule, number = parse_groups(context.options.groups)
     asked = _asked_groups(channels, context.options)
     if elements is not None and channels * elements < LEAST_ELEMENTS:
-        return "has one element a sample, which any norm within a sample would erase"
+        return "has one element per sample, which a norm within a sample would turn into a constant"
     limit = asked
     if elements is not None:
         least = AUTO_ELEMENTS if rule == "auto" else LEAST_ELEMENTS

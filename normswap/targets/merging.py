@@ -124,7 +124,7 @@ def _why_not_merged(member: _Member, plans: Mapping[Site, Swap | str], context: 
     if site.obstacle:
         return site.obstacle
     if site.base not in CONVOLUTIONS or normalized_by_torch(site.module):
-        return "is no plain convolution"
+        return "is not a plain convolution"
     if own := own_forward(type(site.module)):
         return f"has a {own} of its own"
     if problem := why_values_stay(site, context):
@@ -133,7 +133,7 @@ def _why_not_merged(member: _Member, plans: Mapping[Site, Swap | str], context: 
         swap = plans.get(context.sites[path])
         absorptions = swap.absorptions if isinstance(swap, Swap) else ()
         if [(a.site, a.place) for a in absorptions] != [(site, Place.BEFORE)] or not is_bare(context.sites[path]):
-            return "has a norm behind it that stays"
+            return "has a norm after it that stays"
     return ""
 
 

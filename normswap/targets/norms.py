@@ -40,7 +40,7 @@ def to_layer_norm(site: Site, context: Context) -> Swap | str:
     if site.form == "last":
         return "is a layer norm already"
     if elements_of(site, context) == 1 and site.channels < LEAST_ELEMENTS:
-        return "has one element a sample, which any norm within a sample would erase"
+        return "has one element per sample, which a norm within a sample would turn into a constant"
     return _group_norm(site, context, 1, "")
 
 
@@ -71,7 +71,7 @@ def to_position_norm(site: Site, context: Context) -> Swap | str:
     if site.form in ("position", "last"):
         return "is a position norm already"
     if site.channels < LEAST_ELEMENTS:
-        return "has one channel, which a norm over the channels would erase"
+        return "has one channel, which a norm over the channels would turn into a constant"
     new = PositionNorm(site.channels, eps_of(site.module), spatial_dims=site.spatial_dims, device="meta")
     new.elementwise_affine = site.module.weight is not None or context.options.transfer == "match"
     swap = swap_with_affine(site, new, read_statistics(site, context), 1, context, "")
@@ -89,7 +89,7 @@ def _group_norm(site: Site, context: Context, groups: int, note: str, eps: float
     swap = swap_with_affine(site, new, stats, groups, context, note, same)
     if not same or context.options.transfer == "reset":
         return swap
-    return replace(swap, how="gain and bias as they stand: the same function", exact=True, note=note)
+    return replace(swap, how="gain and bias unchanged: the same function", exact=True, note=note)
 
 
 def to_batch_norm(site: Site, context: Context) -> Swap | str:
@@ -134,7 +134,7 @@ def to_frozen(site: Site, context: Context) -> Swap | str:
 def to_estimated(site: Site, context: Context) -> Swap | str:
     """The same batch norm by moving estimates (Qiao et al. 2019): exact, and it learns at batch 1."""
     if site.base is EstimatedBatchNorm:
-        return "goes by moving estimates already"
+        return "uses moving estimates already"
     new = EstimatedBatchNorm(site.channels, eps_of(site.module), _momentum(site), False, site.spatial_dims)
     return _keep_statistics(site, context, new, "statistics become moving estimates")
 
@@ -152,7 +152,7 @@ def to_batch_channel(site: Site, context: Context) -> Swap | str:
     stats = read_statistics(site, context)
     if isinstance(kept, str) or stats is None:
         return kept
-    how = f"{kept.how}; a gain and a bias a group"
+    how = f"{kept.how}; one gain and one bias per group"
     like = example_tensor(site, context)
     if context.options.transfer == "match":
         gain, bias = match_output(stats, groups)
@@ -224,6 +224,6 @@ def rescale_statistics(site: Site, context: Context) -> Swap | str:
     """A batch norm that stays, behind a convolution whose filters strict standardization rescales."""
     stats = read_statistics(site, context)
     if stats is None or context.options.transfer != "match":
-        return "is not what the target changes"
+        return "is not changed by this target"
     how = "statistics rescaled for standardized weights"
     return Swap(site, site.module, site.name, how, False, writes=tuple(_statistics_writes(site, stats)))

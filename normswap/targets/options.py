@@ -48,7 +48,7 @@ class Options:
             )
         seconds = self.calibrate_seconds
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
-            raise OptionError(f"calibrate_seconds: {seconds!r} is no time; give seconds, 0 for matching alone")
+            raise OptionError(f"calibrate_seconds: {seconds!r} is not a time; give seconds, or 0 for no fit")
 
     @property
     def shrinks(self) -> bool:

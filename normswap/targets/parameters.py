@@ -126,7 +126,7 @@ def _affine_values(
         ones_or_zeros = {"weight": torch.ones_like, "bias": torch.zeros_like}
         return {k: None if v is None else ones_or_zeros[k](v) for k, v in values.items()}, "gain 1, bias 0", ""
     if transfer == "copy":
-        return values, "gain and bias copied as they stand", ""
+        return values, "gain and bias copied unchanged", ""
     if stats is not None:
         affine = matching.match_groups(stats, groups, eps)
         own = site.form == "data" or site.path not in context.measured
@@ -143,4 +143,4 @@ def _affine_values(
         # As on data, where gain and bias carry statistics: the architecture is the same with and without.
         one = torch.ones(site.channels)
         values = {k: (one if k == "weight" else one * 0) if v is None else v for k, v in values.items()}
-    return values, "gain and bias copied as they stand", "no running statistics and no data to match"
+    return values, "gain and bias copied unchanged", "no running statistics and no data to match"

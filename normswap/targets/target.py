@@ -71,12 +71,12 @@ def check_options(target: Target, options: Options) -> None:
     for option in dict.fromkeys(name for form in forms for name in form.options):
         if option not in of_forms and getattr(options, option) != getattr(Options(), option):
             able = ", ".join(form.name for form in forms if option in form.options)
-            raise OptionError(f"{option}: the target {target.name} has no use for it; those with {able} have")
+            raise OptionError(f"{option}: has no effect with the target {target.name}; it is for {able}")
     rescales = options.ws == "strict" or options.recurrent is not None
     if target.norm is None and not rescales and options.transfer != Options().transfer:
-        raise OptionError(f"transfer: the target {target.name} has no use for it: it changes no norms")
+        raise OptionError(f"transfer: has no effect with the target {target.name}, which changes no norms")
     if options.calibrate is None and options.calibrate_seconds != Options().calibrate_seconds:
-        raise OptionError("calibrate_seconds: is of no use without data; give calibrate")
+        raise OptionError("calibrate_seconds: needs data; give --calibrate (calibrate=) too")
 
 
 def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:
@@ -86,13 +86,13 @@ def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:
     if not site.form:
         if isinstance(site.module, nn.LayerNorm):
             return f"normalizes over {tuple(site.module.normalized_shape)}, with a gain for each position"
-        return f"{site.name} is no norm that can be converted"
+        return f"{site.name} is not a norm that can be converted"
     if site.path in context.flow.touched:
         return "has tensors that a forward reads directly"
     if problem := site.damage or ("" if target is PLAIN_TARGET else _misplaced(site, context)):
         return problem
     if target.norm is not None and target.norm.within_sample and _mixes_samples(site, context):
-        return "sees several samples in its channels (a split batch), so that no norm within a sample can stand in"
+        return "has several samples in its channels (a split batch), so that a norm within a sample cannot replace it"
     if target.norm is not None:
         swap = NORM_FUNCTIONS[target.norm.name](site, context)
         return _with_activation(site, swap, target) if isinstance(swap, Swap) and site.is_activated else swap

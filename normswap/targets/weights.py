@@ -52,11 +52,11 @@ def to_standardized(site: Site, context: Context) -> Swap | str:
                 constant, total = constant + int((variance == 0).sum()), total + len(variance)
         buffers |= {f"{name}_gain": gain.to(weight.dtype), f"{name}_shift": shift.to(weight.dtype)}
     if constant and constant == total:
-        return "has constant filters alone (all zeros?): standardized, they would stay so"
+        return "has only constant filters (all zeros?), which cannot be standardized"
     new = retyped(site.module, form_for(site.module, STANDARDIZED), buffers)
     how = "gain 1, shift 0" if strict else "gain and shift keep each filter's own std and mean"
     traced = context.flow.seen(site.path) or site.layer_kind == "rnn"
-    note = "" if traced else "not traced: a norm of its width stands beside it"
+    note = "" if traced else "its connections are not known; a norm with as many channels is next to it"
     if constant:
         note = join_notes(note, f"{constant} of {total} filters are constant, and stay so")
     return Swap(site, new, STANDARDIZED[site.base].__name__, how, not strict, note)  # type: ignore[index]
@@ -71,10 +71,10 @@ def _why_not_standardized(site: Site, context: Context) -> str:
     options, path = context.options, site.path
     if options.ws_scope == "normed" and site.layer_kind != "rnn" and path not in context.flow.normed:
         traced = context.flow.seen(path)
-        return "has no normalization after it" if traced else "was not traced, and no norm stands beside it"
+        return "has no normalization after it" if traced else "its connections are not known, and no norm is next to it"
     if options.ws == "strict" and context.measured and options.ws_scope == "normed" and path in context.flow.first:
         # Measured (tests/bench/calibration.py): standardized strictly, it costs more than data bring back.
-        return "reads the input, where strict standardization costs most; ws_scope=all takes it too"
+        return "reads the model's input, where strict standardization loses most; --ws-scope all takes it too"
     return ""
 
 
@@ -133,9 +133,9 @@ def _why_not_covered(site: Site, classes: Mapping[type[nn.Module], type[nn.Modul
     if site.base in PLAIN:
         return f"is {site.name} already: fold it first (normswap.fold)"
     if site.base not in classes:
-        return f"{site.name} is not covered"
+        return f"{site.name} is not supported"
     if not all(getattr(site.module, name).is_floating_point() for name in weight_names(site.module)):
-        return "has a weight that is not real"
+        return "has a weight of complex numbers"
     return ""
 
 

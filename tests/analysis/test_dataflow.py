@@ -89,7 +89,7 @@ def test_train_mode_counts() -> None:
         return (self.norm(x), x) if self.training else self.norm(x)
 
     model = Forward(run, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4)).eval()
-    assert flow_of(model).feeders("norm") == ((), "the layer before it has other readers")
+    assert flow_of(model).feeders("norm") == ((), "the output of the layer before it is used elsewhere too")
 
 
 def test_tracing_leaves_the_model_alone() -> None:

@@ -338,7 +338,7 @@ def test_without_inputs_noise_shows_what_code_does_not() -> None:
             assert str(x.shape[0])[0] in "0123456789"  # no symbolic run can answer
             return self.block(x) + attrgetter("block.conv")(self)(x)
 
-    with pytest.raises(normswap.ModelError, match="the layer before it has other readers"):
+    with pytest.raises(normswap.ModelError, match="the output of the layer before it is used elsewhere too"):
         normswap.convert(Hidden(), "fold")
 
 

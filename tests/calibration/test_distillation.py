@@ -669,9 +669,9 @@ def test_strict_standardization_leaves_the_stem_where_there_are_data() -> None:
     kept = {}
     for scope in ("normed", "all"):
         _, report = normswap.convert(model, "gn-ws", ws="strict", ws_scope=scope, calibrate=DATA, calibrate_seconds=0)
-        kept[scope] = [left.path for left in report.left if "reads the input" in left.reason]
+        kept[scope] = [left.path for left in report.left if "reads the model's input" in left.reason]
     assert len(kept["normed"]) == 1 and not kept["all"]
-    assert "reads the input" not in str(normswap.convert(model, "gn-ws", ws="strict").report.left)
+    assert "reads the model's input" not in str(normswap.convert(model, "gn-ws", ws="strict").report.left)
 
 
 def test_packed_sequences_are_fitted_on() -> None:

@@ -206,7 +206,7 @@ def test_impossible_groups(groups: object) -> None:
 def test_more_groups_than_channels(groups: object) -> None:
     model = conv_norm()
     before = fingerprint(model)
-    with pytest.raises(OptionError, match="more than the 8 channels of the widest layer"):
+    with pytest.raises(OptionError, match="more than the 8 channels of the widest layer; give at most so many"):
         normswap.convert(model, "gn", groups=groups, inplace=True)
     assert same(before, fingerprint(model))
 

@@ -286,7 +286,7 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         wanted = normswap.convert(net, "gn-ws").model.state_dict()
         found = torch.load("w.gn-ws.pt")
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    with pytest.raises(FileError, match="give it: load"):
+    with pytest.raises(FileError, match="give the model: load"):
         normswap.load("w.gn-ws.pt")  # a factory's code is not run because a file names it
     for spec, message in (
         ("nets.py:nothing", "no function nothing in it; it has block, make"),

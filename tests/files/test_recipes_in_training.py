@@ -159,7 +159,7 @@ def test_a_strict_load_by_torch_is_undisturbed() -> None:
 def test_a_file_that_has_lost_its_recipe_says_what_to_do(tmp_path: Path) -> None:
     model, report = normswap.convert(net(), "gn-ws")
     drop_recipes(model)
-    with pytest.warns(UserWarning, match="holds no recipe of its conversion.*give report="):
+    with pytest.warns(UserWarning, match="holds no recipe, so that load.*give report="):
         normswap.save(model, tmp_path / "w.safetensors")
     normswap.save(model, tmp_path / "w.safetensors", report=report, overwrite=True)
     assert torch.equal(output(normswap.load(tmp_path / "w.safetensors", model=net)), output(model))

@@ -907,7 +907,7 @@ def test_a_wrong_key(tmp_path: Path, key: str) -> None:
     model = net()
     content = {"model": model.state_dict(), "optimizer": sgd(one_group(model)).state_dict(), "epoch": 1}
     torch.save(content, tmp_path / "run.pth")
-    with pytest.raises(OptionError, match=r"nothing that is a model stands under --key.*models stand under model"):
+    with pytest.raises(OptionError, match=r"there is no model under --key.*models stand under model"):
         normswap.convert_file(tmp_path / "run.pth", "gn", model=net, key=key)
     assert list(listing(tmp_path)) == ["run.pth"]
 
