@@ -78,7 +78,7 @@ class ReportView:
         yield from (_with_verdict(terminal.text(sentence)) for sentence in wording.summary(report))
         yield from (terminal.text(f"warning: {notice}", "yellow") for notice in report.warnings)
         if report.target != "diff":
-            yield _legend(terminal)
+            yield from (Text(), _legend(terminal))
         if lines := wording.written_lines(report.written):
             yield from (Text(), _written(lines, terminal))
 
@@ -151,7 +151,8 @@ def _drift_chart(bars: list[charts.Bar], terminal: Terminal) -> Table:
     )  # two spaces between columns
     for bar in bars:
         length = max(1, round(most * bar.share))
-        drawn = terminal.text("█" * length, _COLORS[bar.severity]) + terminal.text("·" * (most - length), "dim")
+        filled, rest = terminal.string("█" * length), terminal.string("·" * (most - length))
+        drawn = Text.assemble((filled, _COLORS[bar.severity]), (rest, "dim"))
         path = Text("  ") + terminal.fitted(bar.path, max(_SHORTEST_PATH, terminal.width - beside))
         table.add_row(path, bar.shown, drawn, terminal.text(bar.several, "dim"))
     return table

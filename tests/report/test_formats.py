@@ -91,9 +91,11 @@ class Page(HTMLParser):
             self.tiles[self._tile], self._tile = data, ""
 
 
-def terminal(report: normswap.Report, width: int = 200, **options: Any) -> str:
+def terminal(report: normswap.Report, width: int = 200, force_terminal: bool = False, **options: Any) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=width).print(ReportView(report, "model.pt", **options))
+    Console(
+        file=stream, width=width, force_terminal=force_terminal, color_system="standard" if force_terminal else None
+    ).print(ReportView(report, "model.pt", **options))
     return stream.getvalue()
 
 
@@ -202,6 +204,8 @@ def test_bars_are_on_one_scale(moved: float, shown: str, share: float, severity:
         line = next(line for line in terminal(report).splitlines() if re.match(r"  l0 +\d", line))
         assert shown in line and line.count("█") == max(1, round(24 * share))
         assert f'<i class="{severity}" style="width:{100 * share:.1f}%">' in formats.to_html(report, "model.pt")
+        colours = {"small": "32", "medium": "33", "large": "31"}
+        assert f"\x1b[{colours[severity]}m█" in terminal(report, force_terminal=True).split("  l0 ")[1].splitlines()[0]
         told = next(line for line in formats.to_markdown(report, "model.pt").splitlines() if line.startswith("| `l0`"))
         assert shown in told and told.count("█") == max(1, round(20 * share))
 
