@@ -205,5 +205,6 @@ def run_model(
         raise TooCostly(f"not run: on {name} the model takes {cost}; {GIVE_INPUTS}") from None
     except Exception as error:  # the forward is anybody's code
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise ModelError(f"the model does not run on the {name}: {type(error).__name__}: {reason}") from error
+        said = f"the model does not run on the {name}: {type(error).__name__}: {reason}"
+        raise ModelError(f"{said}; give inputs as it takes them, the batch first, such as 1,3,224,224") from error
     return Observed(output, seen, sketches)

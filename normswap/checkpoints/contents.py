@@ -98,7 +98,7 @@ def _likeliest(models: Sequence[Entry], content: Mapping[Any, Any], where: objec
         names = [e.name for e in alone or models]
         raise FileError(f"{where}: which entry is the model? give --key {' or --key '.join(names[:_SHOWN])}")
     listed = ", ".join(str(name) for name in list(content)[:_SHOWN]) or "nothing"
-    raise FileError(f"{where}: holds no model that could be found; its entries are {listed}")
+    raise FileError(f"{where}: holds no model that could be found; its entries are {listed}; give another file")
 
 
 def _entry_at(models: Sequence[Entry], key: str, where: object) -> Entry:

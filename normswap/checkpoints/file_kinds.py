@@ -19,7 +19,7 @@ def check_kind(path: Path) -> list[zipfile.ZipInfo] | None:
         head = file.read(HEAD)
     entries, problem = None, ""
     if not head:
-        problem = "is empty"
+        problem = "is empty; copy or save it again"
     elif head.startswith(b"PK\x03\x04"):
         entries, problem = _archive(path)
     elif path.suffix == ".onnx":
@@ -46,7 +46,7 @@ def text_problem(head: bytes) -> str:
         return "is a web page or a server's answer, not the model: open its address in a browser, and download it again"
     if start.startswith(("{", "[")):
         return "is a text file of JSON, such as a configuration; give the file with the weights"
-    return f"is a text file, not one that torch.save wrote; it begins with {text.strip()[:_SHOWN]!r}"
+    return f"is a text file that begins with {text.strip()[:_SHOWN]!r}; give the file with the weights"
 
 
 def _archive(path: Path) -> tuple[list[zipfile.ZipInfo], str]:

@@ -80,7 +80,7 @@ def unasked_layers(sites: Sequence[Site], layers: Sequence[str], recurrent: str 
     there = [kind for kind in LAYERS if has[kind] and kind not in layers]
     hints = []
     if there:
-        hints.append(f"weights of other layers change with layers=({', '.join(repr(kind) for kind in there)},)")
+        hints.append(f"weights of other layers change with --layers {','.join(there)} (layers=)")
     if has["rnn"] and not recurrent:
-        hints.append('recurrent="ln" puts layer norms into LSTM and GRU')
+        hints.append("--recurrent ln (recurrent=) puts layer norms into LSTM and GRU")
     return "".join(f"; {hint}" for hint in hints)

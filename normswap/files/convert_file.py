@@ -86,8 +86,9 @@ def convert_file(
         _check_kind(found, outputs)
         with inputs.errors_name(path):
             one_model.check_request(entries := contents.find_entries(found.content, key, path), found.path, request)
-            pictures = {"input_size": input_size, "mean": mean, "std": std}
-            asked = replace(asked, calibrate=_read_data(calibrate, (path, model), weights, pictures, progress))
+        pictures = {"input_size": input_size, "mean": mean, "std": std}
+        asked = replace(asked, calibrate=_read_data(calibrate, (path, model), weights, pictures, progress))
+        with inputs.errors_name(path):
             converted, report = _convert_models(found, entries, replace(request, options=asked))
         return _write(_in_format(converted, format, key), report, outputs, check_inputs, started, progress)
 

@@ -43,9 +43,7 @@ class Options:
         if self.recurrent is not None and self.recurrent not in RECURRENT_FORMS:
             raise OptionError(f"recurrent: {self.recurrent!r} is not one of {', '.join(RECURRENT_FORMS)}")
         if isinstance(self.layers, str) or not self.layers or not set(self.layers) <= set(LAYERS):
-            raise OptionError(
-                f'layers: {self.layers!r} is not possible; give some of {", ".join(LAYERS)}: ("conv", "rnn")'
-            )
+            raise OptionError(f"layers: {self.layers!r} is not possible; give some of {', '.join(LAYERS)}")
         seconds = self.calibrate_seconds
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
             raise OptionError(f"calibrate_seconds: {seconds!r} is not a time; give seconds, or 0 for no fit")

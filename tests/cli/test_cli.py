@@ -109,7 +109,10 @@ def test_full_lists_every_layer(saved: Path) -> None:
         (["--to", "gn", "--include", "nowhere.*"], "include: 'nowhere.*' matches no"),
         (["--to", "gn", "--input-shape", "1,3,x"], "--input-shape"),
         (["--to", "gn", "--input-shape", "1,5,64,64"], "does not run on the example inputs"),
+        (["--to", "gn", "--input-shape", "3,64,64"], "the batch first, such as 1,3,224,224"),
         (["--to", "gn", "-o", "none/out.pt"], "does not exist"),
+        (["--to", "gn", "--calibrate", "none"], "error: none: No such file"),
+        (["--to", "wn", "--layers", "linear", "--include", "conv1"], "change with --layers conv"),
     ],
 )
 def test_an_error_is_one_message_and_exit_1(saved: Path, arguments: list[str], message: str) -> None:

@@ -196,7 +196,7 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
     made = {
         "empty": (b"", "is empty"),
         "truncated": (data[: len(data) // 2], "truncated or damaged"),
-        "text": (("weights, honest\n" * 20).encode(), "is a text file, .* begins with 'weights, honest"),
+        "text": (("weights, honest\n" * 20).encode(), "is a text file that begins with 'weights, honest"),
         "lfs.safetensors": (POINTER, "is a pointer of git-lfs, .*git lfs pull"),
         "page.pth": (b"<!DOCTYPE html><html><title>Quota exceeded</title></html>", "is a web page"),
         "config.safetensors": (b'{"architectures": ["ResNet"], "depth": 50}', "is a text file of JSON"),
