@@ -40,7 +40,9 @@ def to_markdown(found: Found, source: str) -> str:
 def to_svg(found: Found, source: str) -> str:
     """A report or an inspection as the terminal shows it, as SVG."""
     console = Console(record=True, width=_SVG_WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    console.print(InspectionView(found, source) if isinstance(found, Inspection) else ReportView(found, source))
+    console.print(
+        InspectionView(found, source) if isinstance(found, Inspection) else ReportView(found, source, command=True)
+    )
     return console.export_svg(title="normswap", unique_id="normswap", code_format=_SVG)
 
 

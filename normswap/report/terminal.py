@@ -59,6 +59,7 @@ class ReportView:
     report: Report
     title: str = ""  # what was converted
     full: bool = False  # a line for every layer, not patterns
+    command: bool = False  # what was typed, which a terminal shows already
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Group(*self._parts(Terminal(options.max_width, options.ascii_only)))
@@ -79,7 +80,8 @@ class ReportView:
         yield from (terminal.text(f"warning: {notice}", "yellow") for notice in report.warnings)
         if report.target != "diff":
             yield from (Text(), _legend(terminal))
-        if lines := wording.written_lines(report.written):
+        lines = wording.written_lines(report.written)
+        if lines := [(name, text) for name, text in lines if self.command or name != wording.COMMAND]:
             yield from (Text(), _written(lines, terminal))
 
     def _changes(self, terminal: Terminal) -> Iterator[Table | Text]:

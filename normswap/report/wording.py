@@ -55,6 +55,7 @@ LEGEND = {
     "calibrated": "nearer: then fitted to the old outputs on your data",
 }
 """The words for what a conversion keeps, and what they mean."""
+COMMAND = "command"
 DRIFT_TITLE = "how much of each layer's output moved"
 DRIFT_SCALE = "share of the output (relative L2); a full bar is 100%"
 
@@ -148,7 +149,7 @@ def written_lines(found: Written | None) -> list[tuple[str, str]]:
     """What was typed, what was written, and how to load it, each behind its name."""
     if found is None:
         return []
-    lines = [("command", found.command), ("written to", found.path), ("load it with", found.load)]
+    lines = [(COMMAND, found.command), ("written to", found.path), ("load it with", found.load)]
     return [(name, text) for name, text in lines if text]
 
 
@@ -210,7 +211,7 @@ def details(report: Report) -> list[str]:
 
 def calibration_sentence(found: Calibration) -> str:
     """Which values were kept, and what that is worth."""
-    line = f"calibrated on {plural(found.samples, 'sample')}: kept {found.kept}"
+    line = f"calibration with {plural(found.samples, 'sample')}: kept the {found.kept} values"
     if found.calibrated_error is not None:
         where = "error" if found.measure == "output" else "error at the norms"
         line += f"; {where} {found.matched_error:.2g} matched, {found.calibrated_error:.2g} calibrated"

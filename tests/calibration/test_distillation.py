@@ -641,7 +641,7 @@ def test_convert_with_data(inplace: bool) -> None:
     assert (converted is net) == inplace and "calibrating: 100%" in told
     data = json.loads(json.dumps(report.to_dict()))["calibration"]
     assert data["kept"] == "calibrated" and data["calibrated_error"] == calibration.calibrated_error
-    assert "calibrated on 60 samples: kept calibrated; error" in printed(report, 200)
+    assert "calibration with 60 samples: kept the calibrated values; error" in printed(report, 200)
 
 
 @pytest.mark.parametrize(
