@@ -20,6 +20,7 @@ def load_line(
     `source` is what was converted; the rest are the options that it was read with. A model that no file and no option
     names is written as `YourModel`.
     """
+    allow = [allow] if isinstance(allow, str) else allow
     value = contents.find_entries(content, key, source)[0].value
     arguments = [repr(str(out))]
     if not isinstance(value, nn.Module) and not _names_its_model(value):
@@ -29,7 +30,7 @@ def load_line(
         arguments += [f"model_args={dict(model_args)!r}"] if model_args else []
     if key is not None:
         arguments.append(f"key={key!r}")
-    names = [allow] if isinstance(allow, str) else [name if isinstance(name, str) else name.__name__ for name in allow]
+    names = [name if isinstance(name, str) else f"{name.__module__}.{name.__qualname__}" for name in allow]
     if names and isinstance(value, nn.Module):
         arguments.append(f"allow={names!r}")
     if trust:
