@@ -77,7 +77,7 @@ def _known_models() -> dict[str, list[str]]:
     """The names of all models, by library; timm's where it is installed."""
     from torchvision import models
 
-    known = {"torchvision": models.list_models()}
+    known = {"torchvision": models.list_models(), "demo": ["digits"]}
     with suppress(ImportError):
         import timm
 

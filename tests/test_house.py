@@ -19,7 +19,7 @@ conversion
 targets
 calibration training
 analysis
-checkpoints report layers libraries
+checkpoints report layers libraries demo
 errors target_table
 printable signals
 """

@@ -30,6 +30,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from normswap.calibration.library_transforms import picture_options, preparation
@@ -38,6 +39,8 @@ from normswap.calibration.tensor_files import NUMBERS, READERS, Arguments, array
 from normswap.errors import FileError, OptionError, first_line, path_error
 
 _SEED = 0
+MOST_EXAMPLES = 64
+"""Most samples that an output's drift is measured on: enough to tell a top-1 of 98% from one of 90%."""
 MOST_SAMPLES = 512
 """Most samples in memory: all of them are run to be measured, in time that a fit of large inputs lacks."""
 
@@ -131,7 +134,7 @@ def _finite(batch: Any) -> Any:
     return batch
 
 
-def input_batches(data: Any, *, limit: int = MOST_SAMPLES, batch: int = 32) -> Batches:
+def input_batches(data: Any, *, limit: int = MOST_SAMPLES, batch: int = 32, name: str = "calibrate") -> Batches:
     """Input batches of at most `limit` samples in all, and further ones, from whatever holds inputs.
 
     A tensor, a numpy array (floats become float32), a dict of them (keyword inputs) and a map-style `Dataset`, whose
@@ -140,17 +143,37 @@ def input_batches(data: Any, *, limit: int = MOST_SAMPLES, batch: int = 32) -> B
     batch; the last one is cut where it holds too many, and more are asked for as they are needed, which may be never.
     Labels stay: see `first_inputs`.
 
-    Raises `OptionError` for data that is empty, or no data.
+    Raises `OptionError` for data that is empty, or no data; `name` is the option.
     """
     _check_counts(limit, batch)
     if data is None or isinstance(data, str | bytes | os.PathLike):
-        raise OptionError(f"calibrate: {data!r} holds no inputs; give a tensor, or batches of inputs")
+        raise OptionError(f"{name}: {data!r} holds no inputs; give a tensor, or batches of inputs")
     is_indexed = isinstance(data, Dataset) and not isinstance(data, IterableDataset)
     try:
         read = _dataset_batches(data, limit, batch) if is_indexed else _batches_in(data, limit, batch)
-        return Batches(read, _errors_told(read.further, lambda error: OptionError(f"calibrate: {error}")))
+        return Batches(read, _errors_told(read.further, lambda error: OptionError(f"{name}: {error}")))
     except UnusableData as error:
-        raise OptionError(f"calibrate: {error}") from None
+        raise OptionError(f"{name}: {error}") from None
+
+
+def few_examples(data: Any) -> tuple[Any, str]:
+    """A few inputs as one batch, which may hold labels, and what they are called. `data`: as `input_batches` has it."""
+    batches = input_batches(data, limit=MOST_EXAMPLES, batch=MOST_EXAMPLES, name="examples")
+    return as_one_batch(batches)
+
+
+def as_one_batch(batches: Sequence[Any]) -> tuple[Any, str]:
+    """Batches of tensors that fit together as one, else the first of them; with a name for it."""
+    leaves, specs = zip(
+        *(pytree.tree_flatten(batch, lambda x: isinstance(x, PackedSequence)) for batch in batches), strict=True
+    )
+    shapes = [[leaf.shape[1:] if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in some] for some in leaves]
+    fit = all(spec == specs[0] for spec in specs) and all(some == shapes[0] for some in shapes)
+    one = batches[0]
+    if fit and None not in shapes[0]:
+        one = pytree.tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], specs[0])
+    count = _sample_count(one, 0)
+    return one, f"{count} example{'s' * (count != 1)}"
 
 
 # ---- options ----

@@ -86,27 +86,32 @@ def _app(
 @app.command()
 def convert(
     context: typer.Context,
-    input: opt.Input, to: opt.To, groups: opt.Groups = "auto", purpose: opt.PurposeChoice = opt.Purpose.training,
+    input: opt.Input, to: opt.To = None, groups: opt.Groups = "auto", purpose: opt.PurposeChoice = opt.Purpose.training,
     transfer: opt.TransferChoice = opt.TransferRule.match,
     ws: opt.WsChoice = opt.Ws.preserve, ws_scope: opt.WsScopeChoice = opt.WsScope.normed, layers: opt.Layers = "conv",
     recurrent: opt.Recurrent = None, include: opt.Include = None, exclude: opt.Exclude = None, fold: opt.Fold = False,
     model: opt.Model = None, model_arg: opt.ModelArg = None, weights: opt.Weights = None, key: opt.Key = None,
     eps: opt.Eps = None, allow: opt.Allow = None, trust: opt.Trust = False, input_shape: opt.InputShape = None,
-    calibrate: opt.Calibrate = None, calibrate_seconds: opt.CalibrateSeconds = 60.0, device: opt.Device = None,
-    input_size: opt.InputSize = None, mean: opt.Mean = None, std: opt.Std = None, out: opt.Out = None,
-    format: opt.FormatChoice = None, overwrite: opt.Overwrite = False, dry_run: opt.DryRun = False,
-    report: opt.ReportFile = None, as_json: opt.Json = False, full: opt.Full = False, quiet: opt.Quiet = False,
+    examples: opt.Examples = None, calibrate: opt.Calibrate = None, calibrate_seconds: opt.CalibrateSeconds = 60.0,
+    device: opt.Device = None, input_size: opt.InputSize = None, mean: opt.Mean = None, std: opt.Std = None,
+    out: opt.Out = None, format: opt.FormatChoice = None, overwrite: opt.Overwrite = False,
+    dry_run: opt.DryRun = False, report: opt.ReportFile = None, as_json: opt.Json = False, full: opt.Full = False,
+    quiet: opt.Quiet = False,
 ) -> None:  # fmt: skip
     """Convert a model: exchange its norms, keep what it has learnt, and write it to a new file.
 
+    [bold]normswap convert demo:digits --to gn-ws[/]
+
     [bold]normswap convert model.pt --to gn-ws --report report.html[/]
     """
+    if to is None and recurrent is None:
+        raise _UsageError("Missing option '--to': a target, such as gn-ws; or give --recurrent ln, for LSTMs and GRUs.")
     from normswap.conversion.request import phases
     from normswap.files import convert_file, model_specs
 
     form, data = format.value if format else None, calibrate is not None
-    phased = len(phases(data))
-    count = phased + sum((True, data, fold, not dry_run))  # reading, the data too; folding; writing
+    read = sum((True, data, examples is not None))
+    count = read + len(phases(data)) + sum((fold, not dry_run))
     with _exit_on_error(), show_progress(count, silent=quiet or as_json) as progress:
         done = convert_file.convert_file(
             input, to, out,
@@ -115,9 +120,9 @@ def convert(
             groups=groups, purpose=purpose.value, transfer=transfer.value, ws=ws.value, ws_scope=ws_scope.value,
             layers=tuple(layers.split(",")), recurrent=recurrent, include=include or None, exclude=exclude or None,
             input_size=parse_size(input_size), mean=parse_numbers("--mean", mean, float),
-            std=parse_numbers("--std", std, float), calibrate=calibrate, calibrate_seconds=calibrate_seconds,
-            device=device, fold=fold, format=form, overwrite=overwrite, dry_run=dry_run, reports=report or (),
-            command=_typed(context), progress=progress,
+            std=parse_numbers("--std", std, float), examples=examples, calibrate=calibrate,
+            calibrate_seconds=calibrate_seconds, device=device, fold=fold, format=form, overwrite=overwrite,
+            dry_run=dry_run, reports=report or (), command=_typed(context), progress=progress,
         )  # fmt: skip
     _show(done, ReportView(done, input, full), as_json, quiet)
 

@@ -36,7 +36,7 @@ def _targets(incomplete: str) -> Iterator[str]:
 
 
 Input = Annotated[str, typer.Argument(
-    metavar="INPUT", help="A checkpoint (file or folder), or a model by name: torchvision:resnet50, timm:resnet50.",
+    metavar="INPUT", help="A checkpoint (file or folder), or a model: demo:digits, torchvision:resnet50, timm:NAME.",
 )]  # fmt: skip
 
 # fmt: off
@@ -45,7 +45,7 @@ Input = Annotated[str, typer.Argument(
 # ---- what to convert to ----
 
 To = Annotated[
-    str,
+    str | None,
     _option(
         CONVERSION,
         "What to convert to: a norm (gn), a weight form (ws), or both (gn-ws). [bold]normswap targets[/] lists all.",
@@ -89,7 +89,9 @@ WsScopeChoice = Annotated[
 Layers = Annotated[
     str, _option(CONVERSION, "Which weights ws and wn change, separated by commas.", metavar="conv,linear,rnn")
 ]
-Recurrent = Annotated[str | None, _option(CONVERSION, "Put layer normalization inside LSTM and GRU.", metavar="ln")]
+Recurrent = Annotated[
+    str | None, _option(CONVERSION, "Put layer normalization inside LSTM and GRU; alone, or with --to.", metavar="ln")
+]
 Include = Annotated[
     list[str] | None,
     _option(CONVERSION, "Convert only layers with such a path: 'layer4.*'. Can be repeated.", metavar="GLOB"),
@@ -140,8 +142,12 @@ InputShape = Annotated[
     str | None,
     _option(DATA, "Shape of an input batch; the groups then fit the size of feature maps.", metavar="1,3,224,224"),
 ]
+Examples = Annotated[
+    str | None,
+    _option(DATA, "A few inputs to measure the drift on, as for --calibrate; nothing is fitted.", metavar="PATH"),
+]
 Calibrate = Annotated[
-    Path | None,
+    str | None,
     _option(
         DATA,
         "Data without labels, to keep more: a folder of pictures, or tensors in .pt, .npy, .npz, .safetensors.",

@@ -10,6 +10,7 @@ from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS
 from normswap.report.report import Change, Left
 from normswap.targets.context import Place, Swap
+from normswap.targets.options import Options
 from normswap.targets.target import PLAIN_TARGET, Target
 
 _TOOK_IN = {
@@ -58,20 +59,35 @@ def class_names(model: nn.Module) -> dict[str, str]:
     return {path: type(module).__name__ for path, module in model.named_modules()}
 
 
-def is_reported(site: Site, layers: Sequence[str]) -> bool:
-    """Norms and convolutions always are; other layers if their weights may be changed, or have norms inside."""
-    return site.kind == "norm" or site.layer_kind in ("conv", *layers) or site.base in LAYER_NORMALIZED.values()
+def is_meant(site: Site, target: Target, options: Options) -> bool:
+    """Whether `target`, with the options, is to change such a layer: one that stays is reported as left."""
+    if site.kind == "norm":
+        return target.norm is not None
+    if site.base in LAYER_NORMALIZED.values() and target is PLAIN_TARGET:
+        return True
+    inside = options.recurrent is not None and site.layer_kind == "rnn"
+    return inside or (target.weight is not None and site.layer_kind in options.layers)
 
 
-def why_nothing_to_convert(target: Target, left: Sequence[Left]) -> str:
+def why_nothing_to_convert(target: Target, left: Sequence[Left], options: Options) -> str:
     """The message where no layer can be changed, with the reasons that most layers have."""
     if not left:
-        return "the model has no normalization and no convolution: there is nothing to convert"
+        return (
+            f"nothing to convert to {target.name}: the model has no {' and no '.join(_meant_layers(target, options))}"
+        )
     reasons = Counter((entry.module, entry.reason) for entry in left)
     listed = "; ".join(f"{count} {module}: {reason}" for (module, reason), count in reasons.most_common(4))
     if target is PLAIN_TARGET:
         return f"nothing to fold: {listed}; the target fold takes batch norms into the layers before them"
     return f"nothing to convert to {target.name}: {listed}"
+
+
+def _meant_layers(target: Target, options: Options) -> list[str]:
+    """What `target` is to change, in words."""
+    names = {"conv": "convolution", "linear": "linear layer", "rnn": "recurrent layer"}
+    meant = ["normalization"] if target.norm is not None else []
+    meant += [names[kind] for kind in options.layers] if target.weight is not None else []
+    return [*meant, *(["LSTM or GRU"] if options.recurrent else [])]
 
 
 def unasked_layers(sites: Sequence[Site], layers: Sequence[str], recurrent: str | None) -> str:

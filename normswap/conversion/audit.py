@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from normswap.analysis.drift import layer_drifts, output_drift
 from normswap.analysis.running import run_model
 from normswap.analysis.sites import find_sites
-from normswap.conversion.accounting import is_reported
+from normswap.conversion.accounting import is_meant
 from normswap.conversion.evidence import Evidence
 from normswap.conversion.planning import Plan
 from normswap.conversion.request import Phase, Request
@@ -18,18 +18,19 @@ from normswap.errors import ModelError, NormswapError
 from normswap.report.report import Drift
 from normswap.targets.context import Place, Swap
 from normswap.targets.options import Options
+from normswap.targets.target import Target
 
 _NUDGE = 16  # times the rounding of an input, by which it is moved to see what that does
 _EXACT = 1e5  # times the rounding of the coarsest parameter: more than any chain of layers adds up to
 
 
-def prove_nothing_missed(model: nn.Module, plan: Plan, options: Options) -> None:
-    """A second walk: each norm and convolution that the model has now is one that the report names."""
+def prove_nothing_missed(model: nn.Module, plan: Plan, target: Target, options: Options) -> None:
+    """A second walk: each layer that the target is for and that the model has now is one that the report names."""
     named = {path for change in plan.changes for path in change.paths} | {entry.path for entry in plan.left}
     missed = [
         path
         for site in find_sites(model)
-        if is_reported(site, options.reported_layers)
+        if is_meant(site, target, options)
         for path in site.paths
         if path not in named and path.rpartition(".")[0] not in named  # a norm may become two
     ]
@@ -53,14 +54,13 @@ def check_exact_half(work: nn.Module, original: nn.Module, evidence: Evidence) -
 def measure_drift(model: nn.Module, plan: Plan, evidence: Evidence, request: Request) -> Drift | None:
     """How far the output and the changed layers moved on the inputs of before; None where there are none.
 
-    Raises `ModelError` where the model does not run any more, or moved though it should not have.
+    None too where that would mislead: of what is not exact, on noise or in a network that was never trained. Raises
+    `ModelError` where the model does not run any more, or moved though it should not have.
     """
     if evidence.inputs is None:
         return None
     request.begin(Phase.RUN_AFTER)
     name = evidence.inputs_name
-    if evidence.problem:
-        return Drift(name, note=evidence.problem)
     changed = {swap.site.path for swap in plan.swaps} - _in_sums(plan.swaps)
     before = {path: sketch for path, sketch in evidence.sketches.items() if path in changed}
     try:
@@ -70,6 +70,8 @@ def measure_drift(model: nn.Module, plan: Plan, evidence: Evidence, request: Req
         raise ModelError(f"after conversion {error}; leave what it needs with exclude=") from error
     if all(swap.exact for swap in plan.swaps):
         _check_exact(model, drift, "this conversion")
+    elif evidence.noise or plan.untrained:
+        return None
     return replace(drift, layers=tuple(layer_drifts(before, after.sketches)))
 
 

@@ -10,11 +10,12 @@ from torch import nn
 
 from normswap.analysis.selection import Pattern
 from normswap.calibration import processes
-from normswap.calibration.batches import MOST_SAMPLES, Batches, input_batches
+from normswap.calibration.batches import MOST_SAMPLES, Batches, few_examples, input_batches
 from normswap.checkpoints import stored_recipes
 from normswap.conversion.device import parse_device
 from normswap.conversion.pipeline import Conversion, run
 from normswap.conversion.request import Request
+from normswap.errors import OptionError
 from normswap.report.report import Report
 from normswap.targets.options import Options, Purpose, Transfer, WeightScope, WeightStart
 from normswap.targets.target import PLAIN_TARGET, check_options, parse_target
@@ -22,7 +23,7 @@ from normswap.targets.target import PLAIN_TARGET, check_options, parse_target
 
 def convert(
     model: nn.Module,
-    to: str,
+    to: str | None = None,
     *,
     groups: str | int = "auto",
     purpose: Purpose = "training",
@@ -34,6 +35,7 @@ def convert(
     include: Pattern = None,
     exclude: Pattern = None,
     example_inputs: Any = None,
+    examples: Any = None,
     calibrate: Any = None,
     calibrate_seconds: float = 60.0,
     device: str | int | torch.device | None = None,
@@ -43,7 +45,7 @@ def convert(
 
     Args:
         model: any module; it is left untouched unless `inplace`.
-        to: a name in `normswap.TARGETS`: a norm (`gn`), a weight form (`ws`), or a pair of them (`gn-ws`).
+        to: of `normswap.TARGETS`: a norm (`gn`), a weight form (`ws`), or a pair (`gn-ws`); none: `recurrent` alone.
         groups: for targets with groups (`gn`): `auto` (at most 8 groups, at least 4 channels in each; on data fewer
             where these keep more), a number of groups (`32`), or channels a group (`"16c"`).
         purpose: of `auto`: the numbers that fine-tune best (`training`), or that keep most (`use`), with an eps that
@@ -56,31 +58,39 @@ def convert(
         include, exclude: glob patterns on module paths, or a function `(path, module) -> bool`.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. Group counts then regard the
             sizes of maps, and the report tells the drift of the output.
+        examples: a few inputs in place of `example_inputs`, as `calibrate` takes them; nothing is fitted.
         calibrate: unlabelled data, a few hundred samples: a tensor, a `Dataset`, or any iterable of batches, each as
-            the model takes it. Norms without running statistics take those of the data (`bn` needs it for them), `auto`
-            chooses groups by it, and the new norms' gains and biases are fitted to the original's outputs, if that is
-            nearer on held-out samples. With torch.distributed, each process gives its share, and all get the same.
-        calibrate_seconds: the most time that all of that takes; 0: no fit. Ctrl-C ends the fit: the best is kept.
+            the model takes it. Norms without running statistics take the data's, `auto` chooses groups by them, and the
+            new norms are fitted to the original's outputs. With torch.distributed, each process gives its share.
+        calibrate_seconds: the most time that this takes; 0: no fit. Ctrl-C ends the fit: the best is kept.
         device: where the model is run and fitted, such as `cuda`; the result is where the model was.
         inplace: change `model` itself; nothing changes unless all of it can.
 
     Returns:
-        The converted model, whose state dicts hold the recipe from now on (in `_metadata`), so that `normswap.load`
-        knows it in what a training script saves; and the report, with every norm and convolution, changed or left.
+        The converted model, whose state dicts hold the recipe (in `_metadata`) for `normswap.load`; and the report.
 
     Raises:
         OptionError: an unknown target or option, one that is of no use for the target, a pattern that matches no layer.
         ModelError: nothing to convert, a lazy module without weights, a distributed wrapper.
     """
-    where = parse_device(device)
     batches = None if calibrate is None else _batches_of_all_processes(calibrate)
-    options = Options(
-        groups, purpose, transfer, ws, ws_scope, layers, recurrent, include, exclude, batches, calibrate_seconds
-    )
-    check_options(target := parse_target(to), options)
-    request = Request(target, options, example_inputs, inplace=inplace, device=where, on_all_processes=True)
+    rules = groups, purpose, transfer, ws, ws_scope
+    options = Options(*rules, layers, recurrent, include, exclude, batches, calibrate_seconds)
+    check_options(target := parse_target(to, recurrent), options)
+    inputs = _inputs(example_inputs, examples)
+    request = Request(target, options, **inputs, inplace=inplace, device=parse_device(device), on_all_processes=True)
     previous = stored_recipes.stored_recipe(model)
     return _with_recipe(*run(model, request), previous)
+
+
+def _inputs(example_inputs: Any, examples: Any) -> dict[str, Any]:
+    """What a `Request` has of inputs."""
+    if examples is None:
+        return {"example_inputs": example_inputs}
+    if example_inputs is not None:
+        raise OptionError("examples stand in place of example_inputs; give one of them")
+    few, name = few_examples(examples)
+    return {"examples": few, "inputs_name": name}
 
 
 def _with_recipe(model: nn.Module, report: Report, previous: Any) -> Conversion:

@@ -18,7 +18,7 @@ from normswap.calibration.likeness import Unlikeness, unlikeness
 from normswap.calibration.measuring import Measured, measure_norms, measure_recurrent
 from normswap.calibration.model_inputs import first_inputs
 from normswap.conversion.accounting import class_names, count_elements
-from normswap.conversion.request import Phase, Request
+from normswap.conversion.request import Noise, Phase, Request
 from normswap.errors import ModelError
 from normswap.layers.norms import RUNNING_NORMS
 from normswap.layers.recurrent import LAYER_NORMALIZED
@@ -82,8 +82,6 @@ class Evidence:
     """How the report calls it."""
     output: Any
     """The model's output on it."""
-    problem: str
-    """Why there is no output, where the inputs were only a guess."""
     sketches: Sketches
     """Some elements of the outputs of layers that may change, by path."""
     seen: Mapping[str, Seen]
@@ -92,8 +90,8 @@ class Evidence:
     """What the calibration data showed of norms, by path."""
     vectors: Mapping[str, Mapping[str, VectorMoments]]
     """What the calibration data showed of recurrent layers, by path."""
-    made_up: bool = False
-    """Whether the inputs are noise."""
+    noise: Noise = ""
+    """Whether the inputs are noise, and of a shape that was guessed."""
     outside: frozenset[str] = frozenset()
     """Sites that the run has called outside of the parts of the model whose traces tell of them."""
     seconds: float = 0.0
@@ -107,33 +105,33 @@ class Evidence:
         return self.unlikeness if self.unlikeness is not None and self.unlikeness.is_refused else None
 
     @property
+    def made_up(self) -> bool:
+        """Whether the inputs are noise of a guessed shape, on which nobody has asked for a run."""
+        return self.noise == "guessed"
+
+    @property
     def tells_of_exactness(self) -> bool:
         """Whether a run on inputs of the user's shows what is not exact."""
-        return self.inputs is not None and not self.problem and not self.made_up
+        return self.inputs is not None and not self.made_up
 
 
 def gather_evidence(survey: Survey, request: Request) -> Evidence:
     """Run the model on the example inputs and on the calibration data; raises `ModelError` where it does not run."""
     options, model, begun = request.options, survey.model, time.monotonic()
     batches = _as_inputs(model, options.calibrate or ())
-    inputs, name = request.example_inputs, request.inputs_name
-    if batches and inputs is None:
-        inputs, name = batches[0], f"the calibration data's first batch of {batch_size(batches[0])}"
-    made_up = request.drift_only
-    if inputs is None and _folds_in_parts(survey, request) and (noise := guess_inputs(model)) is not None:
-        (inputs, name), made_up = noise, True
-    seen, problem, observed, outside = dict(request.recorded.seen), "", Observed(None, {}, {}), set[str]()
+    inputs, name, noise = _inputs_of(survey, request, batches)
+    made_up = noise == "guessed"
+    seen, observed, outside = dict(request.recorded.seen), Observed(None, {}, {}), set[str]()
     if inputs is not None:
         request.begin(Phase.RUN_BEFORE)
         try:
             with calls_outside(model, survey.flow.in_parts) as outside:
                 observed = _run_before(survey, request, inputs, made_up)
             seen |= {} if made_up else observed.seen
-        except ModelError as error:
+        except ModelError:
             if not made_up:
                 raise
-            problem = str(error)
-            inputs = inputs if request.drift_only else None  # nobody has asked for a run
+            inputs = None  # the guess was wrong, which is no fault of the model
     measured, vectors, unlike = dict(request.recorded.measured), {}, None
     if options.calibrate is not None:
         request.begin(Phase.MEASURE)
@@ -147,7 +145,7 @@ def gather_evidence(survey: Survey, request: Request) -> Evidence:
             vectors = measure_recurrent(model, batches, inner)
         seen = {path: norm.seen for path, norm in measured.items()} | seen
     return Evidence(
-        batches, inputs, name, observed.output, problem, observed.sketches, seen, measured, vectors, made_up,
+        batches, inputs, name, observed.output, observed.sketches, seen, measured, vectors, noise,
         frozenset(outside), time.monotonic() - begun, unlike,
     )  # fmt: skip
 
@@ -159,6 +157,19 @@ def _as_inputs(model: nn.Module, data: Sequence[Any]) -> Batches:
         return inputs_like(model, first_inputs(model, batch))
 
     return Batches(map(prepared, data), map(prepared, further_batches(data)))
+
+
+def _inputs_of(survey: Survey, request: Request, batches: Sequence[Any]) -> tuple[Any, str, Noise]:
+    """What the model is run on before and after, or None, with its name, and whether it is noise."""
+    if request.examples is not None:
+        return inputs_like(survey.model, first_inputs(survey.model, request.examples)), request.inputs_name, ""
+    if request.example_inputs is not None:
+        return request.example_inputs, request.inputs_name, request.noise
+    if batches:
+        return batches[0], f"the calibration data's first batch of {batch_size(batches[0])}", ""
+    if _folds_in_parts(survey, request) and (noise := guess_inputs(survey.model)) is not None:
+        return *noise, "guessed"
+    return None, "", ""
 
 
 def _folds_in_parts(survey: Survey, request: Request) -> bool:

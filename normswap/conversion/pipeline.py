@@ -76,10 +76,10 @@ def run(model: nn.Module, request: Request) -> Conversion:
     exact, others = plan.halves()
     replace_layers(exact, request)
     try:
-        if exact and others and evidence.inputs is not None and not evidence.problem:
+        if exact and others and evidence.inputs is not None:
             check_exact_half(work, model, evidence)
         replace_layers(others, request)
-        prove_nothing_missed(work, plan, request.options)
+        prove_nothing_missed(work, plan, request.target, request.options)
         calibration = calibrate(original, work, plan, evidence, request)
         drift = measure_drift(work, plan, evidence, request)
     except ModelError:

@@ -9,7 +9,7 @@ from torch import Tensor
 from normswap.analysis.other_ways import told_apart
 from normswap.analysis.sites import Site
 from normswap.analysis.statistics import is_untrained
-from normswap.conversion.accounting import changes_of, is_reported, unasked_layers, why_nothing_to_convert
+from normswap.conversion.accounting import changes_of, is_meant, unasked_layers, why_nothing_to_convert
 from normswap.conversion.evidence import Evidence, Survey
 from normswap.conversion.request import Phase, Request
 from normswap.errors import ModelError, OptionError
@@ -36,6 +36,8 @@ class Plan:
     """What stays, by path, with the reason."""
     notices: Sequence[str]
     """Warnings for the report."""
+    untrained: bool = False
+    """Whether the statistics of all batch norms are those of a new network."""
 
     @property
     def fitted(self) -> list[str]:
@@ -75,16 +77,17 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
         apart = told_apart(survey.model, survey.flow, sites, {swap.site: swap.module for swap in swaps})
         if apart:
             swaps, changes, left = plan_sites(sites, survey.chosen, request.target, replace(context, told_apart=apart))
-    left += survey.hidden
+    meant = {"norm": request.target.norm, "weight": request.target.weight}
+    left += [layer for layer in survey.hidden if meant[layer.kind] is not None]
     if not swaps and not request.may_be_idle:
         plain = request.target is PLAIN_TARGET
         unasked = "" if plain else unasked_layers(sites, options.layers, options.recurrent)
-        raise ModelError(why_nothing_to_convert(request.target, left) + unasked)
+        raise ModelError(why_nothing_to_convert(request.target, left, options) + unasked)
     _check_groups(request.target, swaps, options.groups)
     notices = [*survey.notices, *_notices(survey, request, swaps)]
     if request.target is PLAIN_TARGET and not swaps:
-        notices.append(why_nothing_to_convert(request.target, left))
-    return Plan(swaps, changes, sorted(left, key=lambda entry: entry.path), notices)
+        notices.append(why_nothing_to_convert(request.target, left, options))
+    return Plan(swaps, changes, sorted(left, key=lambda entry: entry.path), notices, _is_untrained(survey))
 
 
 def plan_sites(
@@ -116,10 +119,11 @@ def plan_sites(
     left = []
     for site, reason in plans.items():
         taken_in = site.path in context.folded or site.path in context.merged
-        if isinstance(reason, str) and not taken_in and is_reported(site, context.options.reported_layers):
+        if isinstance(reason, str) and not taken_in and (site in notes or is_meant(site, target, context.options)):
             left += [Left(path, site.kind, site.name, notes.get(site, reason)) for path in site.paths]
-    unheld = "is a function call that no module holds"
-    left += [Left(where, "norm", name, unheld) for where, name in context.flow.functional.items()]
+    if target.norm is not None:
+        unheld = "is a function call that no module holds"
+        left += [Left(where, "norm", name, unheld) for where, name in context.flow.functional.items()]
     return swaps, changes_of(swaps, notes), left
 
 
@@ -202,17 +206,19 @@ def _check_groups(target: Target, swaps: Sequence[Swap], groups: str | int) -> N
         )
 
 
+def _is_untrained(survey: Survey) -> bool:
+    batch_norms = [site.module for site in survey.sites if site in survey.chosen and site.is_batch_norm]
+    return bool(batch_norms) and all(is_untrained(norm) for norm in batch_norms)
+
+
 def _notices(survey: Survey, request: Request, swaps: Sequence[Swap]) -> list[str]:
-    """What a user should know though it is no error: half of the target found nothing, or nothing is there to keep."""
+    """What a user should know though it is no error: half of the target found nothing, an option has no effect."""
     target, options, notices = request.target, request.options, []
     kinds = {swap.site.kind for swap in swaps}
     if target.norm and target is not PLAIN_TARGET and swaps and "norm" not in kinds:
         notices.append(
             f"no norm was changed: the model has none that {target.norm.name} can replace; see what was left"
         )
-    batch_norms = [site.module for site in survey.sites if site in survey.chosen and site.is_batch_norm]
-    if batch_norms and all(is_untrained(norm) for norm in batch_norms):
-        notices.append("the running statistics were never trained: there is no function to keep")
     if options.recurrent and not any(site.layer_kind == "rnn" for site in survey.sites):
         notices.append(f"recurrent={options.recurrent} changed nothing: the model has no recurrent layer")
     if target.weight is None and target is not PLAIN_TARGET and set(options.layers) != {"conv"}:

@@ -1,7 +1,7 @@
 """The report of a conversion, put together from its phases, with the recipe that a converted file carries."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -13,7 +13,10 @@ from normswap.conversion.planning import Plan
 from normswap.conversion.request import Request
 from normswap.report.report import Calibration, Change, Drift, Node, Report, Totals
 from normswap.targets.options import Options
-from normswap.targets.target import Target
+from normswap.targets.target import PLAIN_TARGET, Target
+
+MEASURE = "to see how far outputs move on real inputs: --examples PATH, a few pictures or tensors (examples= in Python)"
+"""The note where drift was not measured."""
 
 
 def make_report(
@@ -30,7 +33,18 @@ def make_report(
         warnings=tuple(plan.notices),
         calibration=calibration,
         modules=_module_tree(survey, plan.changes),
+        notes=tuple(_notes(plan, drift, request)),
     )
+
+
+def _notes(plan: Plan, drift: Drift | None, request: Request) -> Iterator[str]:
+    """That there was nothing to keep, or else how to see what was kept."""
+    if request.target is PLAIN_TARGET:
+        return
+    if plan.untrained:
+        yield "the running statistics were never trained: there is no function to keep"
+    elif drift is None and not all(swap.exact for swap in plan.swaps):
+        yield MEASURE
 
 
 def _totals(survey: Survey, plan: Plan) -> Totals:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from normswap.calibration.measuring import Measured
 from normswap.targets.options import Options
 from normswap.targets.target import Target
 
+Noise = Literal["", "asked", "guessed"]
+"""Of inputs that are noise: whether their shape was `asked` for, or is a guess, which a model need not take."""
 Progress = Callable[[str], None]
 """Is told the name of each phase as it begins, and the share that is done of a long one."""
 
@@ -59,8 +61,10 @@ class Request:
     """What the model is run on before and after; None: the first calibration batch, or nothing."""
     inputs_name: str = "example inputs"
     """How the report calls these inputs."""
-    drift_only: bool = False
-    """The inputs are made up: they serve the drift alone, and a model that does not run on them is no error."""
+    noise: Noise = ""
+    """Of the example inputs. Noise checks what is exact; drift on it would say nothing of real inputs."""
+    examples: Any = None
+    """A batch in place of the example inputs, which may hold labels too."""
     may_be_idle: bool = False
     """Nothing to convert is no error."""
     folds_in_parts: bool = True

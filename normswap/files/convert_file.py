@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from normswap.analysis.copies import clone
 from normswap.analysis.reachable import memory_beside, memory_of_tensor
-from normswap.calibration.batches import input_batches, read_samples
 from normswap.checkpoints import atomic_write, contents, mapped_memory, reading, stored_recipes, writing
 from normswap.checkpoints.checkpoint import Checkpoint
 from normswap.checkpoints.steady_files import steady_files
 from normswap.conversion.device import parse_device
 from normswap.conversion.request import Progress
-from normswap.errors import OptionError
-from normswap.files import inputs, model_specs, one_model, paths, recipe, report_file
+from normswap.files import data, demonstration, inputs, model_specs, one_model, paths, recipe, report_file
 from normswap.files.file_request import ConvertedEntry, FileRequest
 from normswap.files.load_line import load_line
 from normswap.report.report import Change, Cost, Report, Written
@@ -31,53 +29,53 @@ from normswap.training import optimizer_states, optimizers, parameter_numbers
 
 
 def convert_file(
-    path: str | os.PathLike[str], to: str | Target, out: str | os.PathLike[str] | None = None, *,
+    path: str | os.PathLike[str], to: str | Target | None = None, out: str | os.PathLike[str] | None = None, *,
     model: model_specs.ModelSource | None = None, model_args: Mapping[str, Any] | None = None,
-    weights: str | None = None, key: str | None = None, eps: float | None = None,
-    input_shape: Sequence[int] | None = None, example_inputs: Any = None, calibrate: Any = None, device: Any = None,
+    weights: str | None = None, key: str | None = None, eps: float | None = None, device: Any = None,
+    input_shape: Sequence[int] | None = None, example_inputs: Any = None, examples: Any = None, calibrate: Any = None,
     input_size: int | Sequence[int] | None = None, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None, fold: bool = False, format: str | None = None, allow: Iterable[str | type] = (),
-    trust: bool = False, overwrite: bool = False, dry_run: bool = False, reports: Iterable[str | os.PathLike[str]] = (),
-    command: str = "", progress: Progress = lambda phase: None, **options: Any,
+    std: Sequence[float] | None = None, fold: bool = False, format: str | None = None, command: str = "",
+    allow: Iterable[str | type] = (), trust: bool = False, overwrite: bool = False, dry_run: bool = False,
+    reports: Iterable[str | os.PathLike[str]] = (), progress: Progress = lambda phase: None, **options: Any,
 ) -> Report:  # fmt: skip
     """Convert the model in a file or a folder, or a model of a library, and write it in the same kind.
 
     Args:
         path: a file (whole module, state dict, training checkpoint, safetensors), a folder (distributed checkpoint,
-            weight files with an index), or `torchvision:NAME`, `timm:NAME`.
+            weight files with an index), or `demo:digits`, `torchvision:NAME`, `timm:NAME`.
         to: the target, as for `normswap.convert`; `PLAIN_TARGET` folds what is converted, as `normswap.fold` does.
         out: where to write, or the folder; by default `model.gn-ws.pt` beside the input (`resnet50.gn-ws.pt` here).
-        model: what the tensors belong to, where the file holds no module: a spec (`torchvision:NAME`, `timm:NAME`,
-            `package.module:factory`, `file.py:factory`), a factory, or a module; `model_args`: its keyword arguments.
-            Most norms do without.
-        weights: the published weights of a library's model, by name.
-        key: which entry of a training checkpoint is the model, where it has none of the usual names.
+        model, model_args: what the tensors belong to, where the file holds no module: a spec (`torchvision:NAME`,
+            `package.module:factory`, `file.py:factory`), a factory, or a module. Most norms do without.
+        weights, key: the published weights of a library's model; the entry of a training checkpoint that is the model.
         eps: of the norms in a file without its model; 1e-5 is assumed.
         input_shape, example_inputs: of an input batch, or inputs; group counts then regard the sizes of feature maps.
         calibrate: data as for `normswap.convert`, or the path of a folder of pictures or of a file of tensors (`.pt`,
-            `.npy`, `.npz`, `.safetensors`); pictures are prepared as the library's model has it.
+            `.npy`, `.npz`, `.safetensors`), or `demo:digits`; pictures are prepared as the library's model has it.
+        examples: a few inputs likewise: drift is measured on them, and nothing is fitted.
         input_size, mean, std: for other pictures: side or (height, width); a number a channel, of values from 0 to 1.
         fold: bake standardized weights in and leave plain torch layers.
         format: write `pt`, `safetensors` or `dcp` instead; of a training checkpoint, the model alone.
-        allow, trust: which classes a file may hold; see `normswap.load`.
         overwrite, dry_run: replace existing outputs; write no model.
         reports: files for the report (`.html`, `.md`, `.json`, `.svg`), which come with the model or not at all.
         command, progress: what was typed, for the report; called with the name of each phase.
-        device, options: as for `normswap.convert`.
+        allow, trust: as for `normswap.load`; device, options: as for `normswap.convert`.
 
     Raises:
         NormswapError: with nothing written.
     """
     started = time.monotonic()
-    asked, target = Options(calibrate=calibrate, **options), to if isinstance(to, Target) else parse_target(to)
+    asked = Options(calibrate=calibrate, **options)
+    target = to if isinstance(to, Target) else parse_target(to, asked.recurrent)
     check_options(target, asked)
     out, format = paths.output_and_format(out, path, target.name, format)
     load = partial(load_line, path, model=model, model_args=model_args, key=key, trust=trust, allow=allow)
     outputs = Outputs(str(path), None if dry_run else out, format, tuple(map(Path, reports)), overwrite, command, load)
-    _check_paths(path, outputs, (model, calibrate))
-    given = input_shape, example_inputs, parse_device(device)
-    request = FileRequest(target, asked, model, model_args or {}, eps, *given, fold, progress)
-    with steady_files(path, calibrate) as check_inputs:
+    _check_paths(path, outputs, (model, calibrate, examples))
+    given = data.Given(calibrate, examples, (path, model), weights, input_size, mean, std)
+    run_on = input_shape, example_inputs, None if examples is None else (examples, ""), parse_device(device)
+    request = FileRequest(target, asked, model, model_args or {}, eps, *run_on, fold, progress)
+    with steady_files(path, calibrate, examples) as check_inputs:
         progress(f"reading {path}")
         found = inputs.read_input(
             path, model=model, key=key, weights=weights, model_args=request.model_args,
@@ -86,10 +84,10 @@ def convert_file(
         _check_kind(found, outputs)
         with inputs.errors_name(path):
             one_model.check_request(entries := contents.find_entries(found.content, key, path), found.path, request)
-        pictures = {"input_size": input_size, "mean": mean, "std": std}
-        asked = replace(asked, calibrate=_read_data(calibrate, (path, model), weights, pictures, progress))
+        request = data.with_data(request, given)
         with inputs.errors_name(path):
-            converted, report = _convert_models(found, entries, replace(request, options=asked))
+            converted, report = _convert_models(found, entries, request)
+            report = demonstration.with_accuracy(report, path, converted.content, request)
         return _write(_in_format(converted, format, key), report, outputs, check_inputs, started, progress)
 
 
@@ -129,21 +127,6 @@ def _check_kind(found: Checkpoint, outputs: Outputs) -> None:
         writing.check_format(outputs.model, kind, outputs.overwrite, source=found.path)
 
 
-def _read_data(
-    calibrate: Any, sources: Iterable[object], weights: str | None, pictures: Mapping[str, Any], progress: Progress
-) -> Any:
-    """The batches of calibration data, or None; how pictures are prepared say `pictures`, or a library's model."""
-    if isinstance(calibrate, str | os.PathLike):
-        progress(f"reading {calibrate}")
-        spec = next((str(s) for s in sources if isinstance(s, str) and model_specs.is_spec(s)), None)
-        return read_samples(calibrate, spec=spec, weights=weights, **pictures)
-    if calibrate is not None:
-        return input_batches(calibrate)
-    if any(pictures.values()):
-        raise OptionError("--input-size, --mean and --std are for the pictures of --calibrate")
-    return None
-
-
 # ---- the models in a checkpoint, and their optimizers ----
 
 
@@ -164,11 +147,11 @@ def _convert_models(
     ]
     others = ", ".join(contents.other_models(found.content, entries))
     about_models = [f"not converted, though it looks like a model: {others}; convert it with --key"] if others else []
-    about_models += [entries[0].note] if entries[0].note else []
     report = replace(
         first.report,
         changes=(*first.report.changes, *copies, *inside, *beside),
         warnings=(*first.report.warnings, *lost_inside, *lost_beside, *about_models),
+        notes=(*first.report.notes, *([entries[0].note] if entries[0].note else [])),
     )
     return replace(found, content=content, optimizers=states), report
 

@@ -14,6 +14,7 @@ from normswap.checkpoints import contents, reading, stored_recipes
 from normswap.checkpoints.mapped_memory import release
 from normswap.checkpoints.steady_files import steady_files
 from normswap.conversion.accounting import count_elements
+from normswap.files.norms_by_keys import count_elements_by_keys
 from normswap.report.report import Change, Left, Node, Report, Totals
 
 Side = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
@@ -161,10 +162,10 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _count_elements(side: Any) -> tuple[int, int]:
-    """Elements of parameters and of buffers; of a state dict, all count as parameters."""
+    """Elements of parameters and of buffers; in a state dict their keys tell."""
     if isinstance(side, nn.Module):
         return count_elements(side)
-    return sum(tensor.numel() for tensor in _tensors(side).values()), 0
+    return count_elements_by_keys(side)
 
 
 def _origin(side: Any, which: str) -> list[str]:

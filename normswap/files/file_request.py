@@ -30,6 +30,8 @@ class FileRequest:
     """Of a batch of noise to run the model on."""
     example_inputs: Any = None
     """In place of noise."""
+    examples: tuple[Any, str] | None = None
+    """Or a batch that may hold labels, and its name."""
     device: torch.device | None = None
     """Where the model is converted, run and fitted; None: where it is."""
     fold: bool = False

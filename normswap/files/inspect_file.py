@@ -14,7 +14,7 @@ from normswap.checkpoints.steady_files import steady_files
 from normswap.conversion.pipeline import undisturbed
 from normswap.conversion.request import Progress
 from normswap.errors import OptionError
-from normswap.files import model_for_state, model_specs, norms_by_keys, one_model
+from normswap.files import demonstration, model_for_state, model_specs, norms_by_keys, one_model
 from normswap.files.inputs import check_is_there, errors_name, read_input
 from normswap.inspection.examine import examine
 from normswap.report.inspection import Inspection, Layer
@@ -55,6 +55,8 @@ def _examine(
     key: str | None, input_shape: Sequence[int] | None, progress: Progress,
 ) -> Inspection:  # fmt: skip
     """The inspection of what was read from the path or the spec `given`."""
+    if demonstration.is_demo(given) and input_shape is None:
+        return examine(found.content, *demonstration.held_out_pictures(given), progress=progress)
     if model_specs.is_spec(given):
         return _examine_module(found.content, input_shape, progress)
     path = Path(given)

@@ -34,7 +34,7 @@ def load(
 
     Args:
         path: a file (whole module, state dict, training checkpoint, safetensors) or a folder (distributed checkpoint,
-            weight files with an index).
+            weight files with an index); or `demo:digits`, and `torchvision:NAME`, `timm:NAME` with initial weights.
         model: the model of a file of tensors, before conversion: a factory, a spec (see `convert_file`) or a module,
             which is copied. What was converted as a library's model needs none.
         model_args: keyword arguments of a model that is made.
@@ -48,11 +48,19 @@ def load(
         ModelError: the model reads tensors that no file has: on meta, or drawn anew by its factory each time.
         UnsafeFileError: a class that is not allowed, by name.
     """
+    if model_specs.is_spec(str(path)):
+        return _of_library(str(path), model, model_args)
     path = Path(path)
     with steady_files(path) as check_input:
         loaded = _loaded(path, model, model_args, key, trust, allow)
         check_input()
     return loaded
+
+
+def _of_library(spec: str, model: object, model_args: Mapping[str, Any] | None) -> nn.Module:
+    if model is not None:
+        raise OptionError(f"model= is for files; {spec} is a model itself")
+    return model_specs.build(spec, arguments=model_args)
 
 
 def _loaded(

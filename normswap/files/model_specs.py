@@ -1,4 +1,4 @@
-"""Model specs to models: `torchvision:resnet50`, `timm:resnet50`, `package.module:factory`, `file.py:factory`."""
+"""Model specs to models: `demo:digits`, `torchvision:NAME`, `timm:NAME`, `package.mod:factory`, `file.py:factory`."""
 
 import ast
 import importlib
@@ -17,7 +17,7 @@ from torch import nn
 from normswap import libraries
 from normswap.errors import ModelError, OptionError, first_line
 
-LIBRARIES = ("torchvision", "timm")
+LIBRARIES = ("torchvision", "timm", "demo")
 ModelSource = str | nn.Module | Callable[..., nn.Module]
 """What makes a model: a spec, a factory, or the module itself."""
 
@@ -48,7 +48,7 @@ def build(spec: str, weights: str | None = None, arguments: Mapping[str, Any] | 
         near = libraries.nearest_spec(spec)
         forms = "write torchvision:NAME, timm:NAME, package.module:factory or file.py:factory"
         raise OptionError(f"{spec!r} is not a model; {f'did you mean {near}?' if near else forms}")
-    makers = {"torchvision": _torchvision_maker, "timm": _timm_maker}
+    makers = {"torchvision": _torchvision_maker, "timm": _timm_maker, "demo": _demo_maker}
     if library not in makers and weights is not None:
         raise OptionError(
             f"--weights {weights}: {spec} is not a model of torchvision or timm; load its weights from a file"
@@ -111,6 +111,14 @@ def _torchvision_maker(name: str, weights: str | None) -> Callable[..., Any]:
 def _timm_maker(name: str, weights: str | None) -> Callable[..., Any]:
     timm, full = libraries.timm_model(name, weights)
     return lambda **given: timm.create_model(full, pretrained=weights is not None, **given)
+
+
+def _demo_maker(name: str, weights: str | None) -> Callable[..., Any]:
+    from normswap import demo
+
+    if name != "digits" or weights is not None:
+        raise OptionError(f"demo:{name}: there is one demo, demo:digits, with weights of its own")
+    return demo.make_network
 
 
 def _imported_factory(spec: str) -> Callable[..., Any]:

@@ -142,9 +142,16 @@ def _buffer_keys(state: Mapping[str, Any], of_norms: bool = False) -> set[str]:
 
 
 def count_elements_by_keys(state: Mapping[str, Any]) -> tuple[int, int]:
-    """Elements of all parameters and of all buffers, which are statistics."""
+    """Elements of parameters and of buffers: statistics, whole numbers, gain and shift of standardized weights."""
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    buffers = sum(tensors[name].numel() for name in _buffer_keys(state) & tensors.keys())
+    statistics = _buffer_keys(state)
+
+    def is_buffer(name: str) -> bool:
+        fixed = any(name.endswith(end) and name.removesuffix(end) in tensors for end in ("_gain", "_shift"))
+        value = tensors[name]
+        return fixed or name in statistics or not (value.is_floating_point() or value.is_complex())
+
+    buffers = sum(tensors[name].numel() for name in tensors if is_buffer(name))
     return sum(value.numel() for value in tensors.values()) - buffers, buffers
 
 

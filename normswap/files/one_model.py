@@ -59,6 +59,8 @@ def _convert_whole_module(model: nn.Module, where: Path, request: FileRequest) -
         if isinstance(error, NormswapError) or model_specs.is_spec(str(where)):
             raise
         raise FileError(f"{where}: its module is damaged, or of another version ({first_line(error)})") from error
+    if model_specs.is_spec(str(where)):  # the file may become one of tensors alone
+        report = replace(report, recipe=with_origin(report.recipe, str(where), request.model_args, None))
     plain = request.target is PLAIN_TARGET
     stored_recipes.store_recipe(
         converted, stored_recipes.as_folded(previous, report.recipe) if plain else report.recipe
@@ -97,7 +99,7 @@ def _with_what_stays_beside(report: Report, state: Mapping[str, Any], keys: Sequ
     reason = "the model does not have it"
     left = [Left(prefix.removesuffix("."), "norm", "batch norm", reason) for prefix in norms]
     totals = replace(report.totals, left=report.totals.left + len(left))
-    return replace(report, left=(*report.left, *left), totals=totals, warnings=(*report.warnings, notice))
+    return replace(report, left=(*report.left, *left), totals=totals, notes=(*report.notes, notice))
 
 
 # ---- a module ----
@@ -109,25 +111,29 @@ def _convert_in_place(model: nn.Module, request: FileRequest) -> Conversion:
     if request.target is PLAIN_TARGET:
         idle = previous is not None  # what was converted may have left nothing to fold
         return run(model, Request(PLAIN_TARGET, may_be_idle=idle, inplace=True, release=mapped_memory.release))
-    inputs, name = request.example_inputs, "example inputs"
-    made_up = inputs is None and request.options.calibrate is None
-    drift_only = made_up and request.input_shape is None
-    if made_up:
-        inputs, name = noise_for(model, request.input_shape)
     asked = Request(
-        request.target, request.options, inputs, name, drift_only,
+        request.target, request.options, **_inputs_for(model, request),
         device=request.device, inplace=True, progress=request.progress, release=mapped_memory.release
     )  # fmt: skip
     model, report = run(model, asked)
     recipe = with_origin(report.recipe | ({"folded": True} if request.fold else {}), None, {}, previous)
-    if drift_only and report.drift is None and _is_large(model):
-        unmeasured = "drift was not measured on so large a model: give --input-shape"
-        report = replace(report, warnings=(*report.warnings, unmeasured))
     if request.fold:
         request.progress("folding")
         model, folding = run(model, Request(PLAIN_TARGET, may_be_idle=True, inplace=True))
         report = _with_folding(report, folding)
     return Conversion(model, replace(report, recipe=recipe))
+
+
+def _inputs_for(model: nn.Module, request: FileRequest) -> dict[str, Any]:
+    """What a `Request` has of inputs: those that were given, calibration data, or else noise."""
+    if request.examples is not None:
+        examples, name = request.examples
+        return {"examples": examples, "inputs_name": name}
+    if request.example_inputs is not None or request.options.calibrate is not None:
+        return {"example_inputs": request.example_inputs}
+    noise, name = noise_for(model, request.input_shape)
+    how = "guessed" if request.input_shape is None else "asked"
+    return {"example_inputs": noise, "inputs_name": name, "noise": how}
 
 
 def _with_folding(report: Report, folding: Report) -> Report:
@@ -144,7 +150,7 @@ def _with_folding(report: Report, folding: Report) -> Report:
     idle = () if folding.changes else ("--fold had nothing to do: the result consists of torch's own layers already",)
     return replace(
         report, changes=tuple(changes), totals=replace(report.totals, **sizes), modules=tuple(modules),
-        warnings=(*report.warnings, *idle),
+        notes=(*report.notes, *idle),
     )  # fmt: skip
 
 

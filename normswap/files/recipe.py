@@ -24,7 +24,7 @@ from normswap.layers.matching import Moments
 from normswap.layers.reparametrized import LAYERS
 from normswap.report.report import Report
 from normswap.targets.options import Options
-from normswap.targets.target import TARGETS, Target, parse_target
+from normswap.targets.target import RECURRENT_TARGETS, TARGETS, Target
 
 _NEWEST_FORMAT = 2  # from 2 on, layers may have an eps of their own
 _MOST_CONVERSIONS = 16  # one after the other
@@ -77,7 +77,7 @@ def parse_recipe(stored: Any, where: object, most_before: int = _MOST_CONVERSION
             "upgrade: pip install -U normswap"
         )
     target, layers, options = (stored.get(name) for name in ("target", "layers", "options"))
-    if not isinstance(target, str) or target not in TARGETS:
+    if not isinstance(target, str) or target not in TARGETS | RECURRENT_TARGETS:
         raise FileError(f"{where}: its recipe names the target {target!r}, which is none of {', '.join(TARGETS)}")
     if not isinstance(layers, Mapping) or not all(_is_layer(path, layer) for path, layer in layers.items()):
         raise FileError(f"{where}: its recipe is damaged: the layers are not paths with what they became")
@@ -140,7 +140,7 @@ def replay(model: nn.Module, recipe: Recipe, where: object) -> nn.Module:
     # have decided them, and neither is known here.
     groups = {path: layer.groups for path, layer in layers.items() if layer.groups is not None}
     recurrent = "ln" if any(layer.to.startswith("LayerNorm") for layer in layers.values()) else None
-    target = parse_target(recipe.target)
+    target = (TARGETS | RECURRENT_TARGETS)[recipe.target]
     options = Options(ws_scope="all", layers=tuple(LAYERS), recurrent=recurrent, include=lambda path, _: path in layers)
     sizes = _stand_in_sizes(recipe, target, layers, sites)
     moments = _stand_in_moments(model, sites, sizes) if recipe.on_data else {}

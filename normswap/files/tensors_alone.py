@@ -30,9 +30,10 @@ def convert_tensors_alone(state: Mapping[str, Any], where: Path, request: FileRe
     previous = stored_recipes.stored_recipe(state)
     if previous is not None:
         parse_recipe(previous, where)  # it goes on into the new file, where it has to be sound
-    left = _left_by_keys(state, request.target.name)
+    statistics = norms_by_keys.statistics_that_are_no_norm(state)
+    left = [Left(path, "norm", "statistics", why) for path, why in statistics.items()]
     if not norms_by_keys.norm_prefixes(state):
-        raise ModelError(f"{where}: {why_nothing_to_convert(request.target, left)}")
+        raise ModelError(f"{where}: {why_nothing_to_convert(request.target, left, request.options)}")
     norms = norms_by_keys.module_of_norms(state, eps)
     options = request.options
     if options.shrinks:  # into one group, and by their own eps: a network that somebody writes for the file has that
@@ -57,6 +58,7 @@ def check_without_model(request: FileRequest, where: Path) -> None:
         request.target.name: norm is None or not norm.on_tensors_alone or request.target.weight is not None,
         "--recurrent": options.recurrent is not None,
         "--calibrate": options.calibrate is not None,
+        "--examples": request.examples is not None,
         "--input-shape": request.input_shape is not None or request.example_inputs is not None,
         "--device": request.device is not None,
         "--fold": request.fold,
@@ -69,16 +71,6 @@ def check_without_model(request: FileRequest, where: Path) -> None:
             f"{where}: holds tensors without their model, which {needing} needs: give it with --model "
             f"(torchvision:NAME, timm:NAME or file.py:factory). {able} work without"
         )
-
-
-def _left_by_keys(state: Mapping[str, Any], target: str) -> list[Left]:
-    """What a conversion of norms leaves in `state`: convolutions, and statistics that are no norm's."""
-    reason = f"{target} changes norms only"
-    statistics = norms_by_keys.statistics_that_are_no_norm(state)
-    return [
-        *(Left(path, "norm", "statistics", why) for path, why in statistics.items()),
-        *(Left(path, "weight", "convolution", reason) for path in norms_by_keys.convolution_paths(state)),
-    ]
 
 
 def _of_whole_state(

@@ -20,6 +20,7 @@ class Facts:
     outcomes: Mapping[str, Outcome]  # by target
     batch_norms: Sequence[Layer]
     recurrent: Sequence[Layer]  # those that can have layer norm inside
+    recurrent_weights: Sequence[Layer]  # those whose weights can be normalized
     along_time: Sequence[str]  # paths of norms where positions have to stay apart
     repeated: Sequence[str]  # paths of norms that one forward calls more than once
 
@@ -52,6 +53,16 @@ def recurrence(facts: Facts) -> Advice | None:
         why = f"layer norm inside {what} makes long sequences stable; approximate, so give data with --calibrate"
         return Advice("recurrent layers", "--recurrent ln", why)
     return None
+
+
+def recurrent_weights(facts: Facts) -> Advice | None:
+    if not facts.recurrent_weights:
+        return None
+    what = ", ".join(sorted({layer.module for layer in facts.recurrent_weights}))
+    why = (
+        f"exact: the length of each row of the weights of {what} becomes a parameter; ws --layers rnn standardizes them"
+    )
+    return Advice("weights of recurrent layers", "wn --layers rnn", why)
 
 
 def sequences(facts: Facts) -> Advice | None:
@@ -95,7 +106,7 @@ FOR_BATCH_NORM = (
 )  # fmt: skip
 """For every model with batch norms."""
 ADVICE_RULES: tuple[Callable[[Facts], Advice | None], ...] = (
-    sequences, recurrence, without_training, pointlike, deployment,
+    sequences, recurrence, recurrent_weights, without_training, pointlike, deployment,
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from normswap.inspection.findings import Observations, find_problems
 from normswap.inspection.kinds import kinds_of
 from normswap.inspection.outcomes import outcomes_of
 from normswap.layers.recurrent import LAYER_NORMALIZED
-from normswap.layers.reparametrized import TRANSPOSED
+from normswap.layers.reparametrized import LAYERS, TRANSPOSED
 from normswap.report.inspection import Finding, Inspection, Layer, Outcome
 from normswap.targets.context import Context, Swap
 from normswap.targets.options import Options, Purpose
@@ -103,6 +103,7 @@ def _facts(sites: Sequence[Site], layers: Sequence[Layer], outcomes: Sequence[Ou
         {outcome.target: outcome for outcome in outcomes},
         [layer for layer, site in zip(layers, sites, strict=True) if isinstance(site.module, _BatchNorm)],
         [layer for layer, site in zip(layers, sites, strict=True) if site.base in LAYER_NORMALIZED],
+        [layer for layer, site in zip(layers, sites, strict=True) if site.base in LAYERS["rnn"]],
         [site.path for site in sites if site.path in flow.along_time],
         [site.path for site in sites if site.kind == "norm" and flow.calls.get(site.path, 0) > 1],
     )

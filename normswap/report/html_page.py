@@ -81,6 +81,7 @@ def _summary(report: Report) -> str:
         cells.append((f'<span class="{kind}">{word}</span>', "in eval mode"))
     told = wording.summary(report) if report.target == "diff" else wording.details(report)  # the tiles tell the rest
     sentences = "".join(f"<li>{escaped(sentence)}</li>" for sentence in told)
+    sentences += "".join(f'<li class="dim">{escaped(note)}</li>' for note in report.notes)
     warnings = "".join(f'<p class="warning">{escaped(notice)}</p>' for notice in report.warnings)
     return f"{tiles(cells)}{_legend(report)}<ul>{sentences}</ul>{warnings}{_written(report)}"
 
@@ -103,7 +104,7 @@ def _written(report: Report) -> str:
 
 def _drift_chart(report: Report) -> str:
     bars, every = charts.drift_bars(report.drift), charts.drift_bars(report.drift, full=True)
-    if not bars:
+    if not bars or report.exact:
         return ""
     drawn, each = (_bars((_several(bar), bar.share, bar.shown, bar.severity) for bar in some) for some in (bars, every))
     all_of_them = f"<details><summary>every layer</summary>{each}</details>" if len(bars) < len(every) else ""

@@ -58,6 +58,7 @@ def _inspection_parts(found: Inspection, source: str) -> Iterator[str]:
 def _parts(report: Report, source: str) -> Iterator[str]:
     yield f"### {_plain(wording.heading(report, source))}\n"
     yield from (f"- {_plain(line)}" for line in wording.summary(report))
+    yield from (f"- {_plain(note)}" for note in report.notes)
     yield from (f"\n> **warning:** {_plain(notice)}" for notice in report.warnings)
     if report.changes:
         rows = [
@@ -72,7 +73,7 @@ def _parts(report: Report, source: str) -> Iterator[str]:
         ]
         yield _table(("layers", "became", "count", "how"), rows)
     if notes := wording.notes(report.changes):
-        yield "\nDiffers from what was asked, or was chosen:\n"
+        yield "\nNotes on single layers:\n"
         yield from (f"- {_plain(note)}" for note in notes)
     if not report.exact and (bars := charts.drift_bars(report.drift)):
         drawn = [

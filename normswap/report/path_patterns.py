@@ -2,8 +2,10 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
+Item = TypeVar("Item")
 ROOT = "(root)"
 DEEPEST = 100  # levels of a tree: a name in a file can have any number of dots
 NUMBER = r"(?<![0-9])(?:0|[1-9][0-9]{0,8})(?![0-9])"
@@ -17,15 +19,21 @@ def fold_paths(paths: Iterable[str]) -> list[tuple[str, int]]:
     Paths that differ in numbers alone fall together: `layer1.0.bn1` to `layer4.2.bn3` are
     `layer[1-4].*.bn[1-3]`. A pattern sums up; it may cover paths that were not given.
     """
-    shapes: dict[tuple[tuple[str, bool], ...], list[list[int | None]]] = defaultdict(list)
-    for path in paths:
-        parts = [stem_and_number(part) for part in path.split(".")]
-        shapes[tuple((stem, number is not None) for stem, number in parts)].append([number for _, number in parts])
+    return [(pattern, len(members)) for pattern, members in fold_items(paths, lambda path: path)]
+
+
+def fold_items(items: Iterable[Item], path_of: Callable[[Item], str]) -> list[tuple[str, list[Item]]]:
+    """Items by the patterns of their paths; see `fold_paths`."""
+    shapes: dict[tuple[tuple[str, bool], ...], list[tuple[list[int | None], Item]]] = defaultdict(list)
+    for item in items:
+        parts = [stem_and_number(part) for part in path_of(item).split(".")]
+        shape = tuple((stem, number is not None) for stem, number in parts)
+        shapes[shape].append(([number for _, number in parts], item))
     folded = []
     for stems, rows in shapes.items():
-        columns = zip(*rows, strict=True)
+        columns = zip(*(numbers for numbers, _ in rows), strict=True)
         written = (_segment(stem, column) for (stem, _), column in zip(stems, columns, strict=True))
-        folded.append((".".join(written) or ROOT, len(rows)))
+        folded.append((".".join(written) or ROOT, [item for _, item in rows]))
     return folded
 
 

@@ -131,6 +131,20 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """How often the network of the demo is right, between 0 and 1, in eval mode."""
+
+    data: str
+    """What it was measured on, with how many there are."""
+    before: float
+    after: float
+    reset: float | None = None
+    """What a conversion leaves that makes gain and bias 1 and 0; None where that is no question."""
+    copied: float | None = None
+    """What one leaves that keeps gain and bias as they stand."""
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What fitting the norms to the original's outputs on unlabelled data has brought.
 
@@ -180,6 +194,10 @@ class Report:
     """None where no file was converted."""
     written: Written | None = None
     """Likewise."""
+    accuracy: Accuracy | None = None
+    """None of all models but the demo's."""
+    notes: tuple[str, ...] = ()
+    """What is good to know, and no reason to worry."""
 
     @property
     def exact(self) -> bool:

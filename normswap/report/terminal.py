@@ -70,13 +70,14 @@ class ReportView:
         yield Text()
         yield from self._changes(terminal)
         if notes := self._notes(terminal):
-            yield from (Text("differs from what was asked, or was chosen", style="bold"), *notes, Text())
+            yield from (Text("notes on single layers", style="bold"), *notes, Text())
         if report.left:
             yield from (Text(wording.left_heading(report), style="bold"), *self._left(terminal), Text())
         if not report.exact and (bars := charts.drift_bars(report.drift, self.full)):
             yield from (Text(wording.DRIFT_TITLE, style="bold"), terminal.text(wording.DRIFT_SCALE, "dim"))
             yield from (_drift_chart(bars, terminal), Text())
         yield from (_with_verdict(terminal.text(sentence)) for sentence in wording.summary(report))
+        yield from (terminal.text(note, "dim") for note in report.notes)
         yield from (terminal.text(f"warning: {notice}", "yellow") for notice in report.warnings)
         if report.target != "diff":
             yield from (Text(), _legend(terminal))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from normswap.report import charts
-from normswap.report.path_patterns import NUMBER, ROOT, fold_paths, span, summarize_paths
-from normswap.report.report import Calibration, Change, Cost, Drift, Left, Report, Totals, Written
+from normswap.report.path_patterns import NUMBER, ROOT, fold_items, fold_paths, span, summarize_paths
+from normswap.report.report import Accuracy, Calibration, Change, Cost, Drift, Left, Report, Totals, Written
 from normswap.target_table import describe_slowdown
 
 Item = TypeVar("Item")
@@ -111,22 +111,35 @@ def change_lines(changes: Sequence[Change], full: bool = False) -> list[Line]:
     lines = []
     alike = _grouped(changes, lambda change: (change.before, change.after.partition("(")[0]))
     for (before, after), members in alike.items():
-        groups = [int(found[1]) for change in members if (found := re.search(rf"\(({NUMBER})\)", change.after))]
-        what = f"{before} → {after}{f'({span(groups)})' if groups else ''}"
-        lines += [Line(pattern, what, count) for pattern, count in fold_paths(change.paths[0] for change in members)]
+        for pattern, those in fold_items(members, _first_path):
+            groups = [int(found[1]) for change in those if (found := re.search(rf"\(({NUMBER})\)", change.after))]
+            what = f"{before} → {after}{f'({span(groups)})' if groups else ''}"
+            lines.append(Line(pattern, what, len(those)))
     return lines
+
+
+def _first_path(change: Change) -> str:
+    return change.paths[0]
 
 
 def _tensor_lines(changes: Sequence[Change]) -> list[Line]:
     """Tensors by the last part of their key; how far those moved that differ in value."""
-    lines = []
-    for members in _grouped(changes, lambda change: change.paths[0].rpartition(".")[2]).values():
-        moved = sorted(change.amount for change in members if change.amount is not None)
-        far = f"relative L2 {moved[0]:.2g}" + (f" to {moved[-1]:.2g}" if len(moved) > 1 else "") if moved else ""
-        shapes = {f"{change.before} → {change.after}" for change in members}
-        what = far or (shapes.pop() if len(shapes) == 1 else "several shapes")
-        lines += [Line(pattern, what, count) for pattern, count in fold_paths(change.paths[0] for change in members)]
-    return lines
+    alike = _grouped(changes, lambda change: _first_path(change).rpartition(".")[2]).values()
+    return [
+        Line(pattern, _difference(those), len(those))
+        for members in alike
+        for pattern, those in fold_items(members, _first_path)
+    ]
+
+
+def _difference(changes: Sequence[Change]) -> str:
+    """How far tensors moved that differ in value; of others their shapes."""
+    moved = sorted(change.amount for change in changes if change.amount is not None)
+    if moved:
+        least, most = f"{moved[0]:.2g}", f"{moved[-1]:.2g}"
+        return f"relative L2 {least}" + (f" to {most}" if least != most else "")
+    shapes = {f"{change.before} → {change.after}" for change in changes}
+    return shapes.pop() if len(shapes) == 1 else "several shapes"
 
 
 def left_lines(left: Sequence[Left], full: bool = False) -> list[Line]:
@@ -154,7 +167,7 @@ def written_lines(found: Written | None) -> list[tuple[str, str]]:
 
 
 def notes(changes: Sequence[Change]) -> list[str]:
-    """What differs from what was asked, or was chosen; notes that differ in numbers alone are one."""
+    """What is to be said of single layers; notes that differ in numbers alone are one."""
     texts = []
     noted = [change for change in changes if change.note]
     for between, members in _grouped(noted, lambda change: tuple(re.split(NUMBER, change.note))).items():
@@ -199,8 +212,9 @@ def details(report: Report) -> list[str]:
         return [sizes_sentence(report.totals)]
     furthest = furthest_sentence(report.drift) if report.drift and not report.exact else ""
     sentences = [
+        accuracy_sentence(report.accuracy) if report.accuracy else "",
         sizes_sentence(report.totals),
-        drift_sentence(report.drift),
+        drift_sentence(report.drift) if report.drift else "",
         furthest,
         calibration_sentence(report.calibration) if report.calibration else "",
         describe_slowdown(report.target) if report.changes else "",
@@ -223,18 +237,25 @@ def calibration_sentence(found: Calibration) -> str:
     return f"{line}; {found.note}" if found.note else line
 
 
-def drift_sentence(found: Drift | None) -> str:
-    """How far the output moved, and on what."""
-    if found is None:
-        return "drift not measured: no probe input (--input-shape or example_inputs gives one)"
+def accuracy_sentence(found: Accuracy) -> str:
+    """What the demo's network still knows, and what the other ways would have left."""
+    line = f"accuracy on {found.data}: {found.before:.1%} before, {found.after:.1%} after"
+    if found.reset is None or found.copied is None:
+        return line
+    return f"{line}; gain and bias reset would have left {found.reset:.1%}, copied {found.copied:.1%}"
+
+
+def drift_sentence(found: Drift) -> str:
+    """How far the output moved, and on what; "" on noise, which has only checked what is exact."""
+    if found.probe.startswith("noise"):
+        return ""
     measured = [
         f"relative L2 {found.relative_l2:.2g}" if found.relative_l2 is not None else "",
         f"cosine {found.cosine:.4f}" if found.cosine is not None else "",
         f"top-1 agreement {found.top1_agreement:.0%}" if found.top1_agreement is not None else "",
         found.note,
     ]
-    caution = " (noise says little about accuracy)" if found.probe.startswith("noise") else ""
-    return f"drift on {found.probe}{caution}: {', '.join(part for part in measured if part)}"
+    return f"drift on {found.probe}: {', '.join(part for part in measured if part)}"
 
 
 def furthest_sentence(found: Drift) -> str:

@@ -48,7 +48,9 @@ def choose_groups(site: Site, context: Context) -> tuple[int, str] | str:
         return chosen, ""
     if limit < asked:
         few = "one element" if elements == 1 else f"{elements} elements"
-        return chosen, f"{_plural(chosen)}, not {asked}: {few} a channel"
+        return chosen, f"{_plural(chosen)}{'' if rule == 'auto' else f', not {asked}'}: {few} a channel"
+    if rule == "auto":
+        return chosen, ""
     wanted = f"{number} channels a group" if rule == "channels" else f"{asked} groups"
     return chosen, f"{_plural(chosen)}: {channels} channels do not divide into {wanted}"
 
@@ -71,7 +73,7 @@ def _for_purpose(site: Site, most: int, context: Context) -> tuple[int, str] | N
         return use, join_notes(f"{_plural(use)} for use: keeps most{by}", other)
     other = f"{use} for use" if on_data and use != training else ""
     if training < most:
-        return training, join_notes(f"{_plural(training)}, not {most}: keeps more on the data", other)
+        return training, join_notes(f"{_plural(training)}: keeps more on the data", other)
     return (training, f"{_plural(training)} for training; {other}") if other else None
 
 

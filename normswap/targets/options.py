@@ -53,11 +53,6 @@ class Options:
         """Whether group norms go half by a sample's variance and half by the data's: the numbers are chosen for use."""
         return self.purpose == "use" and self.transfer == "match" and str(self.groups).strip() == "auto"
 
-    @property
-    def reported_layers(self) -> tuple[str, ...]:
-        """The kinds of weight layers that the report names, changed or left."""
-        return (*self.layers, "rnn") if self.recurrent else tuple(self.layers)
-
 
 def parse_groups(groups: str | int) -> tuple[GroupRule, int]:
     """("auto", 0), ("groups", 32) or ("channels", 16) for `auto`, `32`, `16c`."""

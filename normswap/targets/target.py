@@ -10,7 +10,15 @@ from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.layers.norms import ACTIVATED
 from normswap.layers.torch_normalization import kind_of_normalization
-from normswap.target_table import NORM_FORMS, PLAIN_FORM, TARGET_FORMS, WEIGHT_FORMS, Form, nearest_target
+from normswap.target_table import (
+    NORM_FORMS,
+    PLAIN_FORM,
+    RECURRENT_FORMS,
+    TARGET_FORMS,
+    WEIGHT_FORMS,
+    Form,
+    nearest_target,
+)
 from normswap.targets import folding, norms, plain, weights
 from normswap.targets.context import Context, Swap
 from normswap.targets.options import Options
@@ -56,8 +64,21 @@ PLAIN_TARGET = Target("plain torch", PLAIN_FORM, PLAIN_FORM)
 """What `normswap.fold` converts to; it is no target that a user names."""
 
 
-def parse_target(name: str) -> Target:
-    """The target called `name`; raises `OptionError`, which names the nearest one."""
+RECURRENT_TARGETS: dict[str, Target] = {
+    f"recurrent-{name}": Target(f"recurrent-{name}", None, None) for name in RECURRENT_FORMS
+}
+"""What a conversion is called that changes recurrent layers alone, which the option `recurrent` asks for."""
+
+
+def parse_target(name: str | None, recurrent: str | None = None) -> Target:
+    """The target called `name`; without one, that of the option `recurrent`, by itself.
+
+    Raises `OptionError`, which names the nearest one.
+    """
+    if name is None:
+        if recurrent is None:
+            raise OptionError("no target: give to (--to), such as gn-ws, or recurrent=ln (--recurrent ln)")
+        return RECURRENT_TARGETS[f"recurrent-{recurrent}"]
     if isinstance(name, str) and name in TARGETS:
         return TARGETS[name]
     near = nearest_target(str(name))

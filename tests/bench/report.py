@@ -1,43 +1,32 @@
-"""The picture of a report that the README opens with: a MobileNetV2 that was trained on the digits, converted.
+"""The picture of a report that the README opens with: its first command.
 
-Run: python tests/bench/report.py [--cache FOLDER]; half a minute, or seconds where the folder has the trained weights.
-Writes results/report.svg.
+Run: python tests/bench/report.py; it takes seconds. Writes results/report.svg.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import shutil
+import shlex
 import tempfile
 from pathlib import Path
 
-import torch
-from digits import digits
-from nets import trained
-from typer.testing import CliRunner
+from normswap.files.convert_file import convert_file
+from normswap.report.formats import to_svg
 
-from normswap.cli import commands
-
+COMMAND = "normswap convert demo:digits --to gn-ws"
 PICTURE = Path(__file__).parent / "results" / "report.svg"
 
 
-def draw(cache: Path | None) -> None:
+def draw() -> str:
+    """The picture, as SVG."""
+    _, _, source, _, target = shlex.split(COMMAND)
+    here = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
-        model, data, picture = (Path(folder) / name for name in ("mobilenet_v2.pt", "pictures.pt", "report.svg"))
-        torch.save(trained("MobileNetV2", cache), model)
-        torch.save(digits()[0][:256], data)
-        asked = ["convert", model.name, "--to", "gn-ws", "--calibrate", data.name, "--report", picture.name]
-        here = Path.cwd()
-        os.chdir(folder)  # the picture names files without their folder
-        done = CliRunner().invoke(commands.app, [*asked, "--dry-run", "--quiet"])
+        os.chdir(folder)  # where the command writes its model
+        report = convert_file(source, target, command=COMMAND)
         os.chdir(here)
-        if done.exit_code:
-            raise SystemExit(done.stderr)
-        shutil.copy(picture, PICTURE)
+    return to_svg(report, source)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, help="keeps the trained weights")
-    draw(parser.parse_args().cache)
+    PICTURE.write_text(draw())

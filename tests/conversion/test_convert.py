@@ -282,7 +282,7 @@ def test_unknown_option(option: str) -> None:
 
 
 def test_nothing_to_convert() -> None:
-    with pytest.raises(ModelError, match="no normalization and no convolution"):
+    with pytest.raises(ModelError, match="nothing to convert to gn: the model has no normalization"):
         normswap.convert(nn.Linear(2, 2), "gn")
     with pytest.raises(ModelError, match="1 GroupNorm: has one group already"):
         normswap.convert(nn.Sequential(nn.GroupNorm(1, 2)), "gn")

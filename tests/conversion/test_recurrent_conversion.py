@@ -1,10 +1,13 @@
 """Recurrent layers in a conversion with `recurrent="ln"`: the report, data, files, optimizers."""
 
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.checks import distance
+from helpers.command import run
 from torch import Tensor, nn
 
 import normswap
@@ -104,3 +107,60 @@ def test_what_is_refused(tmp_path: Path) -> None:
     torch.save(reader().state_dict(), tmp_path / "m.pt")
     with pytest.raises(normswap.OptionError, match="which --recurrent needs"):
         normswap.convert_file(tmp_path / "m.pt", "gn", recurrent="ln")
+
+
+# ---- by itself ----
+
+
+def test_recurrent_layers_alone() -> None:
+    """No norm and no other weight is the business of such a conversion: neither changed nor left."""
+    model = nn.ModuleDict({"read": reader(), "conv": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8)})
+    converted, report = normswap.convert(model, recurrent="ln")
+    assert report.target == report.recipe["target"] == "recurrent-ln"
+    assert {change.paths[0] for change in report.changes} == {"read.lstm", "read.gru"}
+    assert [left.path for left in report.left] == ["read.rnn"] and type(converted["norm"]) is nn.BatchNorm2d
+    with pytest.raises(normswap.OptionError, match="no target"):
+        normswap.convert(model)
+    with pytest.raises(normswap.ModelError, match="nothing to convert to recurrent-ln: the model has no LSTM or GRU"):
+        normswap.convert(nn.Linear(3, 3), recurrent="ln")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_command_needs_no_target(tmp_path: Path, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tagger.py").write_text(TAGGER)
+    monkeypatch.syspath_prepend(tmp_path)
+    tagger = importlib.import_module("tagger")
+    model = tagger.make()
+    torch.save(model if whole else model.state_dict(), "tagger.pt")
+    source = ["--allow", "tagger.Tagger"] if whole else ["--model", "tagger.py:make"]
+    result = run("convert", "tagger.pt", "--recurrent", "ln", *source)
+    assert result.exit_code == 0 and result.stderr == "" and "tagger.pt → recurrent-ln" in result.stdout
+    known = {"allow": [tagger.Tagger]} if whole else {"model": tagger.make}
+    loaded = normswap.load("tagger.recurrent-ln.pt", **known)
+    words = torch.randint(50, (2, 7))
+    torch.testing.assert_close(loaded(words), normswap.convert(model, recurrent="ln").model(words))
+    assert run("convert", "tagger.pt", *source).exit_code == 2
+    advice = run("inspect", "tagger.pt", *source).stdout
+    assert "--recurrent ln" in advice and "wn --layers rnn" in advice
+    sys.modules.pop("tagger")
+
+
+TAGGER = """
+import torch
+from torch import nn
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.lstm, self.tags = nn.Embedding(50, 12), nn.LSTM(12, 24, batch_first=True), nn.Linear(24, 5)
+
+    def forward(self, x):
+        return self.tags(self.lstm(self.words(x))[0])
+
+
+def make():
+    torch.manual_seed(0)
+    return Tagger().eval()
+"""

@@ -30,9 +30,11 @@ def same(a: list[object], b: list[object]) -> bool:
 
 
 def check_named(model: nn.Module, report: normswap.Report) -> None:
-    """Each path of a norm or convolution is in the report, once."""
+    """Each path of a norm is in the report, once, and of a convolution, where the target is for such."""
     named = [path for change in report.changes for path in change.paths] + [left.path for left in report.left]
-    layers = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.conv._ConvNd)
+    target = normswap.TARGETS[report.target]
+    layers = (nn.modules.batchnorm._NormBase, nn.GroupNorm) if target.norm else ()
+    layers += (nn.modules.conv._ConvNd,) if target.weight else ()
     paths = [path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, layers)]
     assert set(paths) <= set(named)
     assert len(named) == len(set(named))

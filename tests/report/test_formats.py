@@ -16,6 +16,7 @@ import jsonschema
 import pytest
 import torch
 from helpers.command import run
+from helpers.nets import randomize
 from rich.console import Console
 from torch import nn
 
@@ -174,9 +175,8 @@ def test_each_changed_layer_has_its_drift() -> None:
 
 
 def test_bars_stand_for_every_changed_layer() -> None:
-    report = normswap.convert(
-        model_specs.build("torchvision:resnet50"), "gn", example_inputs=torch.randn(1, 3, 32, 32)
-    ).report
+    model = randomize(model_specs.build("torchvision:resnet50"))
+    report = normswap.convert(model, "gn", example_inputs=torch.randn(1, 3, 32, 32)).report
     text = terminal(report)
     part = text[text.index(wording.DRIFT_TITLE) :].split("\n\n")[0].splitlines()[2:]
     several = [int(match[1]) if (match := re.search(r"furthest of (\d+)", line)) else 1 for line in part]
@@ -267,11 +267,7 @@ def test_reports_tell_the_command_and_how_to_load(tmp_path: Path, monkeypatch: p
         (plain, [], "normswap.load('plain model.gn.pt')"),
         (plain, ["--format", "safetensors", "-o", mine], f"normswap.load('{mine}', model=YourModel)"),
         (state, ["--key", "net"], "normswap.load('state.gn.pt', model=YourModel, key='net')"),
-        (
-            "torchvision:resnet18",
-            ["--format", "safetensors"],
-            "normswap.load('resnet18.gn.safetensors', model='torchvision:resnet18')",
-        ),
+        ("torchvision:resnet18", ["--format", "safetensors"], "normswap.load('resnet18.gn.safetensors')"),
     ):
         shown = run("convert", given, "--to", "gn", *options, "--report", "r.html", "--report", "r.md", "--overwrite")
         assert shown.exit_code == 0, shown.stderr

@@ -1,0 +1,69 @@
+"""The data that go with a conversion of a file: to calibrate with, and to measure on."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from normswap.calibration.batches import MOST_EXAMPLES, as_one_batch, few_examples, input_batches, read_samples
+from normswap.errors import OptionError
+from normswap.files import demonstration, model_specs
+from normswap.files.file_request import FileRequest
+
+
+@dataclass(frozen=True)
+class Given:
+    """The data as they are given; see `convert_file`.
+
+    Raises `OptionError` for options of pictures where there are none.
+    """
+
+    calibrate: Any
+    examples: Any
+    sources: Sequence[object]
+    """What is converted and its model: a library's model says how its pictures are prepared, and the demo has some."""
+    weights: str | None
+    input_size: Any
+    mean: Any
+    std: Any
+
+    def __post_init__(self) -> None:
+        if self.calibrate is None and self.examples is None and any((self.input_size, self.mean, self.std)):
+            raise OptionError("--input-size, --mean and --std are for the pictures of --calibrate and --examples")
+
+    def preparation(self) -> dict[str, Any]:
+        """How pictures become inputs, for `read_samples`."""
+        specs = (source for source in self.sources if isinstance(source, str) and model_specs.is_spec(source))
+        pictures = {"input_size": self.input_size, "mean": self.mean, "std": self.std}
+        return {"spec": next(specs, None), "weights": self.weights, **pictures}
+
+
+def with_data(request: FileRequest, given: Given) -> FileRequest:
+    """`request` with the data read."""
+    options = replace(request.options, calibrate=_read_calibration(given, request))
+    return replace(request, options=options, examples=_read_examples(given, request))
+
+
+def _read_calibration(given: Given, request: FileRequest) -> list[Any] | None:
+    data = given.calibrate
+    if demonstration.is_demo(data):
+        return input_batches(demonstration.training_pictures(data))
+    if isinstance(data, str | os.PathLike):
+        request.progress(f"reading {data}")
+        return read_samples(data, **given.preparation())
+    return None if data is None else input_batches(data)
+
+
+def _read_examples(given: Given, request: FileRequest) -> tuple[Any, str] | None:
+    """A few inputs as one batch, and what they are. The demo is its own example."""
+    data = given.examples
+    if data is None and request.example_inputs is None and demonstration.is_demo(given.sources[0]):
+        data = given.sources[0]
+    elif data is not None and request.example_inputs is not None:
+        raise OptionError("examples stand in place of example_inputs; give one of them")
+    if demonstration.is_demo(data):
+        return demonstration.held_out_pictures(data)
+    if isinstance(data, str | os.PathLike):
+        request.progress(f"reading {data}")
+        return as_one_batch(read_samples(data, **given.preparation(), limit=MOST_EXAMPLES, batch=MOST_EXAMPLES))
+    return None if data is None else few_examples(data)
