@@ -24,7 +24,7 @@ TRAINED_RECURRENT = ("gain_", "bias_")
 _OUTPUT_WEIGHT = 50.0  # of the network's output in the loss, beside the mean over its norms
 _TAPS = 8  # norms, spread over the network, whose outputs are in the loss: each one costs passes over its gradient
 _TAP_POSITIONS, _OUTPUT_POSITIONS = 64, 1024  # of a sample, at most, where norms and the network's output are compared
-_NEARER, _LOST = 1.0, 1.645  # standard errors: how much nearer a fit must be, and the loss that is chance up to 1 in 20
+_SURE, _LOST = 2.0, 1.645  # standard errors: what a gain is beyond for sure, and a loss that is chance up to 1 in 20
 _CACHE = 1 << 30  # bytes of the teacher's outputs that are kept; the others are computed again each time
 _SEED = 0
 
@@ -75,17 +75,21 @@ class Distance(NamedTuple):
     def top1(self) -> float | None:
         return self.agreed.mean().item() if len(self.agreed) else None
 
-    def is_better(self, other: Distance) -> bool:
-        """Nearer by a standard error at least, and no more first choices lost than may be chance.
+    def sure_gain(self, other: Distance) -> float:
+        """How much nearer than `other` it is for sure: the mean over the samples, less two standard errors.
 
-        Both are of the same samples, so the differences of each are what counts, an error over the sample's own size:
+        Both are of the same samples, so the differences of each are what counts, of squares over the sample's own size:
         one loud sample shall not decide.
         """
+        nearer = ((other.moved - self.moved) / self.size)[self.size > 0]
+        return mean_of(nearer) - _SURE * error_of_mean(nearer)
+
+    def is_better(self, other: Distance) -> bool:
+        """Nearer for sure, and no more first choices lost than may be chance."""
         if not self.relative < other.relative:
             return False
-        nearer = ((other.moved - self.moved) / self.size)[self.size > 0]
         lost = other.agreed - self.agreed
-        return mean_of(nearer) >= _NEARER * error_of_mean(nearer) and mean_of(lost) <= _LOST * error_of_mean(lost)
+        return self.sure_gain(other) >= 0 and mean_of(lost) <= _LOST * error_of_mean(lost)
 
 
 class FittedPair:
