@@ -53,10 +53,14 @@ def obstacle_in_state(module: nn.Module, base: type[nn.Module]) -> str:
         return "has an __init_subclass__ of its own, so no class can be made of it"
     if any("__slots__" in vars(cls) and vars(cls)["__slots__"] for cls in type(module).__mro__):
         return "has __slots__, so its class cannot be exchanged"
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None and tensor.is_inference():
+    named = (*module._parameters.items(), *module._buffers.items())
+    for name, tensor in ((name, tensor) for name, tensor in named if tensor is not None):
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            return f"has a {name} that is no plain tensor ({kind})"
+        if tensor.is_inference():
             return "was made in inference mode, so its tensors cannot be changed"
-        if tensor is not None and torch._debug_has_internal_overlap(tensor) == 1:
+        if torch._debug_has_internal_overlap(tensor) == 1:
             return "has a tensor whose elements share memory (expand)"
     by_torch = normalized_by_torch(module)
     if parametrize.is_parametrized(module) and not by_torch:

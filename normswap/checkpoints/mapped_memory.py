@@ -67,7 +67,10 @@ def hold(model: nn.Module) -> None:
                 copies[old.data_ptr()] = old.clone()  # type: ignore[no-untyped-call]
             plain = torch.empty(0, dtype=tensor.dtype)
             new = copies[old.data_ptr()]
-            tensor.data = plain.set_(new, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+            held = plain.set_(new, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+            bits: Any = torch._utils  # of a tensor that is kept as its conjugate, or its negative
+            bits.set_tensor_metadata(held, bits.get_tensor_metadata(tensor))
+            tensor.data = held
 
 
 def release_block(address: int, size: int) -> None:

@@ -1,13 +1,14 @@
 """Whether the numbers in torch's own layers are such as their constructors take: a file may hold any."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import numpy
 from torch import Tensor, nn
-from torch.nn.modules import batchnorm, conv, rnn
+from torch.nn.modules import batchnorm, conv, dropout, padding, rnn
 
 _LARGEST = 1 << 31
 
@@ -33,11 +34,36 @@ def _is_padding(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    real: Any = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    return bool(abs(real) <= sys.float_info.max)  # not of infinity or NaN, nor of a whole number that is no float
 
 
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool | numpy.bool_) or (type(value) is int and value in (0, 1))
+
+
+def _is_dim(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < _LARGEST
+
+
+def _are_pads(value: Any) -> bool:
+    return _is_dim(value) or (isinstance(value, tuple | list) and all(map(_is_dim, value)))
+
+
+def _for_each(dims: int, fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether a value fits, or has as many that do as there are spatial dimensions."""
+    return lambda value: (
+        len(value) == dims and all(map(fits, value)) if isinstance(value, tuple | list) else bool(fits(value))
+    )
+
+
+def _numbers_of_pools(dims: int) -> Mapping[str, Callable[[Any], bool]]:
+    sizes, lengths = _for_each(dims, _is_size), _for_each(dims, _is_length)
+    return {
+        "kernel_size": sizes, "stride": _for_each(dims, lambda step: step is None or _is_size(step)), "dilation": sizes,
+        "padding": lengths, "output_size": _for_each(dims, lambda size: size is None or _is_length(size)),
+        "ceil_mode": _is_flag,
+    }  # fmt: skip
 
 
 _NUMBERS: Mapping[type[nn.Module], Mapping[str, Callable[[Any], bool]]] = {
@@ -56,6 +82,14 @@ _NUMBERS: Mapping[type[nn.Module], Mapping[str, Callable[[Any], bool]]] = {
     },
     nn.GroupNorm: {"num_groups": _is_size, "num_channels": _is_size, "eps": _is_number, "affine": _is_flag},
     nn.LayerNorm: {"normalized_shape": _are_lengths, "eps": _is_number, "elementwise_affine": _is_flag},
+    dropout._DropoutNd: {"p": _is_number, "inplace": _is_flag},
+    nn.Flatten: {"start_dim": _is_dim, "end_dim": _is_dim},
+    **{cls: {"padding": _are_pads}
+       for cls in (padding._ConstantPadNd, padding._ReflectionPadNd, padding._ReplicationPadNd)},
+    **{cls: _numbers_of_pools(dims)
+       for dims in (1, 2, 3)
+       for kind in ("MaxPool", "AvgPool", "LPPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "FractionalMaxPool")
+       if (cls := getattr(nn, f"{kind}{dims}d", None)) is not None},
 }  # fmt: skip
 """What each attribute of a layer has to be. One that a layer lacks is none of it: there are older files."""
 

@@ -1,7 +1,7 @@
 """The tensors of a state dict into a model, in place, so that whatever else holds the model's tensors sees them too."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -193,5 +193,5 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     if not a.numel() or a.layout is not torch.strided or a.is_quantized:
         return torch.equal(a, b)
-    as_bytes: Iterable[Tensor] = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(*as_bytes)
+    plain = (t.detach().resolve_conj().resolve_neg().contiguous() for t in (a, b))
+    return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in plain))

@@ -164,8 +164,8 @@ def parameters_by_keys(state: Mapping[str, Any], with_statistics: bool = False) 
     found, buffers = [], _buffer_keys(state, of_norms=with_statistics)
     for name, value in state.items():
         if isinstance(value, Tensor) and value.is_floating_point() and name not in buffers:
-            memory = (value.data_ptr(), tuple(value.shape), value.stride())
-            if memory not in seen or not value.numel():
+            memory = memory_of(value)
+            if memory is None or memory not in seen:
                 found.append(Parameter(name, tuple(value.shape)))
             seen.add(memory)
     return tuple(found)

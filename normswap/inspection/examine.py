@@ -11,7 +11,7 @@ from normswap.analysis.dataflow import find_flow
 from normswap.analysis.flow import Flow
 from normswap.analysis.running import GIVE_INPUTS, Seen, TooCostly, run_model
 from normswap.analysis.selection import check_model, shared_tensors
-from normswap.analysis.sites import Site, find_sites
+from normswap.analysis.sites import Site, SiteKind, find_sites
 from normswap.analysis.statistics import statistics_of
 from normswap.conversion.accounting import count_elements
 from normswap.conversion.pipeline import undisturbed
@@ -86,11 +86,11 @@ def examine(
     by_path = {site.path: site for site in sites}
     proven = {} if probe_only else seen  # what noise of a guessed shape shows is no proof of what the model reads
     context = Context(Options(), flow, by_path, shared_tensors(model), seen=proven, measured_exact=bool(proven))
-    norms = kinds_of((site for site in sites if site.kind == "norm"), context)
+    norms, weights = (kinds_of((s for s in sites if s.kind == kind), context) for kind in get_args(SiteKind))
     groups = {first: _auto_groups(first, context) for first in norms}
     first_of = {site: first for first, alike in norms.items() for site in alike}
     layers = tuple(_describe_layer(site, seen, groups[first_of[site]] if site in first_of else {}) for site in sites)
-    outcomes = tuple(outcomes_of(model, sites, norms, context))
+    outcomes = tuple(outcomes_of(model, norms, weights, context))
     statistics = {layer.paths[0]: layer.statistics for layer in layers}
     findings = (*find_problems(model, Observations(sites, flow, statistics)), *unmeasured)
     advice = advise(_facts(sites, layers, outcomes, flow))

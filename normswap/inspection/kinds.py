@@ -30,35 +30,34 @@ def kinds_of(sites: Iterable[Site], context: Context) -> Kinds:
     return _by_kind((site, _kind_of(site, context)) for site in sites)
 
 
-def kinds_to_fold(sites: Sequence[Site], norms: Kinds, context: Context) -> Kinds:
-    """The norms of `sites` by the first of those that are alike with the layers which they go into, and the weight
-    layers that folding may change by themselves.
+def kinds_to_fold(norms: Kinds, weights: Kinds, context: Context) -> Kinds:
+    """The norms by the first of those that are alike with the layers which they go into, and weight layers that folding
+    may change by themselves.
 
     A norm that may go elsewhere than into the layers before it, or beside which layers may become one, is alone.
 
     Args:
-        sites: the norms and weight layers of the model.
-        norms: the norms among them by kind.
+        norms: the norms of a model by kind.
+        weights: its weight layers by kind.
         context: what is known of the model.
     """
     flow = context.flow
-    pairs = [(site.path, branch.layer) for site in sites for branch in flow.parallel(site.path)]
+    own = {site: first for kinds in (norms, weights) for first, alike in kinds.items() for site in alike}
+    pairs = [(site.path, branch.layer) for site in own for branch in flow.parallel(site.path)]
     beside = {path for pair in pairs if pair[0] != pair[1] for path in pair}
-    own: dict[Site, Hashable] = {}
-    for site in (site for site in sites if site.kind == "weight"):
-        kind = site if site.path in beside or site.obstacle else _kind_of(site, context)
-        own[site] = kind
-    first_of = {site: first for first, alike in norms.items() for site in alike}
+    # What hooks and the like do to a layer cannot be compared: each is the only one of its kind.
+    apart = {site for alike in weights.values() for site in alike
+             if len(alike) == 1 or site.obstacle or site.path in beside}  # fmt: skip
 
     def kind_with_neighbours(norm: Site) -> Hashable:
-        layers, why = flow.feeders(norm.path)
-        before = [own[context.sites[path]] for path in layers]
-        if norm.path in beside or (why and flow.behind(norm.path)) or any(isinstance(kind, Site) for kind in before):
+        paths, why = flow.feeders(norm.path)
+        before = [context.sites[path] for path in paths]
+        if norm.path in beside or (why and flow.behind(norm.path)) or not apart.isdisjoint(before):
             return norm
-        return first_of[norm], why, tuple(before)
+        return own[norm], why, tuple(own[layer] for layer in before)
 
-    single = [(site, kind) for site, kind in own.items() if kind is site]
-    return _by_kind([*((norm, kind_with_neighbours(norm)) for norm in first_of), *single])
+    return _by_kind((site, site if site in apart else kind_with_neighbours(site))
+                    for site in own if site.kind == "norm" or site in apart)  # fmt: skip
 
 
 def _by_kind(kinds: Iterable[tuple[Site, Hashable]]) -> Kinds:

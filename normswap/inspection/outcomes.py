@@ -1,7 +1,7 @@
 """What each target would do with a model, every option at its default."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -10,19 +10,18 @@ from normswap.analysis.other_ways import told_apart
 from normswap.analysis.sites import Site
 from normswap.conversion.planning import plan_sites
 from normswap.errors import NormswapError
-from normswap.inspection.kinds import Kinds, kinds_of, kinds_to_fold
+from normswap.inspection.kinds import Kinds, kinds_to_fold
 from normswap.report.inspection import Outcome
 from normswap.target_table import NORM_FORMS, WEIGHT_FORMS
 from normswap.targets.context import Context
 from normswap.targets.target import TARGETS, Target
 
 
-def outcomes_of(model: nn.Module, sites: Sequence[Site], norms: Kinds, context: Context) -> Iterator[Outcome]:
-    """The outcome of each form of norms, then of weights; `sites` are the norms and weight layers of `model`."""
+def outcomes_of(model: nn.Module, norms: Kinds, weights: Kinds, context: Context) -> Iterator[Outcome]:
+    """The outcome of each form of norms, then of weights; `norms` and `weights` are the layers of `model` by kind."""
     for form in NORM_FORMS.values():
-        kinds = kinds_to_fold(sites, norms, context) if form.into_neighbours else norms
+        kinds = kinds_to_fold(norms, weights, context) if form.into_neighbours else norms
         yield _try_target(model, TARGETS[form.name], kinds, context)
-    weights = kinds_of((site for site in sites if site.kind == "weight"), context)
     for name in WEIGHT_FORMS:
         yield _try_target(model, TARGETS[name], weights, context)
 
