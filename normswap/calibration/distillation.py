@@ -22,9 +22,9 @@ top-1 of 1,000 others, its mean and the largest loss: matched .802; the best .80
 Sixteen samples a step, which cost what 32 do in half the steps: ResNet-20 on 640 pictures (error .340, .788), tested on
 2,000, 400 steps of 16 at a rate of 0.005 .293, .799; 200 of 32 at 0.01 .293, .801. EfficientNet-Lite0 on 250 pictures
 of 128 pixels (.584), from .610, .520: 160 steps of 16 at 0.005 .493, .540, at 0.01 .488, .524 (a standard error of
-.02); 32 steps of 32 at 0.01 had brought .511 of error. At 224 pixels (.844), from .599, .796: 50 steps of 32 .500, .796; 100
-at 0.003, on mirrored pictures too, .479, .824. CREPE tiny: pitch .998, matched .989, 100 steps of 32 at 0.01 .996, at
-0.003 .997, of errors .091 and .097.
+.02); 32 steps of 32 at 0.01 had brought .511 of error. At 224 pixels (.844), from .599, .796: 50 steps of 32 .500,
+.796; 100 at 0.003, on mirrored pictures too, .479, .824. CREPE tiny: pitch .998, matched .989, 100 steps of 32 at 0.01
+.996, at 0.003 .997, of errors .091 and .097.
 
 It starts from the better of matched values and statistics re-estimated layer by layer. Measured as in
 tests/bench/calibration.py, 256 unlabelled samples, top-1 on pictures never seen, seconds of one core:
