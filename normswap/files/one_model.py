@@ -99,7 +99,7 @@ def _with_what_stays_beside(report: Report, state: Mapping[str, Any], keys: Sequ
     reason = "the model does not have it"
     left = [Left(prefix.removesuffix("."), "norm", "batch norm", reason) for prefix in norms]
     totals = replace(report.totals, left=report.totals.left + len(left))
-    return replace(report, left=(*report.left, *left), totals=totals, notes=(*report.notes, notice))
+    return replace(report, left=(*report.left, *left), totals=totals, warnings=(*report.warnings, notice))
 
 
 # ---- a module ----
