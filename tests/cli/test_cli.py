@@ -132,6 +132,7 @@ def test_an_error_is_one_message_and_exit_1(saved: Path, arguments: list[str], m
         ("TorchVision:resnet_50", "torchvision:resnet50"),
         ("torchvision:resnet5", "torchvision:resnet50"),
         ("mobilenet-v2", "torchvision:mobilenet_v2"),
+        ("digits", "demo:digits"),
         ("modle.pt", "model.pt"),
     ],
 )
