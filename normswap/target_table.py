@@ -100,7 +100,7 @@ NORM_FORMS = _by_name(
          on_tensors_alone=True),
     Form("fold", "nothing: into the layer before it", "exact", "Ioffe & Szegedy 2015",
          "deployment, or training without norms",
-         spellings=("fuse", "merge", "identity", "none"), into_neighbours=True),
+         spellings=("fuse", "merge", "identity", "none"), into_neighbours=True, class_by_dimension=True),
 )
 WEIGHT_FORMS = _by_name(
     Form("ws", "Standardized Conv, Linear, RNN", "exact; approximate with --ws strict", "Qiao et al. 2019",

@@ -87,17 +87,6 @@ def recipe_into_metadata(module: nn.Module, state: Any, prefix: str, metadata: d
         metadata[RECIPE] = vars(module)[RECIPE]
 
 
-def as_folded(recipe: Any, folding: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The recipe of a model that was folded since; None for one that was never converted, and that folding left as is.
-
-    `folding` is what the report of that step holds. It stands in for the recipe of a model that was never converted,
-    whose own weight norms were folded.
-    """
-    if isinstance(recipe, Mapping):
-        return {**recipe, "folded": True}
-    return {**folding, "target": "fold", "layers": {}, "folded": True} if folding["layers"] else None
-
-
 def _found(content: Any) -> list[tuple[str, Any]]:
     """Each recipe in a module or a state dict, with the path of the module whose it is, the outermost first."""
     if isinstance(content, nn.Module):

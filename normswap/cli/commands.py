@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from normswap.cli import options as opt
 from normswap.cli.progress import show_progress
 from normswap.cli.values import allowed_classes, parse_numbers, parse_shape, parse_size
-from normswap.errors import NormswapError, OptionError, path_error
+from normswap.errors import NormswapError, path_error
 from normswap.printable import printable
 from normswap.report.formats import to_json
 from normswap.report.inspection import Inspection
@@ -155,27 +155,26 @@ def inspect(
 @app.command()
 def fold(
     context: typer.Context,
-    input: opt.Input, model: opt.Model = None, model_arg: opt.ModelArg = None, key: opt.Key = None,
-    allow: opt.Allow = None, trust: opt.Trust = False, out: opt.Out = None, overwrite: opt.Overwrite = False,
-    report: opt.ReportFile = None, as_json: opt.Json = False, full: opt.Full = False, quiet: opt.Quiet = False,
+    input: opt.Input, model: opt.Model = None, model_arg: opt.ModelArg = None, weights: opt.Weights = None,
+    key: opt.Key = None, allow: opt.Allow = None, trust: opt.Trust = False, input_shape: opt.InputShape = None,
+    out: opt.Out = None, overwrite: opt.Overwrite = False, report: opt.ReportFile = None, as_json: opt.Json = False,
+    full: opt.Full = False, quiet: opt.Quiet = False,
 ) -> None:  # fmt: skip
-    """Bake a converted model into plain torch layers, for deployment: it then does without normswap.
+    """Fold norms into the layers around them and leave torch's own layers, for deployment: convert --to fold.
+
+    Standardized and normalized weights are baked in. Where there is nothing to fold, nothing is written.
 
     [bold]normswap fold resnet50.gn-ws.pt[/]
     """
+    from normswap.conversion.request import phases
     from normswap.files import convert_file, model_specs, paths
-    from normswap.targets.target import PLAIN_TARGET
 
-    with _exit_on_error(), show_progress(2, silent=quiet or as_json) as progress:
-        if model_specs.is_spec(input):
-            hint = "convert it first: --to fold, or --to gn-ws --fold"
-            raise OptionError(f"{input} is a model, not a converted file; {hint}")
-        progress(f"folding {input}")
+    with _exit_on_error(), show_progress(len(phases(False)) + 2, silent=quiet or as_json) as progress:
         where = paths.output_of(out, input, "fold")
         done = convert_file.convert_file(
-            input, PLAIN_TARGET, where, model=model, model_args=model_specs.parse_arguments(model_arg or []), key=key,
-            allow=allowed_classes(allow), trust=trust, overwrite=overwrite, reports=report or (),
-            command=_typed(context),
+            input, "fold", where, model=model, model_args=model_specs.parse_arguments(model_arg or []), weights=weights,
+            key=key, input_shape=parse_shape(input_shape), allow=allowed_classes(allow), trust=trust,
+            overwrite=overwrite, reports=report or (), progress=progress, command=_typed(context),
         )  # fmt: skip
     _show(done, ReportView(done, input, full), as_json, quiet)
 

@@ -7,11 +7,11 @@ from torch import nn
 
 from normswap.analysis.sites import Site
 from normswap.layers.recurrent import LAYER_NORMALIZED
-from normswap.layers.reparametrized import LAYERS
+from normswap.layers.reparametrized import LAYERS, PLAIN
 from normswap.report.report import Change, Left
 from normswap.targets.context import Place, Swap
 from normswap.targets.options import Options
-from normswap.targets.target import PLAIN_TARGET, Target
+from normswap.targets.target import FOLD, PLAIN_TARGET, Target
 
 _TOOK_IN = {
     Place.BEFORE: "took in the norm after it", Place.BEHIND: "took in the norm before it",
@@ -63,7 +63,7 @@ def is_meant(site: Site, target: Target, options: Options) -> bool:
     """Whether `target`, with the options, is to change such a layer: one that stays is reported as left."""
     if site.kind == "norm":
         return target.norm is not None
-    if site.base in LAYER_NORMALIZED.values() and target is PLAIN_TARGET:
+    if target in (FOLD, PLAIN_TARGET) and (site.base in PLAIN or site.base in LAYER_NORMALIZED.values()):
         return True
     inside = options.recurrent is not None and site.layer_kind == "rnn"
     return inside or (target.weight is not None and site.layer_kind in options.layers)
@@ -71,14 +71,16 @@ def is_meant(site: Site, target: Target, options: Options) -> bool:
 
 def why_nothing_to_convert(target: Target, left: Sequence[Left], options: Options) -> str:
     """The message where no layer can be changed, with the reasons that most layers have."""
+    if not left and target in (FOLD, PLAIN_TARGET):
+        return "nothing to fold: the model has no normalization and no convolution"
     if not left:
         return (
             f"nothing to convert to {target.name}: the model has no {' and no '.join(_meant_layers(target, options))}"
         )
     reasons = Counter((entry.module, entry.reason) for entry in left)
     listed = "; ".join(f"{count} {module}: {reason}" for (module, reason), count in reasons.most_common(4))
-    if target is PLAIN_TARGET:
-        return f"nothing to fold: {listed}; the target fold takes batch norms into the layers before them"
+    if target in (FOLD, PLAIN_TARGET):
+        return f"nothing to fold: {listed}"
     return f"nothing to convert to {target.name}: {listed}"
 
 

@@ -18,7 +18,7 @@ from normswap.conversion.request import Request
 from normswap.errors import OptionError
 from normswap.report.report import Report
 from normswap.targets.options import Options, Purpose, Transfer, WeightScope, WeightStart
-from normswap.targets.target import PLAIN_TARGET, check_options, parse_target
+from normswap.targets.target import FOLD, check_options, parse_target
 
 
 def convert(
@@ -95,9 +95,14 @@ def _inputs(example_inputs: Any, examples: Any) -> dict[str, Any]:
 
 def _with_recipe(model: nn.Module, report: Report, previous: Any) -> Conversion:
     """The conversion of `model`, which holds its recipe from now on; `previous` is that of a conversion before."""
-    report = replace(report, recipe=report.recipe | ({} if previous is None else {"previous": previous}))
+    report = _with_previous(report, previous)
     stored_recipes.keep_recipe(model, report.recipe)
     return Conversion(model, report)
+
+
+def _with_previous(report: Report, previous: Any) -> Report:
+    """`report` whose recipe has that of a conversion before, if there was one."""
+    return replace(report, recipe=report.recipe | ({} if previous is None else {"previous": previous}))
 
 
 def _batches_of_all_processes(data: Any) -> Any:
@@ -107,19 +112,24 @@ def _batches_of_all_processes(data: Any) -> Any:
 
 
 def fold(model: nn.Module, *, inplace: bool = False) -> Conversion:
-    """The same function in plain torch layers, for deployment: a copy of `model` that does without normswap.
+    """The same function in plain torch layers, for deployment: what `normswap fold` and the target `fold` do.
 
-    With `inplace`, `model` itself.
+    Norms by running statistics go into the layers around them where that is exact. Standardized and normalized weights
+    are baked in, torch's own `weight_norm` and `spectral_norm` too, and a `FrozenBatchNorm` that no layer can take in
+    becomes a torch batch norm in eval mode.
 
-    Standardized and normalized weights are baked in, torch's own `weight_norm` and `spectral_norm` too. A
-    `FrozenBatchNorm` goes into the layer before it, or becomes a torch batch norm in eval mode where there is none. A
-    model without any of these comes back as it is.
+    Args:
+        model: converted or not; one with nothing to fold comes back as it is.
+        inplace: change `model` itself, not a copy.
+
+    Returns:
+        A model that does without normswap, and the report.
     """
     previous = stored_recipes.stored_recipe(model)
-    plain, report = run(model, Request(PLAIN_TARGET, may_be_idle=True, inplace=inplace))
+    plain, report = run(model, Request(FOLD, may_be_idle=True, inplace=inplace))
     stored_recipes.drop_recipes(plain)
-    recipe = stored_recipes.as_folded(previous, report.recipe)
-    if recipe is None:
+    if not report.changes:
         return Conversion(plain, report)
-    stored_recipes.store_recipe(plain, recipe)
-    return Conversion(plain, replace(report, recipe=recipe))
+    report = _with_previous(report, previous)
+    stored_recipes.store_recipe(plain, report.recipe)
+    return Conversion(plain, report)

@@ -21,7 +21,7 @@ from normswap.targets.context import Absorption, Context, Merger, Swap
 from normswap.targets.groups import share_channels
 from normswap.targets.merging import plan_mergers
 from normswap.targets.options import parse_groups
-from normswap.targets.target import PLAIN_TARGET, Target, plan_norm, plan_weight
+from normswap.targets.target import FOLD, PLAIN_TARGET, Target, plan_norm, plan_weight
 from normswap.targets.weights import strict_rescaling
 
 
@@ -80,14 +80,17 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
     meant = {"norm": request.target.norm, "weight": request.target.weight}
     left += [layer for layer in survey.hidden if meant[layer.kind] is not None]
     if not swaps and not request.may_be_idle:
-        plain = request.target is PLAIN_TARGET
-        unasked = "" if plain else unasked_layers(sites, options.layers, options.recurrent)
+        unasked = "" if _folds(request.target) else unasked_layers(sites, options.layers, options.recurrent)
         raise ModelError(why_nothing_to_convert(request.target, left, options) + unasked)
     _check_groups(request.target, swaps, options.groups)
     notices = [*survey.notices, *_notices(survey, request, swaps)]
-    if request.target is PLAIN_TARGET and not swaps:
+    if _folds(request.target) and not swaps:
         notices.append(why_nothing_to_convert(request.target, left, options))
     return Plan(swaps, changes, sorted(left, key=lambda entry: entry.path), notices, _is_untrained(survey))
+
+
+def _folds(target: Target) -> bool:
+    return target in (FOLD, PLAIN_TARGET)
 
 
 def plan_sites(

@@ -43,10 +43,10 @@ def convert_file(
     Args:
         path: a file (whole module, state dict, training checkpoint, safetensors), a folder (distributed checkpoint,
             weight files with an index), or `demo:digits`, `torchvision:NAME`, `timm:NAME`.
-        to: the target, as for `normswap.convert`; `PLAIN_TARGET` folds what is converted, as `normswap.fold` does.
+        to: the target, as for `normswap.convert`.
         out: where to write, or the folder; by default `model.gn-ws.pt` beside the input (`resnet50.gn-ws.pt` here).
-        model, model_args: what the tensors belong to, where the file holds no module: a spec (`torchvision:NAME`,
-            `package.module:factory`, `file.py:factory`), a factory, or a module. Most norms do without.
+        model, model_args: what the tensors belong to, where keys do not tell: a spec (`torchvision:NAME`,
+            `package.module:factory`, `file.py:factory`), a factory, or a module.
         weights, key: the published weights of a library's model; the entry of a training checkpoint that is the model.
         eps: of the norms in a file without its model; 1e-5 is assumed.
         input_shape, example_inputs: of an input batch, or inputs; group counts then regard the sizes of feature maps.
@@ -83,8 +83,9 @@ def convert_file(
         )  # fmt: skip
         _check_kind(found, outputs)
         with inputs.errors_name(path):
-            one_model.check_request(entries := contents.find_entries(found.content, key, path), found.path, request)
-        request = data.with_data(request, given)
+            entries = contents.find_entries(found.content, key, path)
+            request = one_model.completed_request(entries, found.path, request)
+        request = data.with_data(request, replace(given, sources=(path, request.model)))
         with inputs.errors_name(path):
             converted, report = _convert_models(found, entries, request)
             report = demonstration.with_accuracy(report, path, converted.content, request)

@@ -16,6 +16,7 @@ from normswap.conversion.request import Progress
 from normswap.errors import OptionError
 from normswap.files import demonstration, model_for_state, model_specs, norms_by_keys, one_model
 from normswap.files.inputs import check_is_there, errors_name, read_input
+from normswap.files.recognized import Recognized, recognized
 from normswap.inspection.examine import examine
 from normswap.report.inspection import Inspection, Layer
 
@@ -66,11 +67,17 @@ def _examine(
             if model is not None:
                 raise OptionError(f"--model is for files without their model; {path} holds a {type(value).__name__}")
             return _examine_module(value, input_shape, progress)
-        if model is None and not arguments and stored_recipes.stored_recipe(value) is None:
-            return _examine_tensors(value, progress)
+        told = recognized(value) if model is None and not arguments else Recognized()
+        if model is None and not arguments and told.network is None and stored_recipes.stored_recipe(value) is None:
+            return _as_told(_examine_tensors(value, progress), told)
         source, arguments = model_for_state.find_source(value, model, arguments, path)
         _, built = model_for_state.models_on_tensors(value, source, arguments, path)[0]
-        return _examine_module(built, input_shape, progress)
+        return _as_told(_examine_module(built, input_shape, progress), told)
+
+
+def _as_told(found: Inspection, told: Recognized) -> Inspection:
+    """`found` with what keys and shapes told of the network."""
+    return replace(found, model=f"{found.model}; {told.said}") if told.said else found
 
 
 def _examine_module(model: nn.Module, shape: Sequence[int] | None, progress: Progress) -> Inspection:

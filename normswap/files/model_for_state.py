@@ -17,6 +17,7 @@ from normswap.files import model_specs
 from normswap.files.filling import bind_by_loading, fill, with_what_loading_makes
 from normswap.files.random_numbers import check_nothing_is_drawn
 from normswap.files.recipe import parse_recipe, replay
+from normswap.files.recognized import recognized
 from normswap.training.parameter_numbers import Parameter
 
 _LEADS_SOMEWHERE = re.compile("path|file|url|dir|pretrained|checkpoint|cfg|cache|weights|hub", re.IGNORECASE)
@@ -27,23 +28,34 @@ _MOST_OF_FILE = 2  # times the numbers in a file that a model may have which the
 def find_source(
     state: Any, model: model_specs.ModelSource | None, arguments: Mapping[str, Any] | None, where: Path
 ) -> tuple[model_specs.ModelSource, Mapping[str, Any]]:
-    """What makes the model of a state dict, with arguments: what was given, or what its recipe names in a library.
+    """What makes the model of a state dict, with arguments: what was given, or a library's model.
 
-    Raises `FileError` where there is neither, `OptionError` for arguments alone; `where` is the file.
+    That is the one that the recipe in it names, or that its keys and shapes tell. Raises `FileError` where there is
+    none of them, `OptionError` for arguments alone; `where` is the file.
     """
     if model is not None:
         return model, arguments or {}
     if arguments:
         raise OptionError(f"{where}: --model-arg (model_args) needs the model that takes it: give --model (model=) too")
-    stored = stored_recipes.stored_recipe(state)
-    spec = stored.get("model") if isinstance(stored, Mapping) else None
-    if isinstance(spec, str) and model_specs.is_spec(spec):
-        arguments = _harmless_arguments(stored.get("model_args"), where)
+    spec = spec_of_recipe(state)
+    if spec is not None:
+        arguments = _harmless_arguments(stored_recipes.stored_recipe(state).get("model_args"), where)
         _check_size(state, spec, arguments, where)
         return spec, arguments
+    found = recognized(state)
+    if found.network is not None:
+        return found.network.spec, found.network.arguments
+    hint = f". It {found.said}" if found.said else ""
     raise FileError(
-        f"{where}: holds tensors without their model; give the model: load(path, model=...), or --model SPEC"
+        f"{where}: holds tensors without their model; give the model: load(path, model=...), or --model SPEC{hint}"
     )
+
+
+def spec_of_recipe(state: Any) -> str | None:
+    """The library's model that the recipe in a state dict names; None where it names none."""
+    stored = stored_recipes.stored_recipe(state)
+    spec = stored.get("model") if isinstance(stored, Mapping) else None
+    return spec if isinstance(spec, str) and model_specs.is_spec(spec) else None
 
 
 def _harmless_arguments(stored: Any, where: object) -> dict[str, Any]:

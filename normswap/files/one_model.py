@@ -14,8 +14,15 @@ from normswap.conversion.request import Request
 from normswap.errors import FileError, NormswapError, OptionError, first_line
 from normswap.files import model_specs, norms_by_keys
 from normswap.files.file_request import ConvertedEntry, FileRequest
-from normswap.files.model_for_state import find_source, models_on_tensors, parameters_of_model, parameters_of_state
+from normswap.files.model_for_state import (
+    find_source,
+    models_on_tensors,
+    parameters_of_model,
+    parameters_of_state,
+    spec_of_recipe,
+)
 from normswap.files.recipe import check_plain_data, with_origin
+from normswap.files.recognized import recognized
 from normswap.files.tensors_alone import check_without_model, convert_tensors_alone
 from normswap.report.report import Left, Node, Report
 from normswap.targets.target import PLAIN_TARGET
@@ -29,20 +36,38 @@ def convert_entry(entry: contents.Entry, where: Path, request: FileRequest) -> C
         return _convert_whole_module(entry.value, where, request)
     if _goes_alone(entry, request):
         return convert_tensors_alone(entry.value, where, request)
-    if request.eps is not None and request.target is not PLAIN_TARGET:
+    if request.eps is not None:
         raise OptionError("--eps is for files without their model; the one that --model makes has its own")
     return _convert_state_dict(entry, where, request)
 
 
-def check_request(entries: Sequence[contents.Entry], where: Path, request: FileRequest) -> None:
-    """Raise `OptionError`, before any data is read, where tensors are without the model that `request` needs."""
+def completed_request(entries: Sequence[contents.Entry], where: Path, request: FileRequest) -> FileRequest:
+    """`request` with the model that keys and shapes of the first entry tell, where nothing else says which it is.
+
+    Raises `OptionError`, before any data is read, where tensors are without the model that `request` needs.
+    """
+    request = _with_recognized_model(entries, request)
     if any(_goes_alone(entry, request) for entry in entries):
         check_without_model(request, where)
+    return request
+
+
+def _with_recognized_model(entries: Sequence[contents.Entry], request: FileRequest) -> FileRequest:
+    given = request.model is not None or request.model_args or request.eps is not None
+    if given or any(isinstance(entry.value, nn.Module) for entry in entries):
+        return request
+    found = recognized(entries[0].value)
+    request = replace(request, recognized=found.said)
+    if found.network is None:
+        return request
+    return replace(request, model=found.network.spec, model_args=found.network.arguments)
 
 
 def _goes_alone(entry: contents.Entry, request: FileRequest) -> bool:
     """Whether an entry is converted on its tensors alone."""
-    return not isinstance(entry.value, nn.Module) and request.model is None and request.target is not PLAIN_TARGET
+    if isinstance(entry.value, nn.Module) or request.model is not None:
+        return False
+    return request.eps is not None or spec_of_recipe(entry.value) is None
 
 
 def _convert_whole_module(model: nn.Module, where: Path, request: FileRequest) -> ConvertedEntry:
@@ -61,10 +86,7 @@ def _convert_whole_module(model: nn.Module, where: Path, request: FileRequest) -
         raise FileError(f"{where}: its module is damaged, or of another version ({first_line(error)})") from error
     if model_specs.is_spec(str(where)):  # the file may become one of tensors alone
         report = replace(report, recipe=with_origin(report.recipe, str(where), request.model_args, None))
-    plain = request.target is PLAIN_TARGET
-    stored_recipes.store_recipe(
-        converted, stored_recipes.as_folded(previous, report.recipe) if plain else report.recipe
-    )
+    stored_recipes.store_recipe(converted, report.recipe)
     return ConvertedEntry(converted, report, ((before, parameters_of_model(converted)),))
 
 
@@ -78,12 +100,10 @@ def _convert_state_dict(entry: contents.Entry, where: Path, request: FileRequest
     bindings = [binding for binding, _, _ in converted]
     value = state_keys.rebuild(state, bindings, [model.state_dict() for _, model, _ in converted])
     binding, model, report = converted[0]
-    previous, plain = stored_recipes.stored_recipe(models[0][1]), request.target is PLAIN_TARGET
-    made = with_origin(report.recipe, source, arguments, None if plain else previous)
-    recipe = stored_recipes.as_folded(previous, made) if plain else made
+    recipe = with_origin(report.recipe, source, arguments, stored_recipes.stored_recipe(models[0][1]))
     stored_recipes.store_recipe(value, recipe)
     report = _with_what_stays_beside(report, state, state_keys.keys_beside(state, bindings))
-    report = replace(report, recipe=recipe or report.recipe)
+    report = replace(report, recipe=recipe, recognized=request.recognized)
     # An optimizer was made for the model's parameters, or for those of a script's own module that holds the model.
     after = parameters_of_model(model)
     of_script = [parameters_of_state(which, binding, model, own) for which, own in ((state, before), (value, after))]
@@ -108,9 +128,6 @@ def _with_what_stays_beside(report: Report, state: Mapping[str, Any], keys: Sequ
 def _convert_in_place(model: nn.Module, request: FileRequest) -> Conversion:
     """`model` itself converted, and folded if asked; run on noise where there are no inputs."""
     previous = stored_recipes.stored_recipe(model)
-    if request.target is PLAIN_TARGET:
-        idle = previous is not None  # what was converted may have left nothing to fold
-        return run(model, Request(PLAIN_TARGET, may_be_idle=idle, inplace=True, release=mapped_memory.release))
     asked = Request(
         request.target, request.options, **_inputs_for(model, request),
         device=request.device, inplace=True, progress=request.progress, release=mapped_memory.release

@@ -15,7 +15,6 @@ from normswap.analysis.running import Seen
 from normswap.analysis.sites import Site, find_sites
 from normswap.calibration.measuring import Measured
 from normswap.checkpoints import stored_recipes
-from normswap.conversion.convert import fold
 from normswap.conversion.pipeline import run
 from normswap.conversion.request import Recorded, Request
 from normswap.errors import FileError
@@ -24,7 +23,7 @@ from normswap.layers.matching import Moments
 from normswap.layers.reparametrized import LAYERS
 from normswap.report.report import Report
 from normswap.targets.options import Options
-from normswap.targets.target import RECURRENT_TARGETS, TARGETS, Target
+from normswap.targets.target import PLAIN_TARGET, RECURRENT_TARGETS, TARGETS, Target
 
 _NEWEST_FORMAT = 2  # from 2 on, layers may have an eps of their own
 _MOST_CONVERSIONS = 16  # one after the other
@@ -148,7 +147,9 @@ def replay(model: nn.Module, recipe: Recipe, where: object) -> nn.Module:
     recorded = Recorded(groups, eps, {path: layer.to for path, layer in layers.items()}, moments, sizes)
     converted, report = run(model, Request(target, options, inplace=True, may_be_idle=True, recorded=recorded))
     _check_outcome(layers, sites, report, where)
-    return fold(converted).model if recipe.folded else converted
+    if not recipe.folded:
+        return converted
+    return run(converted, Request(PLAIN_TARGET, inplace=True, may_be_idle=True)).model
 
 
 def _by_own_paths(layers: Mapping[str, LayerRecipe], sites: Mapping[str, Site]) -> dict[str, LayerRecipe]:

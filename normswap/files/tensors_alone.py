@@ -1,6 +1,7 @@
 """A state dict without its model: its norms are converted on their tensors alone."""
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ def convert_tensors_alone(state: Mapping[str, Any], where: Path, request: FileRe
     value = state_keys.rebuild(state, [own_keys], [converted.state_dict()])
     recipe = with_origin(report.recipe, None, {}, previous)
     stored_recipes.store_recipe(value, recipe)
-    report = replace(_of_whole_state(report, state, value, left, eps), recipe=recipe)
+    report = replace(_of_whole_state(report, state, value, left, eps), recipe=recipe, recognized=request.recognized)
     # An optimizer was made for all parameters, or for those of the model and not for what a script has beside it.
     by_keys, under = norms_by_keys.parameters_by_keys, norms_by_keys.under_the_norms_prefix
     pairs = [(by_keys(state, both), by_keys(value, both)) for both in (False, True)]
@@ -67,10 +68,14 @@ def check_without_model(request: FileRequest, where: Path) -> None:
     needing = next((name for name, needed in needs.items() if needed), None)
     if needing is not None:
         able = ", ".join(form.name for form in NORM_FORMS.values() if form.on_tensors_alone)
-        raise OptionError(
-            f"{where}: holds tensors without their model, which {needing} needs: give it with --model "
-            f"(torchvision:NAME, timm:NAME or file.py:factory). {able} work without"
+        line = f"normswap convert {shlex.quote(str(where))} --to {request.target.name} --model"
+        remedy = (
+            f"the file {request.recognized}"
+            if request.recognized
+            else f"give it: {line} net.py:make_model, a function in net.py that makes it, or torchvision:NAME, or "
+            f"timm:NAME. Without it: --to {able}"
         )
+        raise OptionError(f"{where}: holds tensors without their model, which {needing} needs; {remedy}")
 
 
 def _of_whole_state(

@@ -198,6 +198,8 @@ class Report:
     """None of all models but the demo's."""
     notes: tuple[str, ...] = ()
     """What is good to know, and no reason to worry."""
+    recognized: str = ""
+    """What keys and shapes told of the network of a file without its model."""
 
     @property
     def exact(self) -> bool:

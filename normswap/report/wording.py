@@ -213,6 +213,7 @@ def details(report: Report) -> list[str]:
     furthest = furthest_sentence(report.drift) if report.drift and not report.exact else ""
     sentences = [
         accuracy_sentence(report.accuracy) if report.accuracy else "",
+        report.recognized,
         sizes_sentence(report.totals),
         drift_sentence(report.drift) if report.drift else "",
         furthest,

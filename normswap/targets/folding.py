@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.analysis.known_norms import BATCH_NORM_BY_DIMS
 from normswap.analysis.obstacles import why_not_like_base
 from normswap.analysis.sites import Site
 from normswap.analysis.standardizing import class_without_standardization
@@ -22,6 +23,8 @@ from normswap.targets.context import Absorption, Context, Merger, Place, Swap
 from normswap.targets.groups import share_channels
 from normswap.targets.parameters import is_trained, read_statistics
 
+AS_BATCH_NORM = (*(cls.__name__ for cls in BATCH_NORM_BY_DIMS.values()), nn.SyncBatchNorm.__name__)
+"""How a report begins that tells of a norm which found no layer to go into, and became torch's."""
 NO_STATISTICS = "has no running statistics: they need data (calibrate)"
 
 
@@ -30,7 +33,8 @@ def to_folded(site: Site, context: Context) -> Swap | str:
     stats = read_statistics(site, context)
     if stats is None:
         return NO_STATISTICS
-    if context.recorded_changes and site.path not in context.recorded_changes:
+    recorded = context.recorded_changes.get(site.path, "")
+    if context.recorded_changes and (not recorded or recorded.startswith(AS_BATCH_NORM)):
         return "stayed in the conversion that is repeated here"
     affine = as_affine(stats)
     absorptions = _into_layers_before(site, affine, context)

@@ -26,6 +26,13 @@ from normswap.targets.folding import to_folded
 from normswap.targets.groups import spatial_dims_of
 
 
+def to_folded_or_plain(site: Site, context: Context) -> Swap | str:
+    """A norm into the layers around it; one of normswap's own that cannot go there as torch's layers."""
+    own = site.base in RUNNING_NORMS or isinstance(site.module, PositionNorm)
+    swap = to_plain_norm(site, context) if own else to_folded(site, context)
+    return _without_activation(site) if isinstance(swap, str) and type(site.module) in ACTIVATED.values() else swap
+
+
 def to_plain_norm(site: Site, context: Context) -> Swap | str:
     """A norm of normswap's own as torch layers: folded, or a batch norm in eval mode; and a group norm behind it."""
     if isinstance(site.module, PositionNorm):

@@ -9,6 +9,7 @@ from torch import nn
 from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.layers.norms import ACTIVATED
+from normswap.layers.reparametrized import PLAIN
 from normswap.layers.torch_normalization import kind_of_normalization
 from normswap.target_table import (
     NORM_FORMS,
@@ -19,7 +20,7 @@ from normswap.target_table import (
     Form,
     nearest_target,
 )
-from normswap.targets import folding, norms, plain, weights
+from normswap.targets import norms, plain, weights
 from normswap.targets.context import Context, Swap
 from normswap.targets.options import Options
 
@@ -34,7 +35,7 @@ NORM_FUNCTIONS: Mapping[str, PlanFunction] = {
     "bcn": norms.to_batch_channel,
     "bn": norms.to_batch_norm,
     "frozen": norms.to_frozen,
-    "fold": folding.to_folded,
+    "fold": plain.to_folded_or_plain,
     "plain": plain.to_plain_norm,
 }
 """What builds the swap of a norm, by the name of the form that it becomes."""
@@ -61,7 +62,9 @@ TARGETS: dict[str, Target] = {name: Target(name, *forms) for name, forms in TARG
 """Every target by name: each norm form, each weight form, and each pair of them."""
 
 PLAIN_TARGET = Target("plain torch", PLAIN_FORM, PLAIN_FORM)
-"""What `normswap.fold` converts to; it is no target that a user names."""
+"""What the option `--fold` makes of a conversion's result; it is no target that a user names."""
+FOLD = TARGETS["fold"]
+"""What `normswap.fold` and the command `fold` convert to."""
 
 
 RECURRENT_TARGETS: dict[str, Target] = {
@@ -125,16 +128,18 @@ def plan_norm(site: Site, target: Target, context: Context) -> Swap | str:
 def _with_activation(site: Site, swap: Swap, target: Target) -> Swap:
     """`swap` for a norm that has an activation behind it, which stays: its modules are carried over to the new one."""
     new, name = swap.module, type(swap.module).__name__
-    if target is PLAIN_TARGET:  # to plain torch: the parts one after the other
-        if type(new) is nn.Identity:
-            new = nn.Sequential()
-        elif not isinstance(new, nn.Sequential):
-            new = nn.Sequential(OrderedDict(norm=new))
-        return replace(swap, module=new, after=f"{swap.after}, activation")
     if type(new) is nn.Identity:
         return replace(swap, module=nn.Sequential(), after="its activation")  # its children come into the empty one
+    if _folds(target):  # to plain torch: the parts one after the other
+        if not isinstance(new, nn.Sequential):
+            new = nn.Sequential(OrderedDict(norm=new))
+        return replace(swap, module=new, after=f"{swap.after}, activation")
     new.__class__ = ACTIVATED[type(new)]
     return replace(swap, after=swap.after.replace(name, type(new).__name__, 1))
+
+
+def _folds(target: Target) -> bool:
+    return target is PLAIN_TARGET or target.norm is FOLD.norm
 
 
 def _mixes_samples(site: Site, context: Context) -> bool:
@@ -158,9 +163,7 @@ def _misplaced(site: Site, context: Context) -> str:
 def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:
     """The swap of a weight layer, or why it is left."""
     options = context.options
-    folds = target is PLAIN_TARGET or (
-        target.norm is not None and NORM_FUNCTIONS[target.norm.name] is folding.to_folded
-    )
+    folds = _folds(target)
     by_torch = kind_of_normalization(site.module) if site.base is not None and not site.obstacle else ""
     if folds and site.base is not None and (by_torch or site.obstacle):
         bake = plain.without_torchs_normalization if by_torch else plain.to_baked_weight
@@ -173,6 +176,8 @@ def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:
         swap = site.obstacle or RECURRENT_FUNCTIONS[options.recurrent](site, context)
         if isinstance(swap, Swap) or target.weight is None or "rnn" not in options.layers:
             return swap
+    if target is FOLD and site.base in PLAIN and not site.obstacle:
+        return plain.to_plain_weight(site, context)
     if target.weight is None or site.base is None:
         return site.obstacle if site.base is None else f"{target.name} changes norms only"
     if site.layer_kind not in options.layers and target is not PLAIN_TARGET:

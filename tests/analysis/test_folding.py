@@ -177,7 +177,7 @@ def test_folding_is_right_or_refused(name: str, inplace: bool) -> None:
         try:
             folded = normswap.convert(model, "fold", inplace=inplace).model
         except normswap.ModelError as error:
-            assert "nothing to convert" in str(error)
+            assert "nothing to fold" in str(error)
             folded = model
         assert distance(before, folded(X, *arguments)) < 1e-10
 
@@ -322,7 +322,7 @@ def test_parts_fold_where_no_caller_reaches_into_them(name: str) -> None:
     try:
         folded, report = normswap.convert(model, "fold", example_inputs=(LIST,))
     except normswap.ModelError as error:
-        assert "nothing to convert" in str(error) and not folds
+        assert "nothing to fold" in str(error) and not folds
         return
     assert distance(before, folded(LIST)) < 1e-10
     assert report.totals.norms_changed == folds and len(report.left) >= 4 - folds

@@ -58,7 +58,7 @@ def test_table(name: str, target: str) -> None:
     of_norm, of_weight = wanted(kind, target)
     options = all_weights(target) | {"calibrate": data, "calibrate_seconds": 0}
     if of_norm == of_weight == LEFT:
-        with pytest.raises(normswap.ModelError, match="nothing to convert"):
+        with pytest.raises(normswap.ModelError, match="nothing to (convert|fold)"):
             normswap.convert(model, target, **options)
         return
     converted, report = normswap.convert(model, target, **options)

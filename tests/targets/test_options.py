@@ -1,5 +1,6 @@
 """An option that a target has no use for is refused, if it was given; its default never is."""
 
+import re
 from typing import Any
 
 import pytest
@@ -41,12 +42,12 @@ def test_options_of_other_targets_are_refused(to: str, option: str) -> None:
     try:
         report(to, **{option: default})
     except ModelError as error:  # a batch norm from batch norms, say
-        assert "nothing to convert" in str(error)
+        assert re.search("nothing to (convert|fold)", str(error))
     if USES[option] & set(to.split("-")):
         try:
             report(to, **{option: other})
         except ModelError as error:
-            assert "nothing to convert" in str(error)
+            assert re.search("nothing to (convert|fold)", str(error))
     else:
         with pytest.raises(OptionError, match=f"^{option}: has no effect with the target {to}"):
             report(to, **{option: other})

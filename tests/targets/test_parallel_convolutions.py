@@ -272,9 +272,10 @@ def test_strictly_standardized_ones_stay() -> None:
     assert convolutions(normswap.convert(model, "fold-ws", ws="strict").model) == ["a", "b"]
 
 
-def test_no_plain_model_is_merged_for_deployment_alone() -> None:
+def test_fold_is_the_target_of_that_name() -> None:
     model = net(add, a=nn.Conv2d(4, 4, 3, padding=1), b=nn.Conv2d(4, 4, 1))
-    assert convolutions(normswap.fold(model).model) == ["a", "b"]
+    by_name = convolutions(normswap.convert(model, "fold").model)
+    assert convolutions(normswap.fold(model).model) == by_name and len(by_name) == 1
 
 
 # ---- files ----

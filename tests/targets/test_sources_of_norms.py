@@ -186,7 +186,7 @@ def test_layer_norm_over_tokens_stays(options: dict[str, object]) -> None:
 def test_transformers_keep_their_layer_norms(name: str) -> None:
     with torch.device("meta"):
         model = getattr(models, name)()
-    with pytest.raises(normswap.ModelError, match="nothing to convert"):
+    with pytest.raises(normswap.ModelError, match="nothing to (convert|fold)"):
         normswap.convert(model, "gn")
 
 
