@@ -1,8 +1,8 @@
 """Which start, target and number of groups to take: trained networks of the world, fine-tuned on other tasks.
 
 Run: python tests/bench/real_fine_tune.py --data FOLDER [--json] [--results FILE [--add]] [--networks A,B] [--tasks
-"shifted;animals"] [--starts "bn;gn auto"] [--batches 2] [--seeds 2] [--rates 2e-4,6e-4,1.8e-3] [--share 1.0] [--test 700]
-[--processes 2] [--threads 1]; under an hour on two cores. What the folder has, and which packages the networks come
+"shifted;animals"] [--starts "bn;gn auto"] [--batches 2] [--seeds 2] [--rates 2e-4,6e-4,1.8e-3] [--share 1.0]
+[--test 700] [--processes 2] [--threads 1]; under an hour on two cores. What the folder has, and which packages the networks come
 with, says real_networks.py. --share makes every number of steps (BUDGETS, below) so much shorter; --test takes so many
 pictures to test on.
 
