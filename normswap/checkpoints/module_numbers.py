@@ -1,5 +1,6 @@
 """Whether the numbers in torch's own layers are such as their constructors take: a file may hold any."""
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -102,13 +103,18 @@ _NEEDED: Mapping[type[nn.Module], Sequence[str]] = {
 
 def why_no_layer(module: nn.Module) -> str:
     """What is wrong with the numbers of a layer of torch's, or of a class made of one, as the rest of a sentence."""
-    for cls, numbers in _NUMBERS.items():
-        if isinstance(module, cls):
-            for name, fits in numbers.items():
-                if name in vars(module) and not fits(vars(module)[name]):
-                    return f"has a {name} that cannot be: {_shown(vars(module)[name])}"
-            return _why_they_differ(module, cls)
-    return ""
+    cls = _known_base(type(module))
+    if cls is None:
+        return ""
+    for name, fits in _NUMBERS[cls].items():
+        if name in vars(module) and not fits(vars(module)[name]):
+            return f"has a {name} that cannot be: {_shown(vars(module)[name])}"
+    return _why_they_differ(module, cls)
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_base(kind: Any) -> type[nn.Module] | None:
+    return next((cls for cls in _NUMBERS if issubclass(kind, cls)), None)
 
 
 def _shown(value: Any) -> str:

@@ -81,7 +81,8 @@ def ordered_dict(claims: Claims, *content: Any) -> OrderedDict[Any, Any]:
     for pair in _items(claims, content):
         if type(pair) not in (list, tuple) or len(pair) != 2:
             raise refuse("makes an OrderedDict of other than pairs")
-        set_item(claims, made, *pair)
+        claims.check_key(made, pair[0])
+        made[pair[0]] = pair[1]
     return made
 
 
@@ -100,12 +101,6 @@ def default_dict(claims: Claims, factory: Any = None) -> defaultdict[Any, Any]:
     if not any(factory is known for known in _FACTORIES):
         raise refuse("makes a defaultdict that calls other than a class of Python's own")
     return defaultdict(factory)
-
-
-def set_item(claims: Claims, target: Any, key: Any, value: Any) -> None:
-    """Put an entry into a dict."""
-    claims.check_key(target, key)
-    target[key] = value
 
 
 def complex_number(claims: Claims, real: Any, imaginary: Any) -> complex:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normswap.checkpoints.allowed_calls import DTYPE_ROW, Row
 from normswap.checkpoints.pickle_claims import Claims, refuse
-from normswap.checkpoints.pickled_values import frozen_set, set_item
+from normswap.checkpoints.pickled_values import frozen_set
 
 _OPCODES = (
     pickle.PROTO, pickle.MARK,
@@ -146,19 +146,21 @@ class Unpickler(pickle._Unpickler):
     def load_setitems(self) -> None:
         """Put the entries above the mark into a dict."""
         items = self.pop_mark()
-        for index in range(0, len(items), 2):
-            self._set(items[index], items[index + 1])
+        self._set(items[::2], items[1::2])
 
     def load_setitem(self) -> None:
         """Put one entry into a dict."""
         value, key = self.stack.pop(), self.stack.pop()
-        self._set(key, value)
+        self._set([key], [value])
 
-    def _set(self, key: Any, value: Any) -> None:
+    def _set(self, keys: list[Any], values: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not dict and not (isinstance(target, dict) and self._may_be_filled(target)):
             raise refuse(f"puts entries into a {_name(type(target))}")
-        set_item(self.claims, target, key, value)
+        for key, value in zip(keys, values, strict=True):
+            if type(key) is not str:
+                self.claims.check_key(target, key)
+            target[key] = value
 
     def load_appends(self) -> None:
         """Put what is above the mark into a list."""
