@@ -103,7 +103,8 @@ _NEEDED: Mapping[type[nn.Module], Sequence[str]] = {
 
 def why_no_layer(module: nn.Module) -> str:
     """What is wrong with the numbers of a layer of torch's, or of a class made of one, as the rest of a sentence."""
-    cls = _known_base(type(module))
+    kind: Any = type(module)
+    cls = _known_base(kind)
     if cls is None:
         return ""
     for name, fits in _NUMBERS[cls].items():
