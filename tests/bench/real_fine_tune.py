@@ -2,9 +2,9 @@
 
 Run: python tests/bench/real_fine_tune.py --data FOLDER [--json] [--results FILE [--add]] [--networks A,B] [--tasks
 "shifted;animals"] [--starts "bn;gn auto"] [--batches 2] [--seeds 2] [--rates 2e-4,6e-4,1.8e-3] [--share 1.0]
-[--test 700] [--processes 2] [--threads 1]; under an hour on two cores. What the folder has, and which packages the networks come
-with, says real_networks.py. --share makes every number of steps (BUDGETS, below) so much shorter; --test takes so many
-pictures to test on.
+[--test 700] [--processes 2] [--threads 1]; about two hours on two cores. What the folder has, and which packages the
+networks come with, says real_networks.py. --share makes every number of steps (BUDGETS, below) so much shorter; --test
+takes so many pictures to test on.
 
 Tasks: "shifted", the ten classes of CIFAR-10 in pictures whose channels are in another order (blue, red, green), that
 are turned by 0, 90, 180 or 270 degrees at random, and fainter (a third of the contrast); "few pictures", the same with
