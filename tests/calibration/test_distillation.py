@@ -293,7 +293,26 @@ def test_the_original_is_run_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> No
     student, paths = matched(net)
     student.way = None
     distill(net, student, DATA, paths, FitSettings(1e6, 40))
-    assert sum(runs) == 60
+    assert sum(runs) == 60 + 48  # those that are fitted on mirrored too
+
+
+@pytest.mark.parametrize(
+    ("data", "mirrored"),
+    [
+        (X, True),
+        (X.repeat(6, 1, 1, 1), False),  # many
+        (X[:, :2], False),
+        (X.flatten(2), False),
+        ((X, X), False),
+        (X.mul(9).long(), False),
+    ],
+)
+def test_few_pictures_are_mirrored_too(data: Any, mirrored: bool) -> None:
+    stock = distillation._Stock(FittedPair(Net(), Net(), []), split([data]))
+    fitted = split([data]).fitted
+    assert len(stock.batches) == (1 + mirrored) * len(fitted)
+    if mirrored:
+        assert torch.equal(stock.batches[-1], fitted[-1].flip(3))
 
 
 def test_dense_outputs_are_fitted_on_a_grid() -> None:
@@ -613,7 +632,7 @@ def id_of(batch: Tensor) -> float:
 
 
 def test_further_batches_take_the_places_of_those_that_have_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = split(DATA).fitted
+    first = [half for part in split(DATA).fitted for half in (part, part.flip(3))]
     later = [part for batch in MORE for part in batch.split(12)]
     names = {id_of(part): len(part) for part in later}
     seen: list[float] = []
@@ -621,12 +640,12 @@ def test_further_batches_take_the_places_of_those_that_have_served(monkeypatch: 
     monkeypatch.setattr(FittedPair, "loss", lambda pair, batch: seen.append(id_of(batch)) or loss(pair, batch))
     kept: list[int] = []
     monkeypatch.setattr(FittedPair, "forget", lambda pair, batch: forget(pair, batch) or kept.append(len(pair.cache)))
-    _, _, outcome = fit(Net(), Batches(DATA, iter(MORE)), steps=40)
+    _, _, outcome = fit(Net(), Batches(DATA, iter(MORE)), steps=60)
     served = 4 * len(first)
     assert sorted(seen[:served]) == sorted([id_of(part) for part in first] * 4)
     assert set(seen[served:]) <= names.keys()
     assert outcome.samples == 60 + sum(names[name] for name in set(seen[served:]))
-    assert max(kept) < len(split(DATA).fitted) + len(split(DATA).held_out), "outputs on what is gone are kept"
+    assert max(kept) < len(first) + len(split(DATA).held_out), "outputs on what is gone are kept"
 
 
 def test_further_batches_that_run_out_or_break() -> None:
