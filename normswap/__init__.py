@@ -4,6 +4,7 @@ model, report = normswap.convert(model, "gn-ws")
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = [
     "OptionError",
     "Report",
     "UnsafeFileError",
+    "__version__",
     "convert",
     "convert_file",
     "diff",
@@ -61,6 +63,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Public names are imported when they are asked for: `normswap --help` does without torch, which takes seconds."""
+    if name == "__version__":
+        return importlib.metadata.version(__name__)
     home = next((home for home, names in _HOMES.items() if name in names.split()), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,7 +32,7 @@ from normswap.files.architectures import INDEX, ClassDimension, Shapes, fingerpr
 
 Network = tuple[str, dict[str, Any]]  # a spec and its arguments
 TRIED = (1003, 1012)  # numbers of classes that no other size is likely to be
-LARGEST = 100_000_000  # parameters of a network that is run
+LARGEST = 150_000_000  # parameters of a network that is run
 SAME = 1e-4
 """Relative distance of the outputs of one function; another padding or activation gives more."""
 OPTIONS = {"googlenet": {"aux_logits": False}, "inception_v3": {"aux_logits": False}}

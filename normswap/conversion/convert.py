@@ -23,7 +23,7 @@ from normswap.targets.target import FOLD, check_options, parse_target
 
 def convert(
     model: nn.Module,
-    to: str | None = None,
+    to: str | type[nn.Module] | None = None,
     *,
     groups: str | int = "auto",
     purpose: Purpose = "training",

@@ -29,6 +29,10 @@ def recognized(state: Mapping[str, Any]) -> Recognized:
     if not found:
         return Recognized()
     options = [network.as_options() for network in found]
+    of_torchvision = [network for network in found if network.spec.startswith("torchvision:")]
+    if len(found) > 1 and len(of_torchvision) == 1:  # timm has ResNets with other pooling under the same keys
+        others = f"timm has networks of the same keys: {' or '.join(options[1:])}"
+        return Recognized(found[0], f"recognized by keys and shapes: {options[0]} ({others})")
     if len(found) > 1:
         more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
         return Recognized(

@@ -1,10 +1,19 @@
 """What changed, as frozen plain data: the terminal, `--json` and every other view read this."""
 
 import dataclasses
+import html
+import importlib
+import io
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from normswap.printable import printable
+from rich.console import Console
+
+from normswap.errors import OptionError
+
+_TEXT_WIDTH = 100  # characters
 
 REPORT_SCHEMA = 1
 """The version of the data that reports are written as. A reader of one version can read all that is added later."""
@@ -53,6 +62,18 @@ class Left:
     module: str
     """Its class; the dtype of a tensor."""
     reason: str
+
+
+class LeftLayers(tuple[Left, ...]):
+    """What stayed, which prints as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return _as_text(self.__rich__())
+
+    def __rich__(self) -> Any:
+        return _views("terminal").left_table(self)
 
 
 @dataclass(frozen=True)
@@ -201,6 +222,9 @@ class Report:
     recognized: str = ""
     """What keys and shapes told of the network of a file without its model."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "left", LeftLayers(self.left))
+
     @property
     def exact(self) -> bool:
         """Whether the converted model is the same function in eval mode, up to rounding."""
@@ -210,9 +234,37 @@ class Report:
         """The report as JSON-able data, what `--json` prints; `report.schema.json`, beside this file, describes it."""
         return {"schema": REPORT_SCHEMA, **dataclasses.asdict(self), "exact": self.exact}
 
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report to a file, whose ending says as what: .html, .md, .json or .svg; gives its path.
+
+        Raises OptionError for another ending.
+        """
+        path, formats = Path(path), _views("formats").REPORT_FORMATS
+        if path.suffix.lower() not in formats:
+            raise OptionError(f"{path}: give a name that ends in one of {', '.join(formats)}")
+        path.write_text(formats[path.suffix.lower()](self, "model"), encoding="utf-8")
+        return path
+
     def __str__(self) -> str:
-        totals = self.totals
-        return (
-            f"{printable(self.target)}: {totals.norms_changed} norms and {totals.weights_changed} weights changed"
-            f" ({'exact' if self.exact else 'approximate'}), {totals.left} left"
-        )
+        """The table of the terminal."""
+        return _as_text(self.__rich__())
+
+    def __rich__(self) -> Any:
+        return _views("terminal").ReportView(self, "model")
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, so that its style stays there."""
+        page = html.escape(_views("formats").REPORT_FORMATS[".html"](self, "model"))
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: 40em; border: 0"></iframe>'
+
+
+def _views(name: str) -> Any:
+    """A module of this package that shows reports: all of them import this one."""
+    return importlib.import_module(f"normswap.report.{name}")
+
+
+def _as_text(view: Any) -> str:
+    console = Console(file=io.StringIO(), width=_TEXT_WIDTH)
+    with console.capture() as shown:
+        console.print(view)
+    return shown.get()

@@ -1,6 +1,6 @@
 """A report to the terminal: lines folded into patterns of paths, or every line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from normswap.printable import printable
 from normswap.report import charts, wording
-from normswap.report.report import Report
+from normswap.report.report import Left, Report
 
 _MOST_NOTES = 8
 _LONGEST_BAR = 24  # characters
@@ -158,4 +158,12 @@ def _drift_chart(bars: list[charts.Bar], terminal: Terminal) -> Table:
         drawn = Text.assemble((filled, _COLORS[bar.severity]), (rest, "dim"))
         path = Text("  ") + terminal.fitted(bar.path, max(_SHORTEST_PATH, terminal.width - beside))
         table.add_row(path, bar.shown, drawn, terminal.text(bar.several, "dim"))
+    return table
+
+
+def left_table(left: Sequence[Left]) -> Table:
+    """What stayed, and why, for rich."""
+    table = plain_table("path", "module", "count", "reason")
+    for line in wording.left_lines(left):
+        table.add_row(*map(Text, map(printable, (line.path, line.what, f"×{line.count}", line.reason))))
     return table

@@ -73,7 +73,14 @@ RECURRENT_TARGETS: dict[str, Target] = {
 """What a conversion is called that changes recurrent layers alone, which the option `recurrent` asks for."""
 
 
-def parse_target(name: str | None, recurrent: str | None = None) -> Target:
+BY_CLASS = {
+    "GroupNorm": "gn", "LayerNorm": "ln", "SyncBatchNorm": "bn", "FrozenBatchNorm2d": "frozen",
+    **{f"InstanceNorm{dims}d": "in" for dims in (1, 2, 3)}, **{f"BatchNorm{dims}d": "bn" for dims in (1, 2, 3)},
+}  # fmt: skip
+"""Targets by the class, or its name, that norms become."""
+
+
+def parse_target(name: str | type | None, recurrent: str | None = None) -> Target:
     """The target called `name`; without one, that of the option `recurrent`, by itself.
 
     Raises `OptionError`, which names the nearest one.
@@ -82,6 +89,7 @@ def parse_target(name: str | None, recurrent: str | None = None) -> Target:
         if recurrent is None:
             raise OptionError("no target: give to (--to), such as gn-ws, or recurrent=ln (--recurrent ln)")
         return RECURRENT_TARGETS[f"recurrent-{recurrent}"]
+    name = BY_CLASS.get(name.__name__ if isinstance(name, type) else name, name)
     if isinstance(name, str) and name in TARGETS:
         return TARGETS[name]
     near = nearest_target(str(name))

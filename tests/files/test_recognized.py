@@ -99,3 +99,18 @@ def test_inspect_says_what_it_is(tmp_path: Path) -> None:
 
 def test_the_index_is_small() -> None:
     assert architectures.INDEX.stat().st_size < 300_000
+
+
+def test_torchvisions_network_is_taken_where_timm_has_others_of_its_keys() -> None:
+    from normswap.files.recognized import recognized
+
+    with torch.device("meta"):
+        told = recognized(network("torchvision:resnet50").state_dict())
+    assert told.network is not None and told.network.spec == "torchvision:resnet50"
+    assert "timm:resnetblur50" in told.said
+
+
+def test_options_that_no_key_shows_are_listed() -> None:
+    with torch.device("meta"):
+        found = architectures.recognize(network("torchvision:googlenet").state_dict())
+    assert [network.arguments for network in found] == [{}, {"transform_input": True}]
