@@ -75,6 +75,13 @@ def test_nothing_is_compared_where_the_function_stays() -> None:
     assert found["before"] == found["after"] and found["reset"] is None and found["copied"] is None
 
 
+def test_it_folds() -> None:
+    assert run("fold", DEMO, "--quiet").exit_code == 0
+    folded = normswap.load("digits.fold.pt")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert accuracy(folded) == accuracy(demo.make_network())
+
+
 def test_it_calibrates_on_what_it_was_trained_on() -> None:
     report = converted("--to", "in", "--calibrate", DEMO, "--calibrate-seconds", "3", "--dry-run")
     calibration, drift = report["calibration"], report["drift"]
