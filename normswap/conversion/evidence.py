@@ -178,7 +178,8 @@ def _folds_in_parts(survey: Survey, request: Request) -> bool:
     folds = plain or request.target.norm is NORM_FORMS["fold"]
     if not folds or request.recorded.changes or any(p.is_meta for p in survey.model.parameters()):
         return False
-    flow, in_parts = survey.flow, [site for site in survey.chosen if site.path in survey.flow.in_parts]
+    flow, told_in_parts = survey.flow, survey.flow.in_parts
+    in_parts = [site for site in survey.chosen if site.path in told_in_parts]
     norms = [site for site in in_parts if site.kind == "norm" and (not plain or site.base in RUNNING_NORMS)]
     merges = not plain and any(site.kind == "weight" and len(flow.parallel(site.path)) > 1 for site in in_parts)
     return merges or any(flow.feeders(norm.path)[0] for norm in norms)

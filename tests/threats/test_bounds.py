@@ -16,6 +16,7 @@ import normswap
 from normswap.analysis import connections
 from normswap.analysis.budget import Budget, OverBudget
 from normswap.analysis.dataflow import find_flow
+from normswap.analysis.flow import Flow
 from normswap.analysis.noise import guess_inputs
 from normswap.analysis.sites import find_sites
 from normswap.checkpoints import module_graph
@@ -382,3 +383,13 @@ def test_parts_of_a_module_are_in_dicts(name: str, tmp_path: Path) -> None:
     torch.save(model, path := tmp_path / "x.pt")
     with pytest.raises(normswap.FileError, match="whose parts are none"):
         normswap.convert_file(path, "gn")
+
+
+def test_a_fold_asks_once_what_was_traced_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    told = Flow.in_parts.fget
+    assert told is not None
+    monkeypatch.setattr(Flow, "in_parts", property(lambda flow: asked.append(1) or told(flow)))
+    model = nn.Sequential(*(layer for _ in range(30) for layer in (nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)))).eval()
+    normswap.convert(model, "fold")
+    assert len(asked) < 5
