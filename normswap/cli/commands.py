@@ -116,7 +116,7 @@ def convert(
         done = convert_file.convert_file(
             input, to, out,
             input_shape=parse_shape(input_shape), model=model, model_args=model_specs.parse_arguments(model_arg or []),
-            weights=weights, key=key, eps=eps, allow=allowed_classes(allow), trust=trust,
+            weights=weights, key=key, eps=eps, allow=allowed_classes(allow, trust), trust=trust,
             groups=groups, purpose=purpose.value, transfer=transfer.value, ws=ws.value, ws_scope=ws_scope.value,
             layers=tuple(layers.split(",")), recurrent=recurrent, include=include or None, exclude=exclude or None,
             input_size=parse_size(input_size), mean=parse_numbers("--mean", mean, float),
@@ -146,7 +146,7 @@ def inspect(
         report_file.check_report_files(files, overwrite)
         found = inspect_file.inspect_file(
             input, model=model, model_args=model_specs.parse_arguments(model_arg or []), weights=weights, key=key,
-            input_shape=parse_shape(input_shape), allow=allowed_classes(allow), trust=trust, progress=progress,
+            input_shape=parse_shape(input_shape), allow=allowed_classes(allow, trust), trust=trust, progress=progress,
         )  # fmt: skip
         report_file.write_report_files(found, input, files, overwrite)
     _show(found, InspectionView(found, input, full), as_json, quiet)
@@ -173,7 +173,7 @@ def fold(
         where = paths.output_of(out, input, "fold")
         done = convert_file.convert_file(
             input, "fold", where, model=model, model_args=model_specs.parse_arguments(model_arg or []), weights=weights,
-            key=key, input_shape=parse_shape(input_shape), allow=allowed_classes(allow), trust=trust,
+            key=key, input_shape=parse_shape(input_shape), allow=allowed_classes(allow, trust), trust=trust,
             overwrite=overwrite, reports=report or (), progress=progress, command=_typed(context),
         )  # fmt: skip
     _show(done, ReportView(done, input, full), as_json, quiet)
@@ -198,7 +198,7 @@ def diff(
         paths.check_apart(None, files, (a, b))
         report_file.check_report_files(files, overwrite)
         progress(f"comparing {a} with {b}")
-        done = compare(a, b, key=key, allow=allowed_classes(allow), trust=trust)
+        done = compare(a, b, key=key, allow=allowed_classes(allow, trust), trust=trust)
         report_file.write_report_files(done, f"{a} and {b}", files, overwrite)
     _show(done, ReportView(done, f"{a} and {b}", full), as_json, quiet)
 

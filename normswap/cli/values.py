@@ -42,8 +42,11 @@ def parse_size(text: str | None) -> int | list[int] | None:
     return size[0] if size is not None and len(size) == 1 else size
 
 
-def allowed_classes(names: list[str] | None) -> list[str]:
-    """The classes of `--allow`; they may stand in the folder where the command runs, so that is made importable."""
-    if names and "" not in sys.path:
+def allowed_classes(names: list[str] | None, trust: bool) -> list[str]:
+    """The classes of `--allow`; they, and those of `--trust`, may stand in the folder where the command runs.
+
+    So that is made importable.
+    """
+    if (names or trust) and "" not in sys.path:
         sys.path.insert(0, "")
     return names or []

@@ -32,6 +32,9 @@ def load(
     A file of tensors needs its model: the recipe in the file converts that before the tensors go in, strictly. Files
     are read without running code: classes must be modules of torch, torchvision, timm or normswap, or stand in `allow`.
 
+    Its mode is that of the module in the file; of tensors that of the model as its factory makes it (a fresh module is
+    in training mode, a library's model in eval mode): call `.eval()` or `.train()`.
+
     Args:
         path: a file (whole module, state dict, training checkpoint, safetensors) or a folder (distributed checkpoint,
             weight files with an index); or `demo:digits`, and `torchvision:NAME`, `timm:NAME` with initial weights.

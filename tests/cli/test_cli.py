@@ -347,3 +347,18 @@ for first in {first}:
 def test_functions_are_not_hidden_by_files_of_their_name() -> None:
     """Whatever is imported first; each time from nothing, but torch."""
     subprocess.run([sys.executable, "-c", ANEW.format(first=FIRST)], check=True)
+
+
+@pytest.mark.parametrize("how", [["--trust"], ["--allow", "mine_of_here.Net"]])
+def test_classes_in_the_current_folder_are_found(tmp_path: Path, how: list[str]) -> None:
+    """In a process of its own, as the script `normswap` runs: it has the folder not in its path by itself."""
+    source = "from torch import nn\n\n\nclass Net(nn.Sequential):\n    pass\n"
+    (tmp_path / "mine_of_here.py").write_text(source)
+    make = "import torch; from torch import nn; from mine_of_here import Net; "
+    make += "torch.save(Net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 'net.pt')"
+    subprocess.run([sys.executable, "-c", make], cwd=tmp_path, check=True)
+    command = "import sys; sys.path = [p for p in sys.path if p]; from normswap.cli import main; main()"
+    arguments = ["convert", "net.pt", "--to", "gn", "--quiet", *how]
+    done = subprocess.run([sys.executable, "-c", command, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "net.gn.pt").exists()
