@@ -127,9 +127,10 @@ def fold(model: nn.Module, *, inplace: bool = False) -> Conversion:
     """
     previous = stored_recipes.stored_recipe(model)
     plain, report = run(model, Request(FOLD, may_be_idle=True, inplace=inplace))
-    stored_recipes.drop_recipes(plain)
-    if not report.changes:
-        return Conversion(plain, report)
-    report = _with_previous(report, previous)
-    stored_recipes.store_recipe(plain, report.recipe)
+    stored_recipes.drop_recipes(plain)  # and the hook that puts them into state dicts: plain torch does without
+    if report.changes:
+        report = _with_previous(report, previous)
+    recipe = report.recipe if report.changes else previous
+    if recipe is not None:
+        stored_recipes.store_recipe(plain, recipe)
     return Conversion(plain, report)
