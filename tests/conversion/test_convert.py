@@ -132,10 +132,12 @@ def test_fold_of_a_frozen_norm_without_a_convolution_is_a_batch_norm_in_eval_mod
     assert "no convolution" in report.changes[0].note
 
 
-def test_fold_of_a_plain_model_is_a_copy() -> None:
-    model = resnet()
+def test_fold_of_a_plain_model_is_what_the_target_does() -> None:
+    model = randomize(resnet()).eval()
     folded, report = normswap.fold(model)
-    assert not report.changes and folded is not model and same(fingerprint(folded), fingerprint(model))
+    by_target = normswap.convert(model, "fold")
+    assert report.changes == by_target.report.changes and report.totals.norms_changed > 10
+    assert folded is not model and same(fingerprint(folded), fingerprint(by_target.model))
 
 
 # ---- groups ----
