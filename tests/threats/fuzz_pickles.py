@@ -45,7 +45,8 @@ FORBIDDEN = ("os.system", "builtins.eval", "builtins.getattr", "builtins.range",
              "numpy.load", "torch.nn.init.ones_", "operator.attrgetter", "normswap.convert")  # fmt: skip
 NAMES = (*TABLE, *MODULES)
 CALLED = tuple(name for name, row in TABLE.items() if isinstance(row, tuple) or row.call or row.new)
-HARMLESS_CODE = ("/normswap/checkpoints/", "/normswap/errors.py", "/normswap/__init__.py", "/pickle.py", "/zipfile", "/struct.py", "/pathlib",
+HARMLESS_CODE = ("/normswap/checkpoints/", "/normswap/errors.py", "/pickle.py", "/zipfile", "/struct.py",
+                 "/normswap/__init__.py", "/pathlib",
                  "/collections/", "/torch/storage.py", "/torch/_utils.py", "/torch/nn/parameter.py", "/uuid.py",
                  "/torch/serialization.py", "/torch/torch_version.py", "/packaging/", "/torch/sparse/", "/importlib",
                  "/enum.py", "/typing.py", "/torch/_tensor.py", "/functools.py", "/warnings.py", "/contextlib.py",
