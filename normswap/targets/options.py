@@ -50,8 +50,11 @@ class Options:
 
     @property
     def shrinks(self) -> bool:
-        """Whether group norms go half by a sample's variance and half by the data's: the numbers are chosen for use."""
-        return self.purpose == "use" and self.transfer == "match" and str(self.groups).strip() == "auto"
+        """Whether group norms go half by a sample's variance and half by the data's: for use, and on data, where the
+        function is what counts.
+        """
+        kept = self.purpose == "use" or self.calibrate is not None
+        return kept and self.transfer == "match" and str(self.groups).strip() == "auto"
 
 
 def parse_groups(groups: str | int) -> tuple[GroupRule, int]:
