@@ -48,8 +48,8 @@ def convert(
         to: of `normswap.TARGETS`: a norm (`gn`), a weight form (`ws`), or a pair (`gn-ws`); none: `recurrent` alone.
         groups: for targets with groups (`gn`): `auto` (at most 8 groups, at least 4 channels in each; on data fewer
             where these keep more), a number of groups (`32`), or channels a group (`"16c"`).
-        purpose: of `auto`: the numbers that fine-tune best (`training`), or that keep most (`use`), with an eps that
-            moves each sample's variance towards the data's; `normswap.load` has it from the recipe.
+        purpose: of `auto`: the numbers that fine-tune best (`training`), or that keep most (`use`). For use, and
+            on data, `auto` takes an eps that moves each sample's variance towards the data's; the recipe has it.
         transfer: `match` moves the statistics into gain and bias, `copy` keeps these, `reset` makes them 1 and 0.
         ws: `preserve` starts from each filter's own std and mean, exactly; `strict` is the paper's form, not exact.
         ws_scope: `normed` standardizes layers that a norm follows, `all` every one; recurrent ones are always taken.

@@ -89,6 +89,8 @@ def shrinking_eps(stats: Statistics, groups: int) -> float:
     for a factor, which the gain takes back. Top-1 without data, in one group: with the batch norm's eps, with 0.5, 1,
     2, 3 and 10 times the data's variance: ResNet-20 (.806 before) .772, .796, .798, .793, .792, .770; ResNet-56 (.829)
     .772, .787, .801, .817, .815, .779; EfficientNet-Lite0 (.88, 125 pictures) with none, 1 and 3 times .85, .88, .88.
+    On data, with the batch norm's eps and with this one, fitted: ResNet-20 .801, .808; ResNet-56 .816, .824;
+    EfficientNet-Lite0 (.852, 250 pictures, 180 s) .79, .832.
     """
     shrinkage = group_moments(stats, groups)[1].mean()
     return stats.eps if shrinkage.is_meta else stats.eps + shrinkage.item()

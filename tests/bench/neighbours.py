@@ -84,6 +84,10 @@ NEIGHBOURS = (
         "checkpoints of `Trainer.fit` converted and resumed; converted models trained",
     ),
     Neighbour(
+        "Lightning and transformers, while they train", ("lightning", "transformers"), "test_trainer_callbacks.py",
+        "`SwapNorms` converts before the first step; checkpoints load, resume and are folded at the end",
+    ),
+    Neighbour(
         "detectron2", ("torch",), "test_detectron2.py",
         "its backbones, rebuilt: norms that convolutions hold, exchanged and folded; frozen and synchronized ones; "
         "steps without proposals",
