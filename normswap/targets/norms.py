@@ -30,7 +30,9 @@ def to_group_norm(site: Site, context: Context) -> Swap | str:
     chosen = choose_groups(site, context)
     if isinstance(chosen, str):
         return chosen
-    stats = read_statistics(site, context) if context.options.shrinks and site.form == "data" else None
+    serves = context.options.purpose == "use" or site.path in context.measured  # not data that were refused
+    shrinks = context.options.shrinks and serves and site.form == "data"
+    stats = read_statistics(site, context) if shrinks else None
     eps = shrinking_eps(stats, chosen[0]) if stats is not None else None
     return _group_norm(site, context, *chosen, context.recorded_eps.get(site.path, eps))
 

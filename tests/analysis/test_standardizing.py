@@ -80,8 +80,8 @@ def test_baked(cls: type[nn.Conv2d], options: dict[str, object], inplace: bool) 
     plain, report = normswap.fold(model)
     assert type(plain[0]) is nn.Conv2d and set(plain[0].state_dict()) <= {"weight", "bias"}
     assert report.exact and distance(before, plain(X)) < 1e-12
-    for start in (plain, model):  # the norm after it goes into the baked weight
-        folded, report = normswap.convert(start, "fold", inplace=inplace)
+    by_target, report = normswap.convert(model, "fold", inplace=inplace)  # the norm after it goes into the baked weight
+    for folded in (plain, by_target):
         assert [type(layer) for layer in folded] == [nn.Conv2d, nn.Identity]
         assert report.exact and distance(before, folded(X)) < 1e-12
 
@@ -96,5 +96,5 @@ def test_one_weight_in_two_layers() -> None:
 def test_what_does_more_stays(cls: type[nn.Conv2d]) -> None:
     model = nn.Sequential(cls(4, 6, 3, padding=1)).double()
     plain, report = normswap.fold(model)
-    assert type(plain[0]) is cls and "forward of its own" in report.left[0].reason
+    assert type(plain[0]) is cls and not report.changes
     assert torch.equal(model(X), plain(X))
