@@ -30,7 +30,8 @@ def to_group_norm(site: Site, context: Context) -> Swap | str:
     chosen = choose_groups(site, context)
     if isinstance(chosen, str):
         return chosen
-    serves = context.options.purpose == "use" or site.path in context.measured  # not data that were refused
+    measured = context.measured.get(site.path)
+    serves = context.options.purpose == "use" or bool(measured and measured.errors)  # not data that were refused
     shrinks = context.options.shrinks and serves and site.form == "data"
     stats = read_statistics(site, context) if shrinks else None
     eps = shrinking_eps(stats, chosen[0]) if stats is not None else None
