@@ -9,6 +9,7 @@ from torch import nn
 from normswap.analysis.sites import Site
 from normswap.errors import OptionError
 from normswap.layers.norms import ACTIVATED
+from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import PLAIN
 from normswap.layers.torch_normalization import kind_of_normalization
 from normswap.target_table import (
@@ -184,7 +185,7 @@ def plan_weight(site: Site, target: Target, context: Context) -> Swap | str:
         swap = site.obstacle or RECURRENT_FUNCTIONS[options.recurrent](site, context)
         if isinstance(swap, Swap) or target.weight is None or "rnn" not in options.layers:
             return swap
-    if target is FOLD and site.base in PLAIN and not site.obstacle:
+    if target is FOLD and (site.base in PLAIN or site.base in LAYER_NORMALIZED.values()) and not site.obstacle:
         return plain.to_plain_weight(site, context)
     if target.weight is None or site.base is None:
         return site.obstacle if site.base is None else f"{target.name} changes norms only"

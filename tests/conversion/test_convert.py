@@ -261,8 +261,6 @@ def test_fold_with_a_layer_that_was_not_selected() -> None:
             ["gnws", "ws-gn", "gn_ws", "gn+ws", "groupnorm-weightstandardization", "gn-wss"], "gn-ws"
         ).items(),
         ("instance_norm", "in"),
-        ("BatchNorm2d", "bn"),
-        ("FrozenBatchNorm2d", "frozen"),
         ("weight-norm", "wn"),
     ],
 )

@@ -153,7 +153,7 @@ def test_round_trip(tmp_path: Path, kind: str, target: str) -> None:
     path = save(model.state_dict(), tmp_path / "ck")
     printed = run("convert", path, "--to", target, *SPEC)
     (out,) = (tmp_path / name for name in {p.name for p in tmp_path.iterdir()} - {path.name})
-    assert str(out) in printed.replace("\n", "")
+    assert str(out) in "".join(printed.split())  # however it is broken into lines
     wanted = normswap.convert(trained(), target).model
     fresh = normswap.convert(factory(), target).model
     fresh.load_state_dict(load(out), strict=True)
@@ -166,12 +166,12 @@ def test_round_trip(tmp_path: Path, kind: str, target: str) -> None:
     ("kind", "target"), [*((kind, "gn") for kind in KINDS), ("pt", "ln"), ("pt", "in"), ("pt", "frozen")]
 )
 def test_tensors_alone(tmp_path: Path, kind: str, target: str) -> None:
-    """Without the model: the same tensors, bit for bit, and what could not be known is said."""
+    """Without the model, whose keys and shapes tell which it is: the same tensors, bit for bit."""
     save, load = KINDS[kind]
     path = save(trained().state_dict(), tmp_path / "ck")
     report = json.loads(run("convert", path, "--to", target, "--json", "-o", tmp_path / f"out{path.suffix}"))
-    assert report["totals"]["norms_changed"] == report["totals"]["left"] == 56
-    assert "eps is not in the file: 1e-05 is assumed" in "".join(report["warnings"])
+    assert (report["totals"]["norms_changed"], report["totals"]["left"]) == (56, 0)
+    assert report["recognized"]
     wanted = normswap.convert(trained(), target).model
     found = load(tmp_path / f"out{path.suffix}")
     assert found.keys() == wanted.state_dict().keys()
@@ -181,7 +181,7 @@ def test_tensors_alone(tmp_path: Path, kind: str, target: str) -> None:
 
 @pytest.mark.parametrize("target", ["ws", "fold", "gn-ws"])
 def test_what_needs_the_model(tmp_path: Path, target: str) -> None:
-    torch.save(trained().state_dict(), tmp_path / "w.pt")
+    torch.save(conv_norm().state_dict(), tmp_path / "w.pt")  # of no network that is recognized
     with pytest.raises(OptionError, match=f"tensors without their model, which {target} needs.*--model"):
         normswap.convert_file(tmp_path / "w.pt", target)
 
@@ -199,8 +199,8 @@ def test_what_needs_the_model(tmp_path: Path, target: str) -> None:
 )
 def test_options_that_need_the_model(tmp_path: Path, name: str, options: dict[str, object]) -> None:
     """Refused before any data are read."""
-    torch.save({"model": trained().state_dict()}, tmp_path / "w.pt")
-    with pytest.raises(OptionError, match=f"tensors without their model, which {name} needs: give it with --model"):
+    torch.save({"model": conv_norm().state_dict()}, tmp_path / "w.pt")  # of no network that is recognized
+    with pytest.raises(OptionError, match=f"tensors without their model, which {name} needs.*--model"):
         normswap.convert_file(tmp_path / "w.pt", "gn", **options)
 
 
@@ -243,8 +243,6 @@ def test_conversions_of_conversions(tmp_path: Path) -> None:
     run("convert", tmp_path / "w.ws.pt", "--to", "fold", *SPEC)
     twice = normswap.convert(normswap.convert(trained(), "ws").model, "fold").model
     assert torch.equal(outputs(normswap.load(tmp_path / "w.ws.fold.pt")), outputs(twice))
-    run("fold", tmp_path / "w.ws.fold.pt")
-    assert torch.equal(outputs(normswap.load(tmp_path / "w.ws.fold.fold.pt")), outputs(normswap.fold(twice).model))
     run("convert", tmp_path / "w.pt", "--to", "gn-ws", "--fold", *SPEC, "-o", tmp_path / "plain.pt")
     plain = normswap.fold(normswap.convert(trained(), "gn-ws").model).model
     assert torch.equal(outputs(normswap.load(tmp_path / "plain.pt")), outputs(plain))
@@ -289,7 +287,7 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileError, match="give the model: load"):
         normswap.load("w.gn-ws.pt")  # a factory's code is not run because a file names it
     for spec, message in (
-        ("nets.py:nothing", "no function nothing in it; it has block, make"),
+        ("nets.py:nothing", "no function nothing; it has block, make"),
         ("none.py:make", "no such file"),
         ("nowhere.at.all:make", "cannot be imported"),
         ("torchvision:resnet5", "did you mean torchvision:resnet50"),
