@@ -94,7 +94,12 @@ def _convert_state_dict(entry: contents.Entry, where: Path, request: FileRequest
     """A state dict by way of its model, once for each copy of the model in it."""
     state = entry.value
     source, arguments = find_source(state, request.model, request.model_args, where)
-    models = models_on_tensors(state, source, arguments, f"{where}: {entry.name}" if entry.keys else where)
+    try:
+        models = models_on_tensors(state, source, arguments, f"{where}: {entry.name}" if entry.keys else where)
+    except OptionError as error:
+        if request.model is not None:
+            raise
+        raise FileError(f"{where}: its recipe names a model that cannot be made: {error}") from None
     before = parameters_of_model(models[0][1])
     converted = [(binding, *_convert_in_place(model, request)) for binding, model in models]
     bindings = [binding for binding, _, _ in converted]

@@ -28,7 +28,8 @@ from normswap.targets.groups import spatial_dims_of
 
 def to_folded_or_plain(site: Site, context: Context) -> Swap | str:
     """A norm into the layers around it; one of normswap's own that cannot go there as torch's layers."""
-    own = site.base in RUNNING_NORMS or isinstance(site.module, PositionNorm)
+    alone = isinstance(site.module, PositionNorm) and site.path not in context.measured
+    own = site.base in RUNNING_NORMS or alone
     swap = to_plain_norm(site, context) if own else to_folded(site, context)
     return _without_activation(site) if isinstance(swap, str) and type(site.module) in ACTIVATED.values() else swap
 

@@ -292,7 +292,7 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("nowhere.at.all:make", "cannot be imported"),
         ("torchvision:resnet5", "did you mean torchvision:resnet50"),
         ("timm:resnet5", "did you mean|needs timm"),
-        ("make", "is no model; write"),
+        ("make", "is not a model; write"),
     ):
         with pytest.raises(normswap.NormswapError, match=message):
             normswap.convert_file("w.pt", "gn-ws", "x.pt", model=spec)
