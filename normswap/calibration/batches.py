@@ -34,7 +34,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from normswap.calibration.library_transforms import picture_options, preparation
-from normswap.calibration.pictures import Uint8Pictures, UnusableData, find_pictures, read_pictures
+from normswap.calibration.pictures import PICTURES, Uint8Pictures, UnusableData, find_pictures, read_pictures
 from normswap.calibration.tensor_files import NUMBERS, READERS, Arguments, arrays_in, is_integer
 from normswap.errors import FileError, OptionError, first_line, path_error
 
@@ -70,11 +70,11 @@ def read_samples(
     limit: int = MOST_SAMPLES,
     batch: int = 32,
 ) -> Batches:
-    """Input batches from a folder of pictures or a file of tensors, the same ones each time, floats as float32.
+    """Input batches from pictures or a file of tensors, the same ones each time, floats as float32.
 
-    A folder: every picture below it, in RGB, prepared as torchvision or timm prepares them for the model that `spec`
-    names (`weights` picks which of torchvision's or timm's recipes); `input_size`, `mean` and `std` win over the
-    recipe. Without one, pictures are resized to cover `input_size`/0.875 and cropped, and ImageNet's mean and std are
+    A picture, or a folder: every picture below it, in RGB, prepared as torchvision or timm prepares them for the model
+    that `spec` names (`weights` picks which of torchvision's or timm's recipes); `input_size`, `mean` and `std` win over
+    the recipe. Without one, pictures are resized to cover `input_size`/0.875 and cropped, and ImageNet's mean and std are
     the defaults. Nothing is downloaded.
 
     What a file of tensors may hold: see the top of this module.
@@ -99,12 +99,12 @@ def read_samples(
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         raise path_error(path, error) from None
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(mode) or (stat.S_ISREG(mode) and path.suffix.lower() in PICTURES):
         prepared, found = preparation(spec, weights, options), find_pictures(path)
         return _indexed(len(found), limit, batch, lambda some: read_pictures([found[i] for i in some], prepared))
     if path.suffix.lower() not in READERS:
         kinds = ", ".join(READERS)
-        raise OptionError(f"{path}: calibration data are a folder of pictures, or tensors in one of {kinds}")
+        raise OptionError(f"{path}: inputs are a picture, a folder of them, or tensors in one of {kinds}")
     if not stat.S_ISREG(mode):
         raise FileError(f"{path}: is not a regular file")
     try:

@@ -14,7 +14,7 @@ from normswap.calibration import library_transforms
 from normswap.calibration.library_transforms import IMAGENET_MEAN, IMAGENET_STD, PictureOptions, Preparation
 from normswap.errors import FileError, OptionError, first_line
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 _DECODERS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no others: that of EPS runs a program
 _MOST_PIXELS = 1 << 27
 _NARROWEST = 100  # times its width: the shorter side is resized, so a thread would become a sheet
@@ -29,13 +29,15 @@ class UnusableData(Exception):
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """Every picture in a folder and below it, sorted. Raises `FileError` where there is none."""
+    """Every picture in a folder and below it, sorted; of one picture, that. Raises `FileError` where there is none."""
+    if folder.is_file():
+        return [folder]
     try:
         paths = sorted(_picture_files(folder), key=lambda path: path.relative_to(folder).parts)
     except OSError as error:
         raise FileError(f"{error.filename or folder}: {error.strerror or error}") from None
     if not paths:
-        raise FileError(f"{folder}: no pictures in it or below it; they are looked for as {', '.join(_PICTURES)}")
+        raise FileError(f"{folder}: no pictures in it or below it; they are looked for as {', '.join(PICTURES)}")
     return paths
 
 
@@ -65,7 +67,7 @@ def _picture_files(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         for name in names:
             path = Path(place, name)
-            if not name.startswith(".") and path.suffix.lower() in _PICTURES and path.is_file():
+            if not name.startswith(".") and path.suffix.lower() in PICTURES and path.is_file():
                 yield path
 
 

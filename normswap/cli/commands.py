@@ -167,12 +167,11 @@ def fold(
     [bold]normswap fold resnet50.gn-ws.pt[/]
     """
     from normswap.conversion.request import phases
-    from normswap.files import convert_file, model_specs, paths
+    from normswap.files import convert_file, model_specs
 
     with _exit_on_error(), show_progress(len(phases(False)) + 2, silent=quiet or as_json) as progress:
-        where = paths.output_of(out, input, "fold")
         done = convert_file.convert_file(
-            input, "fold", where, model=model, model_args=model_specs.parse_arguments(model_arg or []), weights=weights,
+            input, "fold", out, model=model, model_args=model_specs.parse_arguments(model_arg or []), weights=weights,
             key=key, input_shape=parse_shape(input_shape), allow=allowed_classes(allow, trust), trust=trust,
             overwrite=overwrite, reports=report or (), progress=progress, command=_typed(context),
         )  # fmt: skip

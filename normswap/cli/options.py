@@ -150,7 +150,7 @@ Calibrate = Annotated[
     str | None,
     _option(
         DATA,
-        "Data without labels, to keep more: a folder of pictures, or tensors in .pt, .npy, .npz, .safetensors.",
+        "Data without labels, to keep more: pictures (a folder, or one), or tensors in .pt, .npy, .npz, .safetensors.",
         metavar="PATH",
     ),
 ]

@@ -50,8 +50,8 @@ def convert_file(
         weights, key: the published weights of a library's model; the entry of a training checkpoint that is the model.
         eps: of the norms in a file without its model; 1e-5 is assumed.
         input_shape, example_inputs: of an input batch, or inputs; group counts then regard the sizes of feature maps.
-        calibrate: data as for `normswap.convert`, or the path of a folder of pictures or of a file of tensors (`.pt`,
-            `.npy`, `.npz`, `.safetensors`), or `demo:digits`; pictures are prepared as the library's model has it.
+        calibrate: data as for `normswap.convert`, or the path of a picture, of a folder of them or of a file of tensors
+            (`.pt`, `.npy`, `.npz`, `.safetensors`), or `demo:digits`; pictures are prepared as the library has it.
         examples: a few inputs likewise: drift is measured on them, and nothing is fitted.
         input_size, mean, std: for other pictures: side or (height, width); a number a channel, of values from 0 to 1.
         fold: bake standardized weights in and leave plain torch layers.
@@ -68,18 +68,22 @@ def convert_file(
     asked = Options(calibrate=calibrate, **options)
     target = to if isinstance(to, Target) else parse_target(to, asked.recurrent)
     check_options(target, asked)
-    out, format = paths.output_and_format(out, path, target.name, format)
+    output, format = paths.output_and_format(out, path, target.name, format)
     load = partial(load_line, path, model=model, model_args=model_args, key=key, trust=trust, allow=allow)
-    outputs = Outputs(str(path), None if dry_run else out, format, tuple(map(Path, reports)), overwrite, command, load)
-    _check_paths(path, outputs, (model, calibrate, examples))
+    outputs = Outputs(
+        str(path), None if dry_run else output, format, tuple(map(Path, reports)), overwrite, command, load
+    )
     given = data.Given(calibrate, examples, (path, model), weights, input_size, mean, std)
     run_on = input_shape, example_inputs, None if examples is None else (examples, ""), parse_device(device)
     request = FileRequest(target, asked, model, model_args or {}, eps, *run_on, fold, progress)
-    with steady_files(path, calibrate, examples) as check_inputs:
+    with ExitStack() as stack:
+        stack.enter_context(paths.folder_made(out))
+        _check_paths(path, outputs, (model, calibrate, examples))
+        check_inputs = stack.enter_context(steady_files(path, calibrate, examples))
         progress(f"reading {path}")
         found = inputs.read_input(
             path, model=model, key=key, weights=weights, model_args=request.model_args,
-            trust=trust, allow=allow, scratch=None if dry_run else out.resolve().parent
+            trust=trust, allow=allow, scratch=None if dry_run else output.resolve().parent
         )  # fmt: skip
         _check_kind(found, outputs)
         with inputs.errors_name(path):

@@ -11,6 +11,7 @@ from torch import nn
 
 from normswap.checkpoints import contents, mapped_memory, reading, state_keys, stored_recipes, writing
 from normswap.checkpoints.checkpoint import RECIPE, Checkpoint
+from normswap.checkpoints.own_classes import own_classes
 from normswap.checkpoints.steady_files import steady_files
 from normswap.errors import FileError, OptionError
 from normswap.files import inputs, model_for_state, model_specs, paths, recipe
@@ -44,7 +45,8 @@ def load(
         key: which entry of a training checkpoint is the model, where it has none of the usual names.
         trust: run whatever code the file holds.
         allow: other classes that the file may hold: themselves, full names (`package.module.Class`), or patterns
-            (`package.models.*`), which stand for modules and plain data alone.
+            (`package.models.*`), which stand for modules and plain data alone. Where the file turns out to hold tensors
+            alone, the one class of a module among them makes the model.
 
     Raises:
         FileError: no such file, a broken one, or one whose tensors or recipe do not fit the model.
@@ -79,6 +81,8 @@ def _loaded(
         stored_recipes.keep_in_state_dicts(value)
         mapped_memory.hold(value)  # its file may be written anew while it trains
         return value
+    if model is None and model_for_state.spec_of_recipe(value) is None:
+        model = _only_module(allow)
     source, arguments = model_for_state.find_source(value, model, model_args, path)
     try:
         with inputs.errors_name(path):
@@ -95,13 +99,23 @@ def _loaded(
     return filled[0][1]
 
 
+def _only_module(allow: Iterable[str | type]) -> type[nn.Module] | None:
+    """The one class of a module that is allowed; None where there are none or several."""
+    modules = [entry for entry in allow if isinstance(entry, type) and issubclass(entry, nn.Module)]
+    return modules[0] if len(modules) == 1 else None
+
+
 def save(
     model: nn.Module, path: str | os.PathLike[str], *, report: Report | None = None, overwrite: bool = False
 ) -> Path:
     """Save `model`, converted or not, and return where.
 
+    A whole module is written where `load` reads it without being told more. One with classes of your own is written as
+    its state dict, which `load(path, model=make_model)` reads and which outlives changes of your code; so is every
+    model where `path` ends in `.safetensors`. `torch.save(model, path)` writes any model whole.
+
     Args:
-        model: saved whole, or as its state dict where `path` ends in `.safetensors`.
+        model: is left as it was.
         path: the file.
         report: of the conversion, where the model does not hold its recipe; it goes into the file, as the attribute
             `normswap_recipe` of the model there.
@@ -115,11 +129,12 @@ def save(
     format = paths.format_by_ending(path)
     writing.check_format(path, format, overwrite)
     with _as_written(model, report):
-        own_layers = any(type(module).__module__.startswith("normswap.layers") for module in model.modules())
-        if format == "safetensors" and own_layers and stored_recipes.stored_recipe(model) is None:
+        whole = format != "safetensors" and not own_classes(model)
+        swapped = any(type(module).__module__.startswith("normswap.layers") for module in model.modules())
+        if not whole and swapped and stored_recipes.stored_recipe(model) is None:
             notice = f"{path}: holds no recipe, so that load cannot repeat the conversion; give report="
             warnings.warn(printable(notice), stacklevel=2)
-        content = recipe.state_dict_with_recipe(model) if format == "safetensors" else model
+        content = model if whole else recipe.state_dict_with_recipe(model)
         return writing.write_checkpoint(Checkpoint(path, "pt", content), path, format, overwrite=overwrite)
 
 

@@ -1,14 +1,14 @@
 """Where a converted model goes and in which format, and that no output is in the way of another path."""
 
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import combinations
 from pathlib import Path
 
 from normswap.checkpoints import reading
 from normswap.checkpoints.checkpoint import INDEX_ENDING
-from normswap.errors import FileError, OptionError
+from normswap.errors import FileError, OptionError, path_error
 from normswap.files import model_specs
 
 
@@ -56,6 +56,23 @@ def output_of(
     is_one_file = not folder_is_read if format is None else format != "dcp"
     into = text.endswith(("/", os.sep)) or (is_one_file and os.path.isdir(text))
     return Path(text, default.name) if into and not reading.is_distributed(Path(text)) else Path(text)
+
+
+@contextmanager
+def folder_made(out: str | os.PathLike[str] | None) -> Iterator[None]:
+    """The folder that `out` names with a slash at its end is made where it is missing, and goes if it stays empty."""
+    missing = out is not None and os.fspath(out).endswith(("/", os.sep)) and not os.path.lexists(out)
+    if missing:
+        try:
+            os.mkdir(out)  # type: ignore[arg-type]
+        except (OSError, ValueError) as error:
+            raise path_error(out, error) from None  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if missing:
+            with suppress(OSError):
+                os.rmdir(out)  # type: ignore[arg-type]
 
 
 def format_by_ending(out: Path) -> str | None:

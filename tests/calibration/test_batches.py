@@ -66,6 +66,12 @@ def one_of_each_part(found: list[int], size: int, count: int) -> bool:
 # ---- folders of pictures ----
 
 
+def test_one_picture_is_a_batch_of_one(folder: Path) -> None:
+    path = next(path for path in sorted(folder.rglob("*")) if path.suffix == ".png")
+    (one,) = read_samples(path, input_size=32)
+    torch.testing.assert_close(one, read_samples(path.parent, input_size=32)[0][:1])
+
+
 def test_all_pictures_in_batches(folder: Path) -> None:
     read = raw(folder, batch=8)
     assert [x.shape for x in read] == [(8, 3, 4, 4)] * 2 + [(7, 3, 4, 4)] * 2

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 import normswap
-from normswap import FileError, UnsafeFileError
+from normswap import FileError, NormswapError, UnsafeFileError
 from normswap.checkpoints.checkpoint import RECIPE
 from normswap.files import inspect_file, model_specs
 
@@ -108,12 +108,58 @@ def test_a_failed_write_leaves_the_old_file(saved: Path, monkeypatch: pytest.Mon
     assert listing(saved.parent) == before
 
 
-@pytest.mark.parametrize("out", ["none/out.pt", "none/", "model.pt/out.pt", "out.onnx"])
+@pytest.mark.parametrize("out", ["none/out.pt", "none/none/", "model.pt/out.pt", "out.onnx"])
 def test_outputs_that_cannot_be_written(saved: Path, out: str) -> None:
     before = listing(saved.parent)
-    with pytest.raises(FileError, match="does not exist|not written as"):
+    with pytest.raises(FileError, match="does not exist|not written as|No such file"):
         normswap.convert_file(saved, "gn", f"{saved.parent}/{out}")
     assert listing(saved.parent) == before
+
+
+def test_a_new_folder_is_made_for_what_comes_into_it(saved: Path) -> None:
+    before = listing(saved.parent)
+    with pytest.raises(NormswapError):
+        normswap.convert_file(saved, "gn", f"{saved.parent}/new/", key="none")
+    normswap.convert_file(saved, "gn", f"{saved.parent}/new/", dry_run=True)
+    assert listing(saved.parent) == before
+    normswap.convert_file(saved, "gn", f"{saved.parent}/new/")
+    assert isinstance(normswap.load(saved.parent / "new" / "model.gn.pt").bn1, nn.GroupNorm)
+
+
+class Own(nn.Module):
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x))
+
+
+class Settings:
+    """Of no module, and no plain data either."""
+
+
+def test_a_model_of_ones_own_class_is_saved_as_its_state_dict(tmp_path: Path) -> None:
+    net, report = normswap.convert(randomize(Own()), "gn-ws")
+    path, x = normswap.save(net, tmp_path / "own.pt", report=report), torch.randn(2, 3, 8, 8)
+    assert isinstance(torch.load(path, weights_only=True), dict)
+    for options in ({"model": Own}, {"model": lambda: Own()}, {"allow": [Own]}):
+        assert torch.equal(normswap.load(path, **options)(x), net(x))
+    with pytest.raises(FileError, match="without their model"):
+        normswap.load(path)
+    with pytest.raises(FileError, match="without their model"):
+        normswap.load(path, allow=[Own, nn.Linear])  # which of the two?
+    wide = normswap.save(normswap.convert(Own(16), "gn").model, tmp_path / "wide.pt")
+    assert normswap.load(wide, allow=[Own], model_args={"channels": 16}).norm.num_channels == 16
+
+
+def test_a_model_that_holds_an_object_of_ones_own_class_is_saved_as_its_state_dict(tmp_path: Path) -> None:
+    model = resnet()
+    whole = normswap.save(model, tmp_path / "whole.pt")
+    assert type(normswap.load(whole)) is type(model)
+    model.settings = Settings()
+    tensors = normswap.save(model, tmp_path / "tensors.pt")
+    torch.testing.assert_close(normswap.load(tensors, model=resnet).state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("slash", ["/", ""])

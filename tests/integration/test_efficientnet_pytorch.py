@@ -62,12 +62,14 @@ def test_training_and_files(tmp_path: Path) -> None:
     assert all(p.grad is not None for p in converted.parameters())
     optimizer.step()
     wanted = converted.eval()(x)
-    normswap.save(converted, tmp_path / "whole.pt", report=report)
-    normswap.save(converted, tmp_path / "tensors.safetensors", report=report)
+    torch.save(converted, tmp_path / "whole.pt")
+    for name in ("tensors.pt", "tensors.safetensors"):
+        normswap.save(converted, tmp_path / name, report=report)
     with pytest.raises(normswap.UnsafeFileError, match="efficientnet_pytorch"):
         normswap.load(tmp_path / "whole.pt")
     for loaded in (
         normswap.load(tmp_path / "whole.pt", trust=True),
+        normswap.load(tmp_path / "tensors.pt", model=lambda: by_itself().float()),
         normswap.load(tmp_path / "tensors.safetensors", model=lambda: by_itself().float()),
     ):
         assert distance(wanted, loaded.eval()(x)) < 1e-5
