@@ -72,9 +72,9 @@ def read_samples(
 ) -> Batches:
     """Input batches from pictures or a file of tensors, the same ones each time, floats as float32.
 
-    A picture, or a folder: every picture below it, in RGB, prepared as torchvision or timm prepares them for the model
-    that `spec` names (`weights` picks which of torchvision's or timm's recipes); `input_size`, `mean` and `std` win over
-    the recipe. Without one, pictures are resized to cover `input_size`/0.875 and cropped, and ImageNet's mean and std are
+    A picture, or a folder: every picture below it, in RGB, prepared as torchvision or timm prepares them for the
+    model that `spec` names (`weights` picks which of their recipes); `input_size`, `mean` and `std` win over the
+    recipe. Without one, pictures are resized to cover `input_size`/0.875 and cropped, and ImageNet's mean and std are
     the defaults. Nothing is downloaded.
 
     What a file of tensors may hold: see the top of this module.
