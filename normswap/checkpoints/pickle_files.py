@@ -231,8 +231,8 @@ class _Clipped:
     def read(self, size: int) -> bytes:
         return cast(bytes, self.file.read(min(size, self._size - self.file.tell())))
 
-    def readinto(self, buffer: Any) -> int:
-        return cast(int, self.file.readinto(buffer))
-
     def readline(self) -> bytes:
         return cast(bytes, self.file.readline())
+
+    def seek(self, offset: int, whence: int) -> int:
+        return cast(int, self.file.seek(offset, whence))

@@ -1,6 +1,7 @@
 """Reads pickles by a table of what they may do, and bounds what they make by the size of their file."""
 
 import _compat_pickle
+import os
 import pickle
 import pickletools
 from collections import deque
@@ -26,7 +27,12 @@ _OPCODES = (
 )  # fmt: skip
 """What Python's own reader does, as do those in `load`: it moves what is on the stack, or makes of bytes in the file
 what is no larger."""
-_uint32 = Struct("<I").unpack
+_uint32 = Struct("<I").unpack_from
+_BLOCK = 1 << 16  # bytes that are read at once
+_LONGEST = 5  # bytes of the longest instruction that `load` takes from the block itself
+_STOP, _BINGET, _LONG_BINPUT, _EMPTY_TUPLE, _BININT1 = (
+    code[0] for code in (pickle.STOP, pickle.BINGET, pickle.LONG_BINPUT, pickle.EMPTY_TUPLE, pickle.BININT1)
+)
 _EMPTY = 24  # bytes that an empty container counts: it takes one of the file, and more than three with its place
 _MOST_NAMES, _MOST_LOOKED_AT = 1000, 1_000_000  # that a message can name; instructions that are searched for them
 
@@ -42,7 +48,8 @@ class Unpickler(pickle._Unpickler):
     takes memory for whatever number a memo entry claims.
 
     Args:
-        stream: the pickle; it reads no more than there is, whatever number of bytes is asked for.
+        stream: begins with the pickle, and stands behind it in the end; it reads no more than there is, whatever number
+            of bytes is asked for.
         claims: what the objects of the file may take together.
         row_of: the row of a full name; None where the name is not allowed.
         load_storage: the storage of a persistent id; None: the pickle may have none.
@@ -53,7 +60,7 @@ class Unpickler(pickle._Unpickler):
     memo: dict[int, Any]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
-    dispatch: ClassVar[dict[Any, Any]] = {code: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES}
+    dispatch: ClassVar[dict[int, Any]] = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES}
 
     def __init__(
         self,
@@ -63,7 +70,7 @@ class Unpickler(pickle._Unpickler):
         load_storage: Callable[[Any], Any] | None = None,
     ):
         super().__init__(stream, encoding="utf-8")
-        self.read, self.readline = stream.read, stream.readline
+        self.stream, self.block, self.at = stream, b"", 0  # what is read of it at once, and the next byte of that
         self.claims, self.row_of, self.load_storage = claims, row_of, load_storage
         self.rows: dict[int, Row] = {}  # by the id of each object that was named, which `named` keeps alive
         self.named: dict[str, Any] = {}
@@ -72,21 +79,57 @@ class Unpickler(pickle._Unpickler):
         """The object. As in the class above, with the commonest instructions at hand."""
         self.metastack, self.stack = [], []
         self.append = self.stack.append
-        read, memo, dispatch = self.read, self.memo, self.dispatch
-        while (code := read(1)) != pickle.STOP:
-            if code == pickle.BINGET:
-                self.append(memo[read(1)[0]])
-            elif code == pickle.LONG_BINPUT:
-                memo[_uint32(read(4))[0]] = self.stack[-1]
-            elif code == pickle.EMPTY_TUPLE:
-                self.append(())
-            elif code == pickle.BININT1:
-                self.append(read(1)[0])
-            elif not code:
-                raise EOFError("the pickle has no end")
+        memo, dispatch = self.memo, self.dispatch
+        block, at, stack = self.block, self.at, self.stack
+        last = -1  # where such an instruction may begin
+        while True:
+            if at > last:
+                block, at = self._next_block(at)
+                last = len(block) - _LONGEST
+            code = block[at]
+            if code == _BINGET:
+                stack.append(memo[block[at + 1]])
+                at += 2
+            elif code == _LONG_BINPUT:
+                memo[_uint32(block, at + 1)[0]] = stack[-1]
+                at += 5
+            elif code == _EMPTY_TUPLE:
+                stack.append(())
+                at += 1
+            elif code == _BININT1:
+                stack.append(block[at + 1])
+                at += 2
+            elif code == _STOP:
+                break
             else:
+                self.block, self.at = block, at + 1
                 dispatch[code](self)
-        return self.stack.pop()
+                block, at, stack = self.block, self.at, self.stack
+                last = len(block) - _LONGEST
+        self.stream.seek(at + 1 - len(block), os.SEEK_CUR)
+        return stack.pop()
+
+    def _next_block(self, at: int) -> tuple[bytes, int]:
+        """What is left of the block from `at` on, and more of the stream, where there is any; and where to go on."""
+        self.block, self.at = self.block[at:] + self.stream.read(_BLOCK), 0
+        if not self.block:
+            raise EOFError("the pickle has no end")
+        return self.block, self.at
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes of the stream, or as many as there are."""
+        start, self.at = self.at, self.at + size
+        if self.at <= len(self.block):
+            return self.block[start : self.at]
+        left, self.block, self.at = self.block[start:], b"", 0
+        return left + self.stream.read(size - len(left))
+
+    def readline(self) -> bytes:
+        """The rest of the stream's line, with the end of that where there is one."""
+        end = self.block.find(b"\n", self.at) + 1
+        if end:
+            return self.read(end - self.at)
+        return self.read(len(self.block) - self.at) + self.stream.readline()
 
     def load_frame(self) -> None:
         """How much of the pickle to read at once: nothing here asks for that."""
@@ -201,20 +244,21 @@ class Unpickler(pickle._Unpickler):
 
     def load_frozenset(self) -> None:
         """A frozenset of what is above the mark."""
-        self.append(frozen_set(self.claims, self.pop_mark()))
+        items = self.pop_mark()
+        self.append(frozen_set(self.claims, items))
 
     def load_global(self) -> None:
         """What is named on two lines."""
         module, name = (self.readline()[:-1].decode() for _ in range(2))
         self.append(self.find_class(module, name))
 
-    dispatch |= {
-        pickle.FRAME: load_frame, pickle.REDUCE: load_reduce, pickle.NEWOBJ: load_newobj, pickle.BUILD: load_build,
-        pickle.SETITEM: load_setitem, pickle.SETITEMS: load_setitems, pickle.APPEND: load_append,
-        pickle.APPENDS: load_appends, pickle.ADDITEMS: load_appends, pickle.EMPTY_LIST: load_empty_list,
-        pickle.EMPTY_DICT: load_empty_dictionary, pickle.EMPTY_SET: load_empty_set,
-        pickle.FROZENSET: load_frozenset, pickle.GLOBAL: load_global,
-    }  # fmt: skip
+    dispatch |= {code[0]: load for code, load in (
+        (pickle.FRAME, load_frame), (pickle.REDUCE, load_reduce), (pickle.NEWOBJ, load_newobj),
+        (pickle.BUILD, load_build), (pickle.SETITEM, load_setitem), (pickle.SETITEMS, load_setitems),
+        (pickle.APPEND, load_append), (pickle.APPENDS, load_appends), (pickle.ADDITEMS, load_appends),
+        (pickle.EMPTY_LIST, load_empty_list), (pickle.EMPTY_DICT, load_empty_dictionary),
+        (pickle.EMPTY_SET, load_empty_set), (pickle.FROZENSET, load_frozenset), (pickle.GLOBAL, load_global),
+    )}  # fmt: skip
 
 
 def _full_name(module: str, name: str) -> str:
