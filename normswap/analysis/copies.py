@@ -9,7 +9,7 @@ import copy
 import copyreg
 import types
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -25,9 +25,10 @@ MODULE_STATE = frozenset(vars(nn.Module()))
 """The attributes that torch gives every module."""
 _HOOKS = frozenset(name for name in MODULE_STATE if "_hooks" in name)
 _CONTAINERS = frozenset((dict, list, set, OrderedDict))
-_ATOMS = frozenset(
+ATOMS = frozenset(
     (bool, int, float, complex, str, bytes, type, types.FunctionType, types.BuiltinFunctionType, type(None))
 )
+"""The classes of what holds nothing that a run could change."""
 
 
 def clone(model: nn.Module) -> nn.Module:
@@ -106,13 +107,16 @@ def skeleton(model: nn.Module) -> nn.Module:
     memo = _handles(modules)
     copies = _empty(modules, memo)
     for module, copied in zip(modules, copies, strict=True):
+        held = vars(copied)
         for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers"):
-                vars(copied)[name] = dict(value)
+            if name in _HOOKS:
+                held[name] = OrderedDict()
+            elif name in ("_parameters", "_buffers"):
+                held[name] = dict(value)
             elif name == "_modules":
-                vars(copied)[name] = {key: None if child is None else memo[id(child)] for key, child in value.items()}
+                held[name] = {key: None if child is None else memo[id(child)] for key, child in value.items()}
             else:
-                vars(copied)[name] = OrderedDict() if name in _HOOKS else _copied(value, memo)
+                held[name] = _copied(value, memo)
         if normalized := normalized_by_torch(module):
             plain = without_normalization(module)
             copied.__class__ = type(plain)
@@ -124,9 +128,8 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def attributes_restored(module: nn.Module) -> Iterator[None]:
-    """Attributes of all modules, and containers in their classes, as they were: a symbolic run leaves values behind."""
-    modules = list(module.modules())
+def attributes_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Attributes of `modules`, and containers in their classes, as they were: a symbolic run leaves values behind."""
     states = [_state(m) for m in modules]
     classes = {cls for m in modules for cls in type(m).__mro__ if not cls.__module__.startswith("torch.")}
     shared = [(v, copy.copy(v)) for cls in classes for v in vars(cls).values() if type(v) in (dict, list, set)]
@@ -165,12 +168,12 @@ def _handles(modules: Iterable[nn.Module]) -> dict[int, Any]:
     """The memo with which the attributes of `modules` can be copied."""
     memo: dict[int, Any] = {}
     for module in modules:
-        group = getattr(module, "process_group", None)
+        group = vars(module).get("process_group")
         if group is not None:
             memo[id(group)] = group
         for value in vars(module).values():
             kind = type(value)
-            if kind in _ATOMS or kind is OrderedDict:
+            if kind in ATOMS or kind is OrderedDict:
                 continue
             inner = value.values() if kind is dict else value if kind in (list, tuple) else (value,)
             for tensor in inner:
@@ -206,7 +209,7 @@ def _copies_by_attribute(cls: type[nn.Module]) -> bool:
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """What `copy.deepcopy` gives, which takes its time to find out that there is nothing to do."""
     kind = type(value)
-    if kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value))):
+    if kind in ATOMS or (kind is tuple and ATOMS.issuperset(map(type, value))):
         return value
     if kind not in _CONTAINERS or value:
         return copy.deepcopy(value, memo)

@@ -35,9 +35,10 @@ def _own_method(module: nn.Module, base: type[nn.Module]) -> str:
     """The first method by which a module may run otherwise than its base; "": it has none."""
     cls = type(module)
     for method in ("__call__", "_call_impl", "forward", "_conv_forward"):
+        if method in vars(module):
+            return method
         own = getattr(cls, method, None) is not getattr(base, method, None)
-        known = method == "forward" and (cls in known_forwards() or is_form(cls))
-        if method in vars(module) or (own and not known):
+        if own and not (method == "forward" and (cls in known_forwards() or is_form(cls))):
             return method
     return ""
 

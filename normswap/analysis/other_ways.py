@@ -25,8 +25,10 @@ def told_apart(model: nn.Module, flow: Flow, sites: Sequence[Site], new: Mapping
         sites: its norms and weight layers.
         new: what each of some sites would become.
     """
+    if not flow.words:
+        return frozenset()
     others = {site: module for site, module in new.items() if type(module) is not type(site.module)}
-    if not others or not flow.words:
+    if not others:
         return frozenset()
     bones, others = skeleton(model), {site: skeleton(module) for site, module in others.items()}
     apart = {path for site in sites for path in site.paths} | hooked_paths(model)

@@ -1,5 +1,6 @@
 """Read-only: which norms and weights a model has, and under which names."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from normswap.analysis import known_norms
 from normswap.analysis.copies import MODULE_STATE
 from normswap.analysis.holders import only_called
 from normswap.analysis.obstacles import obstacle_of
-from normswap.layers.matching import widen
+from normswap.analysis.statistics import extremes
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS, PLAIN
@@ -43,7 +44,7 @@ class Site:
     obstacle: str = ""
     """Why it must not be touched; "": it may be."""
 
-    @property
+    @cached_property
     def path(self) -> str:
         """The first path, by which the site is named."""
         return self.paths[0]
@@ -116,10 +117,10 @@ class Site:
             return "has tensors of different sizes"
         if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.is_meta:
             return ""
-        wide = widen(var)
-        if not (widen(mean).isfinite().all() and wide.isfinite().all()):
+        least, greatest = extremes(var)
+        if not all(map(math.isfinite, (*extremes(mean), least, greatest))):
             return "has running statistics that are not finite"
-        return "has a negative running variance" if (wide < 0).any() else ""
+        return "has a negative running variance" if least < 0 else ""
 
     @property
     def groups(self) -> int | None:
@@ -206,7 +207,8 @@ def _held_fast(site: Site) -> Iterator[nn.Module]:
 
 def hidden_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that stand in plain attributes, lists, tuples or dicts, where torch does not see them."""
-    registered = {id(module) for module in model.modules()}
+    named = list(model.named_modules())
+    registered = {id(module) for _, module in named}
 
     def search(path: str, value: Any, depth: int) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(value, nn.Module):
@@ -215,9 +217,10 @@ def hidden_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield path, value
         elif depth and isinstance(value, _CONTAINERS):
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                yield from search(f"{path}[{key!r}]", item, depth - 1)
+                if isinstance(item, _HOLDING):
+                    yield from search(f"{path}[{key!r}]", item, depth - 1)
 
-    for path, module in model.named_modules():
+    for path, module in named:
         for name, value in vars(module).items():
             if name not in MODULE_STATE and isinstance(value, _HOLDING):
                 yield from search(f"{path}.{name}".lstrip("."), value, 2)

@@ -80,10 +80,10 @@ def _exchange(stack: ExitStack, owner: Any, name: str, stand_in: Any) -> None:
 
 def _watching_isinstance(asked_type: Callable[[fx.Proxy, Any], None]) -> Callable[[Any, Any], bool]:
     """`isinstance` that tells of symbolic values: they are no tensors, so its answer misleads a forward."""
-    real, here = builtins.isinstance, threading.get_ident()
+    real, symbolic, here = builtins.isinstance, fx.Proxy, threading.get_ident()
 
     def watched(value: Any, kinds: Any) -> bool:
-        if real(value, fx.Proxy) and threading.get_ident() == here:
+        if real(value, symbolic) and threading.get_ident() == here:
             asking = sys._getframe(1)
             # torch's own functions ask in order to hand symbolic values on; `is_tensor` asks for the forward's sake.
             known = asking.f_code.co_filename.startswith(_TORCH) and asking.f_code.co_name != "is_tensor"

@@ -1,5 +1,7 @@
 """The state of a norm's running statistics: healthy, never trained, dead channels, or broken."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -16,16 +18,25 @@ def statistics_of(norm: nn.Module) -> str:
         return ""
     if not has_plain_values(mean) or not has_plain_values(var):
         return "without values" if mean.is_meta or var.is_meta else "without plain values"
-    mean, var = widen(mean), widen(var)
-    if not (mean.isfinite().all() and var.isfinite().all()):
+    least, greatest = extremes(var)
+    if not all(map(math.isfinite, (*extremes(mean), least, greatest))):
         return "not finite"
-    if (var < 0).any():
+    if least < 0:
         return "negative variance"
     if is_untrained(norm):
         return "never trained"
     eps = eps_of(norm) if isinstance(getattr(norm, "eps", 0), int | float) else 0.0  # a file may hold anything
-    dead = int((var < _DEAD * eps).sum())
+    dead = int((widen(var) < _DEAD * eps).sum()) if least < _DEAD * eps else 0
     return f"{dead} dead channel{'s' * (dead != 1)}" if dead else "healthy"
+
+
+def extremes(tensor: Tensor) -> tuple[float, float]:
+    """The least and the greatest element of a tensor: NaN where one is; 0 where it has none."""
+    if not tensor.numel():
+        return 0.0, 0.0
+    # Not all dtypes can be compared, but widening takes as long as the rest.
+    least, greatest = torch.aminmax(tensor.detach() if tensor.dtype is torch.float32 else widen(tensor))
+    return float(least), float(greatest)
 
 
 def is_untrained(norm: nn.Module) -> bool:

@@ -29,19 +29,25 @@ class TracedPart(NamedTuple):
 
     def site(self, path: str) -> Site | None:
         """The site at a path below the module."""
-        return self.sites.get(f"{self.path}.{path}".strip("."))
+        return self.sites.get(self._in_model(path))
 
     def site_of(self, node: fx.Node) -> Site | None:
         """The site whose own work a node is: a module that runs nothing behind that, or the call in one that does."""
-        if self.is_own_call(node):
-            return self.site("")
-        return self.site(str(node.target)) if node.op == "call_module" and not self.norms_in(node) else None
+        if node.op == "call_module":
+            path = self._in_model(str(node.target))
+            return None if path in self.holders else self.sites.get(path)
+        return self.site("") if self.is_own_call(node) else None
 
     def norms_in(self, node: fx.Node) -> frozenset[str]:
         """The norms that run in a call of the layer that holds them."""
-        path = f"{self.path}.{node.target}".strip(".")
-        return self.holders.get(path, frozenset()) if node.op == "call_module" else frozenset()
+        if node.op != "call_module" or not self.holders:
+            return frozenset()
+        return self.holders.get(self._in_model(str(node.target)), frozenset())
 
     def is_own_call(self, node: fx.Node) -> bool:
         """Whether a node is the convolution or linear map of a layer that is traced since it holds norms."""
         return self.path in self.holders and node.target is operations.function_of(self.modules[""])
+
+    def _in_model(self, path: str) -> str:
+        """The path in the model of what stands at a path below the module."""
+        return f"{self.path}.{path}".strip(".") if self.path else path

@@ -11,12 +11,12 @@ import itertools
 import re
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from normswap.analysis.copies import MODULE_STATE, attributes_restored
+from normswap.analysis.copies import ATOMS, MODULE_STATE, attributes_restored
 from normswap.analysis.stand_ins import ModeWatch, standing_in
 from normswap.analysis.tracer import WRONG_WAY, BranchPoint, BranchTracer
 from normswap.layers.reparametrized import normalize_weight
@@ -58,7 +58,7 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Traced:
     """
     runs = _Runs(module, is_leaf)
     calls = _calls(module)
-    for number, (modes, call) in enumerate(itertools.product(_modes(module), calls)):
+    for number, (modes, call) in enumerate(itertools.product(_modes(runs.modules), calls)):
         if number >= len(calls) and not runs.mode.asked:
             break  # in any other mode the runs would be the same
         runs.follow_branches(modes, call)
@@ -117,9 +117,8 @@ def _calls(module: nn.Module) -> list[_Call]:
     return [*calls, _Call({**fixed, **settings[0]}, False)] if absent else calls
 
 
-def _modes(module: nn.Module) -> list[list[bool]]:
+def _modes(modules: Sequence[nn.Module]) -> list[list[bool]]:
     """`training` of each module: in train mode, in eval mode, and as they are where they differ."""
-    modules = list(module.modules())
     own = [m.training for m in modules]
     return [[mode] * len(modules) for mode in (True, False)] + ([own] if len(set(own)) > 1 else [])
 
@@ -128,12 +127,12 @@ class _Runs:
     """Runs of one forward, and what they have found so far."""
 
     def __init__(self, module: nn.Module, is_leaf: Callable[[nn.Module], bool]):
-        self.module, self.is_leaf = module, is_leaf
+        self.module, self.modules, self.is_leaf = module, list(module.modules()), is_leaf
         self.mode = ModeWatch()
         self.graphs: list[TracedGraph] = []
         self.problem = ""  # the first reason why the graphs may not be all, if not a later one that weighs more
         self.nodes = 0  # of all runs
-        self.most_nodes = _NODES + _NODES_A_MODULE * sum(1 for _ in module.modules())
+        self.most_nodes = _NODES + _NODES_A_MODULE * len(self.modules)
         self.failures: Counter[Any] = Counter()  # by the lines of code that led to the error
 
     def follow_branches(self, modes: list[bool], call: _Call) -> None:
@@ -167,11 +166,12 @@ class _Runs:
         """One run, and the decisions at the branches on its way, in order: those that it is `told` come first."""
         tracer = BranchTracer(self.is_leaf, told)
         try:
-            with attributes_restored(self.module), standing_in(self.mode, tracer.asked_type):
-                for m, mode in zip(self.module.modules(), modes, strict=True):
-                    m.__dict__["training"] = mode  # not train(): some exchange weights in it
-                graph = tracer.trace(self.module, concrete_args=dict(call.arguments))
-                self.graphs.append(TracedGraph(graph, _left_behind(self.module, graph), any(modes)))
+            with attributes_restored(self.modules):
+                with standing_in(self.mode, tracer.asked_type):
+                    for m, mode in zip(self.modules, modes, strict=True):
+                        m.__dict__["training"] = mode  # not train(): some exchange weights in it
+                    graph = tracer.trace(self.module, concrete_args=dict(call.arguments))
+                self.graphs.append(TracedGraph(graph, _left_behind(self.module.modules(), graph), any(modes)))
             self.problem = self.problem or tracer.inexact
         except Exception as error:  # a forward is anybody's code: whatever it raises means "not traceable"
             where = tuple((f.f_code, line) for f, line in traceback.walk_tb(error.__traceback__))
@@ -182,10 +182,12 @@ class _Runs:
         return tracer.decisions
 
 
-def _left_behind(module: nn.Module, graph: fx.Graph) -> frozenset[fx.Node]:
-    """Values of `graph` that a run has left in attributes."""
+def _left_behind(modules: Iterable[nn.Module], graph: fx.Graph) -> frozenset[fx.Node]:
+    """Values of `graph` that a run has left in attributes of `modules`."""
     found = set()
-    for value in (value for m in module.modules() for name, value in vars(m).items() if name not in MODULE_STATE):
+    for value in (value for m in modules for name, value in vars(m).items() if name not in MODULE_STATE):
+        if type(value) in ATOMS:
+            continue
         values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
         found |= {v.node for v in values if isinstance(v, fx.Proxy) and v.node.graph is graph}
     return frozenset(found)

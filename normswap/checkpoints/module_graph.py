@@ -53,12 +53,13 @@ def why_endless(model: nn.Module) -> str:
         modules[id(module)] = module
         if len(modules) > MOST_MODULES:
             return f"has more than {MOST_MODULES:,} modules"
-    held = {key: [id(m) for m in module._modules.values() if m is not None] for key, module in modules.items()}
+    holders = {key: module for key, module in modules.items() if module._modules}
+    held = {key: [id(m) for m in module._modules.values() if id(m) in holders] for key, module in holders.items()}
     try:
         order = list(TopologicalSorter(held).static_order())  # what is held comes before what holds it
     except CycleError:
         return "has a module that holds itself"
-    reach: dict[int, _Reach] = {}
+    reach = dict.fromkeys(modules, _Reach())
     for key in order:
         reach[key] = _reach_of(modules[key], reach)
         if reach[key].levels > DEEPEST:

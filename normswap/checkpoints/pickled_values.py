@@ -78,7 +78,7 @@ def made_deque(claims: Claims, content: Any = (), longest: Any = None) -> deque[
 def ordered_dict(claims: Claims, *content: Any) -> OrderedDict[Any, Any]:
     """As `collections.OrderedDict`, to which Python 2 gave lists of two."""
     made: OrderedDict[Any, Any] = OrderedDict()
-    for pair in _items(claims, content):
+    for pair in _items(claims, content) if content else ():  # most are empty
         if type(pair) not in (list, tuple) or len(pair) != 2:
             raise refuse("makes an OrderedDict of other than pairs")
         claims.check_key(made, pair[0])

@@ -30,8 +30,9 @@ what is no larger."""
 _uint32 = Struct("<I").unpack_from
 _BLOCK = 1 << 16  # bytes that are read at once
 _LONGEST = 5  # bytes of the longest instruction that `load` takes from the block itself
-_STOP, _BINGET, _LONG_BINPUT, _EMPTY_TUPLE, _BININT1 = (
-    code[0] for code in (pickle.STOP, pickle.BINGET, pickle.LONG_BINPUT, pickle.EMPTY_TUPLE, pickle.BININT1)
+_STOP, _BINGET, _LONG_BINPUT, _EMPTY_TUPLE, _BININT1, _REDUCE = (
+    code[0]
+    for code in (pickle.STOP, pickle.BINGET, pickle.LONG_BINPUT, pickle.EMPTY_TUPLE, pickle.BININT1, pickle.REDUCE)
 )
 _EMPTY = 24  # bytes that an empty container counts: it takes one of the file, and more than three with its place
 _MOST_NAMES, _MOST_LOOKED_AT = 1000, 1_000_000  # that a message can name; instructions that are searched for them
@@ -99,6 +100,9 @@ class Unpickler(pickle._Unpickler):
             elif code == _BININT1:
                 stack.append(block[at + 1])
                 at += 2
+            elif code == _REDUCE:
+                self.load_reduce()
+                at += 1
             elif code == _STOP:
                 break
             else:

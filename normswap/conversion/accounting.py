@@ -51,7 +51,10 @@ def changes_of(swaps: Sequence[Swap], notes: Mapping[Site, str]) -> list[Change]
 
 def count_elements(model: nn.Module) -> tuple[int, int]:
     """How many elements the parameters and the buffers of a model have."""
-    return sum(p.numel() for p in model.parameters()), sum(b.numel() for b in model.buffers())
+    modules = list(model.modules())
+    parameters = {id(p): p.numel() for module in modules for p in module._parameters.values() if p is not None}
+    buffers = {id(b): b.numel() for module in modules for b in module._buffers.values() if b is not None}
+    return sum(parameters.values()), sum(buffers.values())
 
 
 def class_names(model: nn.Module) -> dict[str, str]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from normswap.analysis.noise import guess_inputs
 from normswap.checkpoints import contents, mapped_memory, state_keys, stored_recipes
+from normswap.conversion.accounting import count_elements
 from normswap.conversion.pipeline import Conversion, run
 from normswap.conversion.request import Request
 from normswap.errors import FileError, NormswapError, OptionError, first_line
@@ -187,4 +188,4 @@ def noise_for(model: nn.Module, shape: Sequence[int] | None) -> tuple[Any, str]:
 
 
 def _is_large(model: nn.Module) -> bool:
-    return sum(p.numel() for p in model.parameters()) > _LARGE
+    return count_elements(model)[0] > _LARGE

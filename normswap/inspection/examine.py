@@ -111,7 +111,7 @@ def _facts(sites: Sequence[Site], layers: Sequence[Layer], outcomes: Sequence[Ou
 
 def _describe_layer(site: Site, seen: Mapping[str, Seen], auto_groups: Mapping[str, int]) -> Layer:
     module = site.module
-    gradients = {p.requires_grad for p in module.parameters(recurse=False)}
+    gradients = {p.requires_grad for p in module._parameters.values() if p is not None}
     known = site.base is not None
     groups = site.groups if site.kind == "norm" else getattr(module, "groups", None)
     return Layer(

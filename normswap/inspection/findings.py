@@ -79,8 +79,9 @@ def _dropout(seen: Observations) -> Iterator[Site]:
     kinds = {site.path: site.kind for site in sites}
     for site in sites:
         for source, names in flow.between.get(site.path, set()):
-            pair = {site.kind, kinds.get(source or "", "")} == {"norm", "weight"}
-            if pair and site.layer_kind != "linear" and any("ropout" in name for name in names):
+            dropped = any("ropout" in name for name in names)
+            pair = dropped and {site.kind, kinds.get(source or "", "")} == {"norm", "weight"}
+            if pair and site.layer_kind != "linear":
                 yield site
                 break
 

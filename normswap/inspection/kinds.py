@@ -15,7 +15,7 @@ from normswap.targets.context import Context
 _ATOMS = (int, float, str, bool, type(None))
 _TENSORS = {"_parameters", "_buffers"}
 _SETTINGS = {"training", "_non_persistent_buffers_set", "_is_full_backward_hook"}  # no target asks for them
-
+_PARTS = MODULE_STATE - _TENSORS - _SETTINGS  # hooks and children
 
 Kinds = Mapping[Site, Sequence[Site]]
 """Sites that are alike for a target, by the first of them, which is tried."""
@@ -72,13 +72,16 @@ def _kind_of(site: Site, context: Context) -> Hashable:
     module, flow, path = site.module, context.flow, site.path
     attributes: list[Hashable] = []
     for name, value in vars(module).items():
-        if isinstance(value, _ATOMS):
+        if name in _PARTS:
+            if value:
+                return site
+        elif isinstance(value, _ATOMS):
             attributes.append((name, type(value), value))
         elif name in _TENSORS:
             attributes += [(key, _kind_of_tensor(tensor, context)) for key, tensor in value.items()]
         elif isinstance(value, tuple | list) and all(isinstance(part, int) for part in value):
             attributes.append((name, tuple(value)))
-        elif name not in _SETTINGS and (name not in MODULE_STATE or value):
+        elif name not in _SETTINGS:
             return site
     if site.kind == "weight" and _may_be_constant(site):
         return site

@@ -27,6 +27,8 @@ def normalized_by_torch(layer: nn.Module) -> dict[str, Any]:
 
     None where something else computes tensors of the layer, too.
     """
+    if not layer._forward_pre_hooks and not layer._modules:
+        return {}
     hooks: Iterable[Any] = layer._forward_pre_hooks.values()
     found: dict[str, Any] = {hook.name: hook for hook in hooks if type(hook) in _TENSORS}
     if parametrize.is_parametrized(layer):

@@ -24,8 +24,9 @@ def read(stream: io.BytesIO) -> Any:
 def values() -> list[Any]:
     """Of each kind that has an instruction of its own, some of them met again."""
     shared = ("shared", b"bytes", "é" * 300)
-    return [0, 255, 256, -1, 1 << 40, 0.5, None, True, False, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), shared, [shared],
-            {"key": shared}, {1: 2, 3: 4}, {1, 2}, frozenset({3})]  # fmt: skip
+    numbers = [0, 255, 256, -1, 1 << 40, 0.5, None, True, False]
+    tuples = [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), shared]
+    return [*numbers, *tuples, [shared], {"key": shared}, {1: 2, 3: 4}, {1, 2}, frozenset({3})]
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
