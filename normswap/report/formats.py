@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -50,13 +51,16 @@ def to_json(found: Found, source: str = "") -> str:
     """A report or an inspection as `--json` prints it; `source` is not in it.
 
     Names are the true ones, in ASCII: JSON has escapes of its own for what does not belong on a terminal. A lone
-    surrogate alone is shown as in the other views, since many readers refuse a whole file for one.
+    surrogate alone is shown as in the other views, since many readers refuse a whole file for one. A number that is not
+    finite, which JSON does not have, is null.
     """
-    return json.dumps(_valid(found.to_dict()), indent=2) + "\n"
+    return json.dumps(_valid(found.to_dict()), indent=2, allow_nan=False) + "\n"
 
 
 def _valid(data: Any) -> Any:
-    """`data` with texts that are valid Unicode."""
+    """`data` with texts that are valid Unicode, and finite numbers."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
     if isinstance(data, str):
         return _SURROGATE.sub(lambda found: printable(found[0]), data)
     if isinstance(data, Mapping):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shlex
 import shutil
@@ -430,3 +431,11 @@ def test_the_page_in_a_browser(browser: Any, tmp_path: Path) -> None:
             and (tmp_path / f"{width}.png").stat().st_size > 5000
         )
     assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_numbers_that_are_not_finite_are_null_in_json(value: float) -> None:
+    before, after = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    after.weight.data.fill_(value)
+    (change,) = json.loads(formats.to_json(normswap.diff(before, after)), parse_constant=pytest.fail)["changes"]
+    assert change["paths"] == ["weight"] and change["amount"] is None
