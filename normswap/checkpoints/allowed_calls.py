@@ -74,9 +74,12 @@ def _of_torch() -> Iterator[tuple[str, Row]]:
     for name, maker in tensors.TENSOR_MAKERS.items():
         if hasattr(torch._utils, name):
             yield f"torch._utils.{name}", Row(_TENSOR, getattr(torch._utils, name), call=maker)
-    functions = ("relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid")
+    functions = (
+        "relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "mish", "leaky_relu", "elu",
+        "celu", "selu", "softplus",
+    )  # fmt: skip
     yield from ((f"torch.nn.functional.{f}", Row(_FUNCTION, getattr(nn.functional, f))) for f in functions)
-    yield "torch.sigmoid", Row(_FUNCTION, torch.sigmoid)
+    yield from ((f"torch.{f}", Row(_FUNCTION, getattr(torch, f))) for f in ("sigmoid", "tanh", "relu"))
 
 
 _TORCH: dict[str, Row] = {
@@ -162,11 +165,24 @@ _NUMPY: dict[str, Row] = {
 }  # fmt: skip
 
 _RAFT = "torchvision.models.optical_flow.raft._pass_through_h"
+_TIMM = (
+    "swish",
+    "mish",
+    "sigmoid",
+    "tanh",
+    "hard_swish",
+    "hard_sigmoid",
+    "hard_mish",
+    "gelu",
+    "gelu_tanh",
+    "quick_gelu",
+)
 _DETECTION = ("BoxCoder", "BoxLinearCoder", "Matcher", "SSDMatcher", "BalancedPositiveNegativeSampler")
 _LATER: Mapping[str, tuple[str, bool]] = {
     **{f"torchvision.models.detection._utils.{name}": (_HELPER, True) for name in _DETECTION},
     "torch.nn.utils.weight_norm.WeightNorm": ("is a hook that computes a weight of its module; " + _DATA, True),
     _RAFT: (_FUNCTION, False),
+    **{f"timm.layers.activations.{name}": (_FUNCTION, False) for name in _TIMM},
     "torchvision.ops.boxes.box_iou": (_FUNCTION, False),
     "normswap.checkpoints.stored_recipes.recipe_into_metadata": (
         "is our own hook of `state_dict`, which adds a recipe: named, never called", False,
@@ -179,7 +195,8 @@ TABLE: Mapping[str, Row | tuple[str, bool]] = {**_TORCH, **_PYTHON, **_NUMPY, **
 FAMILIES = (
     "torch.nn.", "torch.ao.", "torchvision.models.", "torchvision.ops.", "timm.models.", "timm.layers.", "normswap.",
 )  # fmt: skip
-"""Beginnings of the names of modules (`nn.Module`), each of which is as `module_row` says."""
+"""Beginnings of the names of modules (`nn.Module`), each of which is as `module_row` says, and of enumerations without
+code of their own, of which a member is looked up."""
 DTYPE_ROW = Row("is of a closed list; its order of bytes is set", numpy.dtype, build=arrays.order_dtype)
 """Of the classes of plain dtypes, which no pickle names: `numpy.dtype` makes their objects."""
 

@@ -74,7 +74,8 @@ def find_row(name: str, allowance: Allowance, path: Path) -> Row | None:
         found = imported(name, path)
         if _is_module(found):
             return module_row(found) if name.startswith(FAMILIES) else _row_allowed_by_name(found)
-        if by_pattern and _is_plain_data(found) and _is_of(found, name.partition(".")[0]):
+        known = by_pattern or isinstance(found, EnumMeta)
+        if known and _is_plain_data(found) and _is_of(found, name.partition(".")[0]):
             return _row_of_plain_data(found)
     return None
 
@@ -97,7 +98,7 @@ def _row_allowed_by_name(found: Any) -> Row:
 def _row_of_plain_data(found: Any) -> Row:
     called = issubclass(found, Enum | set | types.SimpleNamespace)
     return Row(
-        "has no code of its own, in a package that the user allows",
+        "has no code of its own, in a package that the user has or allows",
         found,
         call=partial(objects.called_plain, found) if called else None,
         new=partial(objects.of_plain_base, found),
