@@ -1,15 +1,17 @@
 """Counts and names for the report: what changed, what stayed and why, and how large the model is."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from normswap.analysis.sites import Site
+from normswap.layers.norms import ACTIVATED, PositionNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS, PLAIN
 from normswap.report.report import Change, Left
 from normswap.targets.context import Place, Swap
+from normswap.targets.folding import NO_STATISTICS_TO_FOLD
 from normswap.targets.options import Options
 from normswap.targets.target import FOLD, PLAIN_TARGET, Target
 
@@ -65,24 +67,47 @@ def class_names(model: nn.Module) -> dict[str, str]:
 def is_meant(site: Site, target: Target, options: Options) -> bool:
     """Whether `target`, with the options, is to change such a layer: one that stays is reported as left."""
     if site.kind == "norm":
-        return target.norm is not None
-    if target in (FOLD, PLAIN_TARGET) and (site.base in PLAIN or site.base in LAYER_NORMALIZED.values()):
+        return target.norm is not None and not (folds(target) and stays_in_folding(site, options))
+    if folds(target) and (site.base in PLAIN or site.base in LAYER_NORMALIZED.values()):
         return True
     inside = options.recurrent is not None and site.layer_kind == "rnn"
     return inside or (target.weight is not None and site.layer_kind in options.layers)
 
 
+def folds(target: Target) -> bool:
+    """Whether `target` is `fold`, or its second half alone: plain layers."""
+    return target in (FOLD, PLAIN_TARGET)
+
+
+def stays_in_folding(site: Site, options: Options) -> bool:
+    """Whether a norm is of a kind that is no business of folding: without running statistics by its nature, in torch's
+    own layers or a library's, and without data that would give it some.
+    """
+    own = isinstance(site.module, PositionNorm) or type(site.module) in ACTIVATED.values()  # normswap's
+    has_some = site.is_batch_norm or any(True for _ in site.module.buffers())
+    return site.kind == "norm" and options.calibrate is None and not own and not has_some
+
+
+def why_nothing_to_change(target: Target, sites: Iterable[Site], left: Sequence[Left], options: Options) -> str:
+    """The message where none of `sites` can be changed: why, and which options would change some."""
+    if not folds(target):
+        return why_nothing_to_convert(target, left, options) + unasked_layers(sites, options)
+    stay = [s for s in sites if stays_in_folding(s, options)]
+    without = [Left(path, "norm", site.name, NO_STATISTICS_TO_FOLD) for site in stay for path in site.paths]
+    return why_nothing_to_convert(target, [*left, *without], options)
+
+
 def why_nothing_to_convert(target: Target, left: Sequence[Left], options: Options) -> str:
     """The message where no layer can be changed, with the reasons that most layers have."""
-    if not left and target in (FOLD, PLAIN_TARGET):
-        return "nothing to fold: the model has no normalization and no convolution"
+    if not left and folds(target):
+        return "nothing to fold: the model has no normalization and no standardized or normalized weights"
     if not left:
         return (
             f"nothing to convert to {target.name}: the model has no {' and no '.join(_meant_layers(target, options))}"
         )
     reasons = Counter((entry.module, entry.reason) for entry in left)
     listed = "; ".join(f"{count} {module}: {reason}" for (module, reason), count in reasons.most_common(4))
-    if target in (FOLD, PLAIN_TARGET):
+    if folds(target):
         return f"nothing to fold: {listed}"
     return f"nothing to convert to {target.name}: {listed}"
 
@@ -95,13 +120,13 @@ def _meant_layers(target: Target, options: Options) -> list[str]:
     return [*meant, *(["LSTM or GRU"] if options.recurrent else [])]
 
 
-def unasked_layers(sites: Sequence[Site], layers: Sequence[str], recurrent: str | None) -> str:
+def unasked_layers(sites: Iterable[Site], options: Options) -> str:
     """What a model has that the options leave out, with the options that would change it, each behind a semicolon."""
     has = Counter(site.layer_kind for site in sites if site.kind == "weight")
-    there = [kind for kind in LAYERS if has[kind] and kind not in layers]
+    there = [kind for kind in LAYERS if has[kind] and kind not in options.layers]
     hints = []
     if there:
         hints.append(f"weights of other layers change with --layers {','.join(there)} (layers=)")
-    if has["rnn"] and not recurrent:
+    if has["rnn"] and not options.recurrent:
         hints.append("--recurrent ln (recurrent=) puts layer norms into LSTM and GRU")
     return "".join(f"; {hint}" for hint in hints)

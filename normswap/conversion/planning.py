@@ -9,7 +9,7 @@ from torch import Tensor
 from normswap.analysis.other_ways import told_apart
 from normswap.analysis.sites import Site
 from normswap.analysis.statistics import is_untrained
-from normswap.conversion.accounting import changes_of, is_meant, unasked_layers, why_nothing_to_convert
+from normswap.conversion.accounting import changes_of, folds, is_meant, unasked_layers, why_nothing_to_change
 from normswap.conversion.evidence import Evidence, Survey
 from normswap.conversion.request import Phase, Request
 from normswap.errors import ModelError, OptionError
@@ -21,7 +21,7 @@ from normswap.targets.context import Absorption, Context, Merger, Swap
 from normswap.targets.groups import share_channels
 from normswap.targets.merging import plan_mergers
 from normswap.targets.options import parse_groups
-from normswap.targets.target import FOLD, PLAIN_TARGET, Target, plan_norm, plan_weight
+from normswap.targets.target import PLAIN_TARGET, Target, plan_norm, plan_weight
 from normswap.targets.weights import strict_rescaling
 
 
@@ -80,17 +80,12 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
     meant = {"norm": request.target.norm, "weight": request.target.weight}
     left += [layer for layer in survey.hidden if meant[layer.kind] is not None]
     if not swaps and not request.may_be_idle:
-        unasked = "" if _folds(request.target) else unasked_layers(sites, options.layers, options.recurrent)
-        raise ModelError(why_nothing_to_convert(request.target, left, options) + unasked)
+        raise ModelError(why_nothing_to_change(request.target, sites, left, options))
     _check_groups(request.target, swaps, options.groups)
-    notices = [*survey.notices, *_notices(survey, request, swaps)]
-    if _folds(request.target) and not swaps:
-        notices.append(why_nothing_to_convert(request.target, left, options))
+    notices = [*survey.notices, *_notices(survey, request, swaps, left)]
+    if folds(request.target) and not swaps:
+        notices.append(why_nothing_to_change(request.target, sites, left, options))
     return Plan(swaps, changes, sorted(left, key=lambda entry: entry.path), notices, _is_untrained(survey))
-
-
-def _folds(target: Target) -> bool:
-    return target in (FOLD, PLAIN_TARGET)
 
 
 def plan_sites(
@@ -126,7 +121,8 @@ def plan_sites(
             left += [Left(path, site.kind, site.name, notes.get(site, reason)) for path in site.paths]
     if target.norm is not None:
         unheld = "is a function call that no module holds"
-        left += [Left(where, "norm", name, unheld) for where, name in context.flow.functional.items()]
+        calls = context.flow.functional.items()
+        left += [Left(at, "norm", name, unheld) for at, name in calls if name == "batch_norm" or not folds(target)]
     return swaps, changes_of(swaps, notes), left
 
 
@@ -214,11 +210,12 @@ def _is_untrained(survey: Survey) -> bool:
     return bool(batch_norms) and all(is_untrained(norm) for norm in batch_norms)
 
 
-def _notices(survey: Survey, request: Request, swaps: Sequence[Swap]) -> list[str]:
+def _notices(survey: Survey, request: Request, swaps: Sequence[Swap], left: Sequence[Left]) -> list[str]:
     """What a user should know though it is no error: half of the target found nothing, an option has no effect."""
     target, options, notices = request.target, request.options, []
     kinds = {swap.site.kind for swap in swaps}
-    if target.norm and target is not PLAIN_TARGET and swaps and "norm" not in kinds:
+    lacking = any(entry.kind == "norm" for entry in left) or not folds(target)
+    if target.norm and target is not PLAIN_TARGET and swaps and "norm" not in kinds and lacking:
         notices.append(
             f"no norm was changed: the model has none that {target.norm.name} can replace; see what was left"
         )
@@ -227,7 +224,7 @@ def _notices(survey: Survey, request: Request, swaps: Sequence[Swap]) -> list[st
     if target.weight is None and target is not PLAIN_TARGET and set(options.layers) != {"conv"}:
         notices.append(f"layers={','.join(options.layers)}: {target.name} changes no weights, whatever the layer")
     if target.weight and target is not PLAIN_TARGET and swaps and "weight" not in kinds:
-        unasked = unasked_layers(survey.sites, options.layers, options.recurrent)
+        unasked = unasked_layers(survey.sites, options)
         notices.append(f"no weight was changed{unasked}; see what was left")
     if target.norm and target.norm.over_positions:
         notices += _reaching_along_time(survey, swaps, target.norm.name)

@@ -94,4 +94,8 @@ def _examine_tensors(state: Mapping[str, Any], progress: Progress) -> Inspection
         *(Layer((path,), "norm", "statistics", "", *unknown, why) for path, why in statistics.items()),
         *(Layer((path,), "weight", "convolution", "", *unknown, "") for path in norms_by_keys.convolution_paths(state)),
     ]
-    return replace(norms, model="tensors without their model", layers=(*norms.layers, *layers))
+    parameters, buffers = norms_by_keys.count_elements_by_keys(state)
+    return replace(
+        norms, model="tensors without their model", parameters=parameters, buffers=buffers,
+        layers=(*norms.layers, *layers),
+    )  # fmt: skip

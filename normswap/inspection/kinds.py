@@ -9,7 +9,7 @@ from torch import Tensor
 from normswap.analysis.copies import MODULE_STATE
 from normswap.analysis.sites import Site
 from normswap.analysis.statistics import has_plain_values
-from normswap.layers.reparametrized import as_filters, filter_groups, weight_names
+from normswap.layers.reparametrized import PLAIN, as_filters, filter_groups, weight_names
 from normswap.targets.context import Context
 
 _ATOMS = (int, float, str, bool, type(None))
@@ -45,9 +45,10 @@ def kinds_to_fold(norms: Kinds, weights: Kinds, context: Context) -> Kinds:
     own = {site: first for kinds in (norms, weights) for first, alike in kinds.items() for site in alike}
     pairs = [(site.path, branch.layer) for site in own for branch in flow.parallel(site.path)]
     beside = {path for pair in pairs if pair[0] != pair[1] for path in pair}
-    # What hooks and the like do to a layer cannot be compared: each is the only one of its kind.
+    # What hooks and the like do to a layer cannot be compared: each is the only one of its kind. A weight that is baked
+    # in changes by itself, whether a norm goes into it or not.
     apart = {site for alike in weights.values() for site in alike
-             if len(alike) == 1 or site.obstacle or site.path in beside}  # fmt: skip
+             if len(alike) == 1 or site.obstacle or site.base in PLAIN or site.path in beside}  # fmt: skip
 
     def kind_with_neighbours(norm: Site) -> Hashable:
         paths, why = flow.feeders(norm.path)

@@ -25,14 +25,14 @@ from normswap.targets.parameters import is_trained, read_statistics
 
 AS_BATCH_NORM = (*(cls.__name__ for cls in BATCH_NORM_BY_DIMS.values()), nn.SyncBatchNorm.__name__)
 """How a report begins that tells of a norm which found no layer to go into, and became torch's."""
-NO_STATISTICS = "has no running statistics: they need data (calibrate)"
+NO_STATISTICS_TO_FOLD = "has no running statistics, which are what can go into a layer"
 
 
 def to_folded(site: Site, context: Context) -> Swap | str:
     """No norm, or why it stays: `torch.nn.Identity` is left in its place."""
     stats = read_statistics(site, context)
     if stats is None:
-        return NO_STATISTICS
+        return NO_STATISTICS_TO_FOLD
     recorded = context.recorded_changes.get(site.path, "")
     if context.recorded_changes and (not recorded or recorded.startswith(AS_BATCH_NORM)):
         return "stayed in the conversion that is repeated here"

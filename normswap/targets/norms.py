@@ -17,7 +17,6 @@ from normswap.layers.matching import Statistics, match_output, shrinking_eps
 from normswap.layers.norms import RATE, BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 from normswap.layers.reparametrized import retyped
 from normswap.targets.context import Context, Swap, join_notes
-from normswap.targets.folding import NO_STATISTICS
 from normswap.targets.groups import LEAST_ELEMENTS, choose_groups, elements_of, spatial_dims_of
 from normswap.targets.parameters import example_tensor, is_trained, read_statistics, successor, swap_with_affine
 
@@ -179,7 +178,7 @@ def _keep_statistics(site: Site, context: Context, new: Any, how: str) -> Swap |
     """`new`, a norm by running statistics: on the tensors of the one at `site`, or on those that data showed."""
     stats = read_statistics(site, context)
     if stats is None:
-        return NO_STATISTICS
+        return "has no running statistics: they need data (calibrate)"
     old, exact = site.module, site.form == "data" and context.options.transfer != "reset"
     writes: list[tuple[Tensor, Tensor]] = []
     for name in ("weight", "bias"):

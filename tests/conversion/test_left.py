@@ -40,6 +40,34 @@ def test_nothing_to_convert_says_what_is_not_there(model: nn.Module, target: str
         normswap.convert(model, target)
 
 
+SAMPLE_NORMS = (nn.GroupNorm(2, 8), nn.InstanceNorm2d(8), nn.LayerNorm((8, 6, 6)))
+
+
+@pytest.mark.parametrize("norm", SAMPLE_NORMS)
+def test_a_norm_without_statistics_is_not_left_by_folding(norm: nn.Module) -> None:
+    """It can never go into a layer, so nobody asks for that: what can be baked in is all that folding is for."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm)
+    standardized = normswap.convert(model, "ws").model
+    for report in (normswap.fold(standardized).report, normswap.convert(standardized, "fold").report):
+        assert report.totals.weights_changed == 1 and report.left == () and report.warnings == ()
+    with pytest.raises(normswap.ModelError, match=f"nothing to fold: 1 {type(norm).__name__}: has no running") as told:
+        normswap.convert(model, "fold")
+    assert "calibrate" not in str(told.value)
+
+
+def test_a_batch_norm_that_cannot_go_into_a_layer_is_left_by_folding() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8))
+    report = normswap.fold(normswap.convert(model, "ws").model).report
+    assert [entry.path for entry in report.left] == ["0"] and "no norm was changed" in report.warnings[0]
+
+
+def test_what_is_folded_already_has_nothing_to_fold() -> None:
+    folded = normswap.fold(normswap.convert(chain(), "fold-ws").model).model
+    why = "nothing to fold: the model has no normalization and no standardized or normalized weights"
+    with pytest.raises(normswap.ModelError, match=why):
+        normswap.convert(folded, "fold")
+
+
 def test_what_was_excluded_is_left() -> None:
     report = normswap.convert(resnet(), "gn", exclude="layer4.*").report
     assert {(left.kind, left.reason) for left in report.left} == {("norm", "not selected")}

@@ -69,6 +69,20 @@ def test_outcomes_are_what_conversions_do(name: str) -> None:
             assert outcome.left == len(left) == sum(count for _, count in outcome.reasons)
 
 
+@pytest.mark.parametrize("to", ["ws", "wn", "gn-ws", "gn-wn", "est-ws", "frozen-wn", "bcn-ws", "pn-ws", "fold-ws"])
+@pytest.mark.parametrize("name", ["resnet18", "plain", "depthwise", "1d on (N, C)", "transposed"])
+def test_a_converted_net_folds_as_its_inspection_says(name: str, to: str) -> None:
+    with quiet():
+        converted = normswap.convert(
+            model_of(name), to, layers=("conv", "linear"), ws_scope="all" if "ws" in to else "normed"
+        ).model
+        (outcome,) = [o for o in normswap.inspect(converted).outcomes if o.target == "fold"]
+        report = normswap.fold(converted).report
+    done = report.totals.norms_changed, report.totals.weights_changed
+    left = sum(entry.kind == "norm" for entry in report.left)
+    assert (outcome.norms, outcome.weights, outcome.left) == (*done, left)
+
+
 def test_nothing_is_changed() -> None:
     model = model_specs.build("torchvision:resnet18").train()
     model.layer1.eval()
@@ -406,6 +420,17 @@ def test_tensors_without_their_model(tmp_path: Path) -> None:
     assert outcomes["gn"]["norms"] == 4 and outcomes["frozen"]["exact"]
     shown = run("inspect", tmp_path / "state.pt").stdout
     assert "tensors without their model" in " ".join(shown.split())
+
+
+def test_tensors_alone_count_all_parameters(tmp_path: Path) -> None:
+    model, state, training = Net(), tmp_path / "state.pt", tmp_path / "training.pt"
+    torch.save(model.state_dict(), state)
+    torch.save({"model": model.state_dict(), "epoch": 3}, training)
+    totals = normswap.diff(state, state).totals
+    for path in (state, training):
+        found = json.loads(run("inspect", path, "--json").stdout)
+        assert found["parameters"] == totals.parameters_before == sum(p.numel() for p in model.parameters())
+        assert found["buffers"] == totals.buffers_before
 
 
 @pytest.mark.parametrize(
