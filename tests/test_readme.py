@@ -1,7 +1,9 @@
 """Every command and every code block of the README, and of the pages beside the code, runs, in its order."""
 
+import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,13 @@ from normswap.files import model_specs
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("normswap/*/README.md"))]
 NET = """
+from torch import nn
 from torchvision.models import resnet18
+
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
 
 
 def make_model():
@@ -34,6 +42,10 @@ def prepare(folder: Path) -> dict[str, Any]:
         Image.effect_noise((50, 40), 90).convert("RGB").save(folder / "pictures" / f"{index}.png")
     model = model_specs.build("torchvision:resnet18", arguments={"num_classes": 10})
     torch.save(model, folder / "model.pt")
+    sys.modules.pop("net", None)
+    sys.path.insert(0, str(folder))
+    torch.save(importlib.import_module("net").Net().eval(), folder / "own.pt")
+    sys.path.remove(str(folder))
     torch.save(model.state_dict(), folder / "weights.pt")
     torch.save({"state_dict": model.state_dict(), "epoch": 3}, folder / "last.ckpt")
     save_file(

@@ -18,13 +18,15 @@ pictures: they become (N, C, H, W), are scaled to 0..1 and normalized as picture
 `input_size` is given.
 """
 
+from __future__ import annotations
+
 import itertools
 import os
 import random
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy
 import torch
@@ -37,6 +39,9 @@ from normswap.calibration.library_transforms import picture_options, preparation
 from normswap.calibration.pictures import PICTURES, Uint8Pictures, UnusableData, find_pictures, read_pictures
 from normswap.calibration.tensor_files import NUMBERS, READERS, Arguments, arrays_in, is_integer
 from normswap.errors import FileError, OptionError, first_line, path_error
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _SEED = 0
 MOST_EXAMPLES = 64
@@ -59,20 +64,28 @@ def further_batches(data: Any) -> Iterator[Any]:
     return data.further if isinstance(data, Batches) else iter(())
 
 
+class AsPictures(TypedDict, total=False):
+    """How pictures become inputs."""
+
+    spec: str | None
+    """`torchvision:NAME` or `timm:NAME`; other specs have no recipe."""
+    weights: str | None
+    """The name of published weights, where they are not the default ones."""
+    input_size: int | Sequence[int] | None
+    """Side, or (height, width)."""
+    mean: float | Sequence[float] | None
+    """One number or one a channel, for values from 0 to 1; given with `std` or not at all."""
+    std: float | Sequence[float] | None
+    channels: Literal[1, 3]
+    """Of the model's input: 1 has pictures of a folder read as grey ones."""
+
+
 def read_samples(
-    path: str | os.PathLike[str],
-    *,
-    spec: str | None = None,
-    weights: str | None = None,
-    input_size: int | Sequence[int] | None = None,
-    mean: float | Sequence[float] | None = None,
-    std: float | Sequence[float] | None = None,
-    limit: int = MOST_SAMPLES,
-    batch: int = 32,
+    path: str | os.PathLike[str], *, limit: int = MOST_SAMPLES, batch: int = 32, **pictures: Unpack[AsPictures]
 ) -> Batches:
     """Input batches from pictures or a file of tensors, the same ones each time, floats as float32.
 
-    A picture, or a folder: every picture below it, in RGB, prepared as torchvision or timm prepares them for the
+    A picture, or a folder: every picture below it, prepared as torchvision or timm prepares them for the
     model that `spec` names (`weights` picks which of their recipes); `input_size`, `mean` and `std` win over the
     recipe. Without one, pictures are resized to cover `input_size`/0.875 and cropped, and ImageNet's mean and std are
     the defaults. Nothing is downloaded.
@@ -81,12 +94,9 @@ def read_samples(
 
     Args:
         path: the folder or the file.
-        spec: `torchvision:NAME` or `timm:NAME`; other specs have no recipe.
-        weights: the name of published weights, where they are not the default ones.
-        input_size: side, or (height, width).
-        mean, std: one number or one a channel, for values from 0 to 1; both or none.
         limit: most samples that are read at once.
         batch: most samples in a batch; not of a list in a `.pt` file.
+        pictures: see `AsPictures`.
 
     Raises:
         FileError: nothing there, nothing in it, or something broken.
@@ -94,13 +104,14 @@ def read_samples(
     """
     path = Path(path)
     _check_counts(limit, batch)
-    options = picture_options(input_size, mean, std)
+    spec, weights = pictures.get("spec"), pictures.get("weights")
+    options = picture_options(*(pictures.get(name) for name in ("input_size", "mean", "std")))
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         raise path_error(path, error) from None
     if stat.S_ISDIR(mode) or (stat.S_ISREG(mode) and path.suffix.lower() in PICTURES):
-        prepared, found = preparation(spec, weights, options), find_pictures(path)
+        prepared, found = preparation(spec, weights, options, pictures.get("channels", 3)), find_pictures(path)
         return _indexed(len(found), limit, batch, lambda some: read_pictures([found[i] for i in some], prepared))
     if path.suffix.lower() not in READERS:
         kinds = ", ".join(READERS)

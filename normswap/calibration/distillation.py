@@ -76,7 +76,8 @@ from normswap.report.report import Calibration
 
 _BATCH = 16  # most samples a step
 _SHARE = 5  # one sample in so many is held out
-_LEAST = 10  # samples with which there is anything to fit and to hold out
+LEAST_SAMPLES = 10
+"""With fewer there is nothing to fit and to hold out."""
 _RATE, _WARM = 5e-3, 20  # Adam's highest rate, reached after so many steps; of weights, times their root mean square
 _FEW = 256  # samples of pictures that are mirrored too
 _USES = 4  # passes in which a batch serves, where there are further ones
@@ -132,7 +133,7 @@ def distill(
     outcome = Calibration(fitted + held_out, held_out, "matched")
     try:
         if not held_out:
-            return replace(outcome, note=f"too few samples to fit anything: at least {_LEAST}")
+            return replace(outcome, note=f"too few samples to fit anything: at least {LEAST_SAMPLES}")
         with torch.inference_mode(False), random_state_kept(), eval_mode(teacher), eval_mode(student):
             pair = FittedPair(teacher, student, paths, settings.train)
             outcome = _fit_and_compare(pair, samples, outcome, settings, started, progress)
@@ -409,7 +410,7 @@ def split(batches: Sequence[Any]) -> Samples:
     counts as one sample and stays whole.
     """
     total = sum(map(batch_size, batches))
-    if total < _LEAST:
+    if total < LEAST_SAMPLES:
         return Samples(list(batches), [], iter(()))
     most = min(_BATCH, total // _SHARE)
     pieces = [piece for batch in batches for piece in _cut(batch, most)]

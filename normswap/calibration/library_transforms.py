@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from normswap import libraries
 from normswap.errors import OptionError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_DEFAULTS = {3: (IMAGENET_MEAN, IMAGENET_STD), 1: ((0.449,), (0.226,))}  # of grey, the means of the three
 _CROP = 0.875  # the part of a resized picture that is taken, as 224 of 256
 _LARGEST_SIDE = 1 << 14
 
@@ -44,13 +45,15 @@ class Preparation:
     """How the pictures of a model are prepared."""
 
     transform: Callable[[Any], Tensor]
-    """From a picture of PIL to an input (3, height, width)."""
+    """From a picture of PIL to an input (channels, height, width)."""
     mean: tuple[float, ...] | None
     """What `transform` subtracts; None where the model normalizes by itself."""
     std: tuple[float, ...] | None
     """What `transform` divides by."""
     listed: bool = False
     """The model takes a list of pictures, not a batch."""
+    mode: str = "RGB"
+    """What `transform` takes a picture in, in PIL's terms; "L" is grey."""
 
 
 # ---- options ----
@@ -90,22 +93,30 @@ def _numbers(option: str, value: Any) -> tuple[float, ...] | None:
 # ---- what a picture goes through ----
 
 
-def preparation(spec: str | None, weights: str | None, options: PictureOptions) -> Preparation:
-    """That of the model that `spec` names, changed as `options` say, or a plain one. Raises `OptionError`."""
+def preparation(
+    spec: str | None, weights: str | None, options: PictureOptions, channels: Literal[1, 3] = 3
+) -> Preparation:
+    """That of the model that `spec` names, changed as `options` say; a plain one where there is none, and for grey.
+
+    Raises `OptionError`.
+    """
     from torchvision.transforms import functional as F
 
     for option, numbers in (("--mean", options.mean), ("--std", options.std)):
-        if numbers is not None and len(numbers) not in (1, 3):
-            raise OptionError(f"{option}: has {len(numbers)} numbers; pictures are read in RGB, so give 1 or 3")
-    options = options.for_channels(3)
-    known = library_preparation(spec, weights, options)
+        if numbers is not None and len(numbers) not in (1, channels):
+            are = "in RGB, so give 1 or 3" if channels == 3 else "as grey ones, so give 1"
+            raise OptionError(f"{option}: has {len(numbers)} numbers; pictures are read {are}")
+    options = options.for_channels(channels)
+    known = library_preparation(spec, weights, options) if channels == 3 else None
     if known is not None:
         return known
     if options.size is None:
         of = f"of {spec}" if spec else "of this model"
         raise OptionError(f"the size of picture {of} is not known; give --input-size 224 (input_size=224)")
-    size, mean, std = options.size, options.mean or IMAGENET_MEAN, options.std or IMAGENET_STD
-    return Preparation(lambda x: normalize(F.to_tensor(resize_and_crop(x, size, _CROP)), mean, std), mean, std)
+    usual_mean, usual_std = _DEFAULTS[channels]
+    size, mean, std = options.size, options.mean or usual_mean, options.std or usual_std
+    transform = lambda x: normalize(F.to_tensor(resize_and_crop(x, size, _CROP)), mean, std)  # noqa: E731
+    return Preparation(transform, mean, std, mode="RGB" if channels == 3 else "L")
 
 
 def library_preparation(spec: str | None, weights: str | None, options: PictureOptions) -> Preparation | None:

@@ -37,6 +37,8 @@ class Unlikeness(NamedTuple):
     worst: float
     worst_path: str
     """The norm where it is largest."""
+    is_telling: bool = True
+    """Whether there are enough samples to call data alike: what chance may make of fewer is more than `FURTHEST`."""
 
     @property
     def is_refused(self) -> bool:
@@ -62,7 +64,8 @@ def unlikeness(sites: Iterable[Site], measured: Mapping[str, Measured], samples:
     if not found:
         return None
     worst = max(found, key=lambda path: found[path])
-    return Unlikeness(torch.tensor(list(found.values())).median().item(), found[worst], worst)
+    median = torch.tensor(list(found.values())).median().item()
+    return Unlikeness(median, found[worst], worst, 2 / samples <= FURTHEST**2)
 
 
 def mean_divergence(moments: Moments, stats: Statistics) -> float:

@@ -86,20 +86,20 @@ def _read_picture(path: Path, preparation: Preparation) -> Tensor:
                 short, long = sorted(picture.size)
                 if short * long > _MOST_PIXELS or long > _NARROWEST * short:
                     raise FileError(f"{path}: is a picture of {picture.size}, which is too large or too narrow to use")
-                return preparation.transform(_to_rgb(picture)).float()
+                return preparation.transform(_in_mode(picture, preparation.mode)).float()
     except FileError:
         raise
     except Exception as error:  # a decoder meets anything
         raise FileError(f"{path}: cannot be read as a picture ({first_line(error)}); mend or remove it") from None
 
 
-def _to_rgb(picture: Any) -> Any:
+def _in_mode(picture: Any, mode: str) -> Any:
     from PIL import Image
 
     if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
         values = numpy.asarray(picture).astype(numpy.int64) >> 8
         picture = Image.fromarray(values.clip(0, 255).astype(numpy.uint8))
-    return picture.convert("RGB")
+    return picture.convert(mode)
 
 
 # ---- arrays of pictures ----

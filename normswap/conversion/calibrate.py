@@ -8,7 +8,7 @@ from torch import nn
 from normswap.analysis.copies import clone
 from normswap.analysis.running import batch_size
 from normswap.calibration import processes
-from normswap.calibration.distillation import FitSettings, distill
+from normswap.calibration.distillation import LEAST_SAMPLES, FitSettings, distill
 from normswap.conversion.evidence import Evidence
 from normswap.conversion.planning import Plan
 from normswap.conversion.request import Phase, Request
@@ -32,6 +32,12 @@ def keep_original(model: nn.Module, plan: Plan, evidence: Evidence, request: Req
         )
         warnings.warn(printable(notice), stacklevel=5)  # seen where `convert` was called
         return None, replace(plan, notices=[*plan.notices, notice])
+    if 0 < (samples := sum(map(batch_size, evidence.batches))) < LEAST_SAMPLES:
+        notice = (
+            f"measured on {samples} sample{'s' * (samples > 1)}: too few to choose groups by; give at least "
+            f"{LEAST_SAMPLES}, better some hundred"
+        )
+        plan = replace(plan, notices=[*plan.notices, notice])
     if options.calibrate_seconds <= 0:
         return None, plan
     if not request.inplace:
@@ -55,7 +61,7 @@ def calibrate(
         return Calibration(samples, 0, "matched", unlikeness=evidence.refused.median, note=note)
     if original is None:
         return None
-    unlike = evidence.unlikeness.median if evidence.unlikeness is not None else None
+    unlike = evidence.unlikeness.median if evidence.unlikeness and evidence.unlikeness.is_telling else None
     request.begin(Phase.CALIBRATE)
 
     def tell(share: float) -> None:

@@ -89,7 +89,8 @@ def convert_file(
         with inputs.errors_name(path):
             entries = contents.find_entries(found.content, key, path)
             request = one_model.completed_request(entries, found.path, request)
-        request = data.with_data(request, replace(given, sources=(path, request.model)))
+        channels = data.picture_channels(entries[0].value)
+        request = data.with_data(request, replace(given, sources=(path, request.model), channels=channels))
         with inputs.errors_name(path):
             converted, report = _convert_models(found, entries, request)
             report = demonstration.with_accuracy(report, path, converted.content, request)

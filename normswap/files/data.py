@@ -3,9 +3,18 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from normswap.calibration.batches import MOST_EXAMPLES, as_one_batch, few_examples, input_batches, read_samples
+from torch import Tensor, nn
+
+from normswap.calibration.batches import (
+    MOST_EXAMPLES,
+    AsPictures,
+    as_one_batch,
+    few_examples,
+    input_batches,
+    read_samples,
+)  # fmt: skip
 from normswap.errors import OptionError
 from normswap.files import demonstration, model_specs
 from normswap.files.file_request import FileRequest
@@ -26,16 +35,31 @@ class Given:
     input_size: Any
     mean: Any
     std: Any
+    channels: Literal[1, 3] = 3
+    """Of the pictures that the model takes."""
 
     def __post_init__(self) -> None:
         if self.calibrate is None and self.examples is None and any((self.input_size, self.mean, self.std)):
             raise OptionError("--input-size, --mean and --std are for the pictures of --calibrate and --examples")
 
-    def preparation(self) -> dict[str, Any]:
+    def preparation(self) -> AsPictures:
         """How pictures become inputs, for `read_samples`."""
         specs = (source for source in self.sources if isinstance(source, str) and model_specs.is_spec(source))
-        pictures = {"input_size": self.input_size, "mean": self.mean, "std": self.std}
-        return {"spec": next(specs, None), "weights": self.weights, **pictures}
+        return AsPictures(
+            spec=next(specs, None), weights=self.weights, input_size=self.input_size, mean=self.mean, std=self.std,
+            channels=self.channels,
+        )  # fmt: skip
+
+
+def picture_channels(model: Any) -> Literal[1, 3]:
+    """How many channels the pictures have that a module or a state dict takes: 1 where its first convolution says so.
+
+    One of three outputs and one input a filter may be depthwise, on the channels of RGB.
+    """
+    named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
+    kernels = (value for _, value in named if isinstance(value, Tensor) and value.dim() == 4)
+    first = next(kernels, None)
+    return 1 if first is not None and first.shape[1] == 1 and len(first) != 3 else 3
 
 
 def with_data(request: FileRequest, given: Given) -> FileRequest:

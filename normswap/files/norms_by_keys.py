@@ -97,14 +97,15 @@ def module_of_norms(state: Mapping[str, Any], eps: float) -> nn.Module:
 
     A lone norm at the root of `state` is returned itself.
     """
-    root = nn.Module()
+    root, flat = nn.Module(), _behind_linear_layers(state)
     shared: dict[Any, nn.Module] = {}
     for prefix in norm_prefixes(state):
         memory = tuple(memory_of(state.get(prefix + name)) for name in (*_AFFINE, *_BUFFERS))
         if memory in shared:  # one norm under two names
             root._modules[prefix[:-1]] = shared[memory]
             continue
-        norm = BatchNorm(len(state[f"{prefix}running_mean"]), eps=eps, affine=False, device="meta")
+        kind = nn.BatchNorm1d if prefix in flat else BatchNorm
+        norm = kind(len(state[f"{prefix}running_mean"]), eps=eps, affine=False, device="meta")
         for name in _AFFINE:
             tensor = state.get(prefix + name)
             if tensor is not None:
@@ -120,6 +121,20 @@ def module_of_norms(state: Mapping[str, Any], eps: float) -> nn.Module:
             shared[memory] = norm
         root._modules[prefix[:-1]] = norm  # a path is no name that `add_module` takes, but one that state dicts keep
     return root
+
+
+def _behind_linear_layers(state: Mapping[str, Any]) -> set[str]:
+    """What stands before the keys of norms whose input has one element a channel, as far as the order of keys tells: a
+    matrix stands before them, with as many outputs as they have channels.
+    """
+    found, weight = set(), None
+    for key, value in state.items():
+        owner, dot, name = key.rpartition(".")
+        if name == "running_mean" and weight is not None and weight.dim() == 2 and len(weight) == len(value):
+            found.add(owner + dot)
+        elif name.startswith("weight") and isinstance(value, Tensor) and value.dim() > 1:
+            weight = value
+    return found
 
 
 def convolution_paths(state: Mapping[str, Any]) -> list[str]:

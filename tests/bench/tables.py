@@ -186,6 +186,12 @@ def real_fine_tune(rows: list[Row]) -> list[list[str]]:
     return table
 
 
+def fits(rows: list[Row]) -> list[list[str]]:
+    """A line a kind of pictures: accuracy before, matched, and how a fit changed it."""
+    columns = ["pictures", "before", "matched", "change by the fit", "least", "kept", "refused"]
+    return [columns, *([str(row[column]) for column in columns] for row in rows)]
+
+
 def small_batch(rows: list[Row]) -> list[list[str]]:
     """A line a norm: the error at each batch size."""
     batches = list(dict.fromkeys(row["batch"] for row in rows))
@@ -352,6 +358,7 @@ TABLES: dict[str, Callable[[list[Row]], list[list[str]]]] = {
     "real_seconds": real_seconds,
     "real_recurrent": real_recurrent,
     "real_fine_tune": real_fine_tune,
+    "fits": fits,
     "small_batch": small_batch,
     "norm_time": norm_time,
     "step_time": step_time,
@@ -369,7 +376,7 @@ SOURCES = {
     "real_kept": "real", "real_agreement": "real", "real_seconds": "real", "real_recurrent": "real",
 }  # fmt: skip
 """By the table's name, the results that it is made of, where they have another."""
-EXTERNAL = ("real", "real_fine_tune")
+EXTERNAL = ("real", "real_fine_tune", "fits")
 """Scripts that want data and networks from outside, so that their results may be absent."""
 
 

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from helpers.checks import distance, listing, quiet
 from helpers.nets import X, conv_norm, randomize, resnet
 from helpers.torchvision_models import SMALL_MODELS, check_they_load_back_safely
+from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
@@ -160,6 +161,20 @@ def test_a_model_that_holds_an_object_of_ones_own_class_is_saved_as_its_state_di
     model.settings = Settings()
     tensors = normswap.save(model, tmp_path / "tensors.pt")
     torch.testing.assert_close(normswap.load(tensors, model=resnet).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_grey_pictures_are_read_for_a_model_of_one_channel(whole: bool, tmp_path: Path) -> None:
+    net = randomize(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())).eval()
+    torch.save(net if whole else net.state_dict(), tmp_path / "m.pt")
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        Image.effect_noise((16, 16), 60).save(tmp_path / "pictures" / f"{number}.png")
+    options = {} if whole else {"model": lambda: net}
+    report = normswap.convert_file(
+        tmp_path / "m.pt", "gn", dry_run=True, examples=tmp_path / "pictures", input_size=8, **options
+    )
+    assert report.drift is not None and report.drift.probe == "3 examples"
 
 
 @pytest.mark.parametrize("slash", ["/", ""])

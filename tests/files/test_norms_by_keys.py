@@ -55,6 +55,22 @@ def test_nothing_but_statistics_is_an_error_that_tells_why(tmp_path: Path) -> No
     assert layer.module == "statistics" and "lacks weight, bias" in layer.obstacle
 
 
+def test_norms_behind_linear_layers_get_the_groups_that_their_model_gives_them(tmp_path: Path) -> None:
+    net = randomize(
+        nn.Sequential(
+            nn.Conv2d(3, 48, 3), nn.BatchNorm2d(48), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 48),
+            nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 48), nn.Dropout(), nn.BatchNorm1d(48),
+        )
+    ).eval()  # fmt: skip
+    torch.save(net.state_dict(), tmp_path / "m.pt")
+    normswap.convert_file(tmp_path / "m.pt", "gn")
+    by_model = normswap.convert(net, "gn").model
+    assert [by_model[at].num_groups for at in (1, 5, 9)] == [8, 3, 3]  # type: ignore[index, union-attr]
+    x = torch.randn(2, 3, 8, 8)
+    by_model.load_state_dict(torch.load(tmp_path / "m.gn.pt"))
+    assert torch.equal(by_model(x), normswap.load(tmp_path / "m.gn.pt", model=lambda: net)(x))
+
+
 def test_norms_of_older_files_do_not_count_batches(tmp_path: Path) -> None:
     state = {name: v for name, v in resnet().state_dict().items() if not name.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "x.pt")
