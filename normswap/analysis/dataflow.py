@@ -52,7 +52,8 @@ def find_flow(model: nn.Module, sites: Sequence[Site]) -> Flow:
                 used |= {_join(path, inner) for inner in parts_used(module)}
             elif path not in holders and _may_ask(module, leaves):
                 flow.words[path] = in_words(traced)
-            part = TracedPart(dict(module.named_modules(remove_duplicate=False)), path, by_path, hooked, holders)
+            inside = dict(module.named_modules(remove_duplicate=False)) if path else copies
+            part = TracedPart(inside, path, by_path, hooked, holders)
             around = _part_around(path, whole) if path in holders else path
             for run in traced.graphs:
                 found = GraphReader(run, part).flow(traced.complete)

@@ -19,15 +19,17 @@ class GraphReader:
     def __init__(self, run: TracedGraph, part: TracedPart):
         self.part, self.connections = part, Connections(run, part)
         self.nodes = list(run.graph.nodes)
+        self._modules = {node: part.module_of(node) for node in self.nodes}
+        self._sites = {node: part.site_of(node) for node in self.nodes}
         self.ranks = ranks.possible_ranks(self.nodes, self._layer)
 
     # ---- what a node is ----
 
     def _module(self, node: fx.Node) -> nn.Module | None:
-        return self.part.module_of(node)
+        return self._modules[node]
 
     def _site(self, node: fx.Node) -> Site | None:
-        return self.part.site_of(node)
+        return self._sites[node]
 
     def _serves_own_call(self, node: fx.Node) -> bool:
         """Whether a node is a tensor of such a layer that this call alone reads, or what is made of it for the call."""

@@ -1,5 +1,8 @@
 """Why a layer of a known class must not be converted."""
 
+import functools
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -43,17 +46,11 @@ def _own_method(module: nn.Module, base: type[nn.Module]) -> str:
     return ""
 
 
-def obstacle_in_state(module: nn.Module, base: type[nn.Module]) -> str:
+def obstacle_in_state(module: nn.Module, base: Any) -> str:
     """The obstacles beside methods that run."""
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "belongs to an attention layer, which reads its weight directly"
-    plain = PLAIN.get(base, base)
-    if plain not in WITH_FORMS and (extra := sorted(_own_names(type(module), base))):
-        return f"has methods of its own ({', '.join(extra[:3])}) beyond {base.__name__}"
-    if base in WITH_FORMS and hasattr(type(module).__init_subclass__, "__func__"):
-        return "has an __init_subclass__ of its own, so no class can be made of it"
-    if any("__slots__" in vars(cls) and vars(cls)["__slots__"] for cls in type(module).__mro__):
-        return "has __slots__, so its class cannot be exchanged"
+    kind: Any = type(module)
+    if problem := _obstacle_in_class(kind, base):
+        return problem
     named = (*module._parameters.items(), *module._buffers.items())
     for name, tensor in ((name, tensor) for name, tensor in named if tensor is not None):
         if tensor.layout is not torch.strided or tensor.is_nested:
@@ -72,6 +69,21 @@ def obstacle_in_state(module: nn.Module, base: type[nn.Module]) -> str:
         held = name in module._parameters or name in module._buffers
         if not held and isinstance(getattr(module, name, None), torch.Tensor):
             return f"has a {name} that is computed (a pruning mask or the like)"
+    return ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _obstacle_in_class(cls: Any, base: Any) -> str:
+    """The obstacle that every module of the class `cls` has, which behaves as `base`."""
+    if issubclass(cls, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "belongs to an attention layer, which reads its weight directly"
+    plain = PLAIN.get(base, base)
+    if plain not in WITH_FORMS and (extra := sorted(_own_names(cls, base))):
+        return f"has methods of its own ({', '.join(extra[:3])}) beyond {base.__name__}"
+    if base in WITH_FORMS and hasattr(cls.__init_subclass__, "__func__"):
+        return "has an __init_subclass__ of its own, so no class can be made of it"
+    if any("__slots__" in vars(part) and vars(part)["__slots__"] for part in cls.__mro__):
+        return "has __slots__, so its class cannot be exchanged"
     return ""
 
 

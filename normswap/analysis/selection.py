@@ -1,6 +1,7 @@
 """Which models and layers are converted: checks, the copy, the user's patterns, and what tensors are shared."""
 
 import fnmatch
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -35,16 +36,25 @@ def check_model(model: nn.Module) -> None:
 
 def _unfit(module: nn.Module) -> str:
     """Why a model cannot be converted that has this module in it; "": it can be."""
-    name = type(module).__name__
-    if isinstance(module, torch.jit.ScriptModule):
-        return "is TorchScript, whose layers cannot be exchanged; convert the model that it was made from"
-    if name in ("DistributedDataParallel", "FullyShardedDataParallel"):
-        return f"is wrapped in {name}; convert first, then wrap: convert(model.module, ...)"
-    if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
-        return "is sharded by fully_shard; convert first, on the meta device if need be, then shard"
+    kind: Any = type(module)
+    if reason := _unfit_class(kind):
+        return reason
     for tensor, held in (*module._parameters.items(), *module._buffers.items()):
         if held is not None and is_lazy(held):
-            return f"({name}) is lazy and its {tensor} has no shape yet; run the model once on an input, then convert"
+            lazy = f"({type(module).__name__}) is lazy and its {tensor} has no shape yet"
+            return f"{lazy}; run the model once on an input, then convert"
+    return ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _unfit_class(cls: Any) -> str:
+    """Why a model cannot be converted that has a module of this class in it; "": it can be."""
+    if issubclass(cls, torch.jit.ScriptModule):
+        return "is TorchScript, whose layers cannot be exchanged; convert the model that it was made from"
+    if cls.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        return f"is wrapped in {cls.__name__}; convert first, then wrap: convert(model.module, ...)"
+    if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
+        return "is sharded by fully_shard; convert first, on the meta device if need be, then shard"
     return ""
 
 

@@ -1,6 +1,5 @@
 """Read-only: which norms and weights a model has, and under which names."""
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from normswap.analysis import known_norms
 from normswap.analysis.copies import MODULE_STATE
 from normswap.analysis.holders import only_called
 from normswap.analysis.obstacles import obstacle_of
-from normswap.analysis.statistics import extremes
+from normswap.analysis.statistics import NEGATIVE, NOT_FINITE, statistics_of
 from normswap.layers.norms import BatchChannelNorm, EstimatedBatchNorm, FrozenBatchNorm, PositionNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS, PLAIN
@@ -115,12 +114,13 @@ class Site:
             return "has tensors that are not vectors"
         if any(len(tensor) != self.channels for tensor in tensors if tensor.dim() == 1):
             return "has tensors of different sizes"
-        if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.is_meta:
-            return ""
-        least, greatest = extremes(var)
-        if not all(map(math.isfinite, (*extremes(mean), least, greatest))):
-            return "has running statistics that are not finite"
-        return "has a negative running variance" if least < 0 else ""
+        return {NOT_FINITE: "has running statistics that are not finite",
+                NEGATIVE: "has a negative running variance"}.get(self.statistics, "")  # fmt: skip
+
+    @cached_property
+    def statistics(self) -> str:
+        """The state of a norm's running statistics, see `statistics_of`."""
+        return statistics_of(self.module)
 
     @property
     def groups(self) -> int | None:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from normswap.analysis.known_norms import eps_of
 from normswap.layers.matching import widen
 
+NOT_FINITE, NEGATIVE = "not finite", "negative variance"
+"""Two of the states that `statistics_of` gives."""
 _DEAD = 1e-3  # of eps: a variance below is as good as none
 
 
@@ -18,11 +20,11 @@ def statistics_of(norm: nn.Module) -> str:
         return ""
     if not has_plain_values(mean) or not has_plain_values(var):
         return "without values" if mean.is_meta or var.is_meta else "without plain values"
-    least, greatest = extremes(var)
-    if not all(map(math.isfinite, (*extremes(mean), least, greatest))):
-        return "not finite"
+    least, greatest = _extremes(var)
+    if not all(map(math.isfinite, (*_extremes(mean), least, greatest))):
+        return NOT_FINITE
     if least < 0:
-        return "negative variance"
+        return NEGATIVE
     if is_untrained(norm):
         return "never trained"
     eps = eps_of(norm) if isinstance(getattr(norm, "eps", 0), int | float) else 0.0  # a file may hold anything
@@ -30,7 +32,7 @@ def statistics_of(norm: nn.Module) -> str:
     return f"{dead} dead channel{'s' * (dead != 1)}" if dead else "healthy"
 
 
-def extremes(tensor: Tensor) -> tuple[float, float]:
+def _extremes(tensor: Tensor) -> tuple[float, float]:
     """The least and the greatest element of a tensor: NaN where one is; 0 where it has none."""
     if not tensor.numel():
         return 0.0, 0.0

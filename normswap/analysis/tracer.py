@@ -86,12 +86,12 @@ class BranchTracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        """As in torch.fx, which takes its time to find out that most arguments are symbolic values."""
+        """As in torch.fx, which takes its time to find out that most arguments are symbolic values, or none."""
         if type(a) is _Value:
             return a.node
         if type(a) is tuple and all(type(part) is _Value for part in a):
             return tuple(part.node for part in a)
-        return super().create_arg(a)
+        return {} if type(a) is dict and not a else super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """A parameter or a buffer that a forward reads, as a symbolic value.

@@ -184,10 +184,11 @@ class _Runs:
 
 def _left_behind(modules: Iterable[nn.Module], graph: fx.Graph) -> frozenset[fx.Node]:
     """Values of `graph` that a run has left in attributes of `modules`."""
-    found = set()
-    for value in (value for m in modules for name, value in vars(m).items() if name not in MODULE_STATE):
-        if type(value) in ATOMS:
-            continue
-        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        found |= {v.node for v in values if isinstance(v, fx.Proxy) and v.node.graph is graph}
+    found: set[fx.Node] = set()
+    for module in modules:
+        for name, value in vars(module).items():
+            if type(value) in ATOMS or name in MODULE_STATE:
+                continue
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            found.update(v.node for v in held if isinstance(v, fx.Proxy) and v.node.graph is graph)
     return frozenset(found)

@@ -15,7 +15,8 @@ _LARGEST = 1 << 31
 
 
 def _is_length(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < _LARGEST  # numpy's, too
+    is_whole = type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))  # numpy's, too
+    return is_whole and 0 <= int(value) < _LARGEST
 
 
 def _is_size(value: Any) -> bool:

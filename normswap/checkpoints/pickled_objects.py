@@ -27,7 +27,7 @@ def restore(claims: Claims, made: Any, state: Any) -> None:
 
 
 def _check_attributes(made: Any, state: Any) -> None:
-    if type(state) is not dict or not all(type(name) is str for name in state):
+    if type(state) is not dict or not {*map(type, state)} <= {str}:
         raise FileError(f"it has a {type(made).__name__} whose attributes are none")
 
 

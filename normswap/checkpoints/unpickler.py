@@ -204,6 +204,9 @@ class Unpickler(pickle._Unpickler):
         target = self.stack[-1]
         if type(target) is not dict and not (isinstance(target, dict) and self._may_be_filled(target)):
             raise refuse(f"puts entries into a {_name(type(target))}")
+        if type(target) is dict and {*map(type, keys)} <= {str}:  # as by far the most
+            target.update(zip(keys, values, strict=True))
+            return
         for key, value in zip(keys, values, strict=True):
             if type(key) is not str:
                 self.claims.check_key(target, key)

@@ -12,7 +12,6 @@ from normswap.analysis.flow import Flow
 from normswap.analysis.running import GIVE_INPUTS, Seen, TooCostly, run_model
 from normswap.analysis.selection import check_model, shared_tensors
 from normswap.analysis.sites import Site, SiteKind, find_sites
-from normswap.analysis.statistics import statistics_of
 from normswap.conversion.accounting import count_elements
 from normswap.conversion.pipeline import undisturbed
 from normswap.errors import ModelError
@@ -123,7 +122,7 @@ def _describe_layer(site: Site, seen: Mapping[str, Seen], auto_groups: Mapping[s
         groups if isinstance(groups, int) else None,
         seen[site.path].spatial if site.path in seen and site.layer_kind == "conv" else None,
         any(gradients) if gradients else None,
-        statistics_of(module) if site.kind == "norm" else "",
+        site.statistics if site.kind == "norm" else "",
         site.obstacle,
         dict(auto_groups),
     )
