@@ -89,8 +89,7 @@ def convert_file(
         with inputs.errors_name(path):
             entries = contents.find_entries(found.content, key, path)
             request = one_model.completed_request(entries, found.path, request)
-        channels = data.picture_channels(entries[0].value)
-        request = data.with_data(request, replace(given, sources=(path, request.model), channels=channels))
+        request = data.with_data(request, replace(given, sources=(path, request.model), model=entries[0].value))
         with inputs.errors_name(path):
             converted, report = _convert_models(found, entries, request)
             report = demonstration.with_accuracy(report, path, converted.content, request)

@@ -1,7 +1,7 @@
 """The data that go with a conversion of a file: to calibrate with, and to measure on."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -35,8 +35,8 @@ class Given:
     input_size: Any
     mean: Any
     std: Any
-    channels: Literal[1, 3] = 3
-    """Of the pictures that the model takes."""
+    model: Any = None
+    """The module or the state dict, once it is read: its first convolution tells the channels of pictures."""
 
     def __post_init__(self) -> None:
         if self.calibrate is None and self.examples is None and any((self.input_size, self.mean, self.std)):
@@ -47,19 +47,8 @@ class Given:
         specs = (source for source in self.sources if isinstance(source, str) and model_specs.is_spec(source))
         return AsPictures(
             spec=next(specs, None), weights=self.weights, input_size=self.input_size, mean=self.mean, std=self.std,
-            channels=self.channels,
+            channels=_picture_channels(self.model),
         )  # fmt: skip
-
-
-def picture_channels(model: Any) -> Literal[1, 3]:
-    """How many channels the pictures have that a module or a state dict takes: 1 where its first convolution says so.
-
-    One of three outputs and one input a filter may be depthwise, on the channels of RGB.
-    """
-    named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
-    kernels = (value for _, value in named if isinstance(value, Tensor) and value.dim() == 4)
-    first = next(kernels, None)
-    return 1 if first is not None and first.shape[1] == 1 and len(first) != 3 else 3
 
 
 def with_data(request: FileRequest, given: Given) -> FileRequest:
@@ -91,3 +80,14 @@ def _read_examples(given: Given, request: FileRequest) -> tuple[Any, str] | None
         request.progress(f"reading {data}")
         return as_one_batch(read_samples(data, **given.preparation(), limit=MOST_EXAMPLES, batch=MOST_EXAMPLES))
     return None if data is None else few_examples(data)
+
+
+def _picture_channels(model: nn.Module | Mapping[str, Any]) -> Literal[1, 3]:
+    """How many channels the pictures have that a module or a state dict takes: 1 where its first convolution says so.
+
+    One of three outputs and one input a filter may be depthwise, on the channels of RGB.
+    """
+    named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
+    kernels = (value for _, value in named if isinstance(value, Tensor) and value.dim() == 4)
+    first = next(kernels, None)
+    return 1 if first is not None and first.shape[1] == 1 and len(first) != 3 else 3
