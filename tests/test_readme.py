@@ -94,11 +94,20 @@ def test_the_tables_name_every_target() -> None:
     assert named == {part for target in normswap.TARGETS for part in target.split("-")}
 
 
-def test_links_lead_to_files() -> None:
+def headings(page: Path) -> set[str]:
+    """The names that a page's headings have in links."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def test_links_lead_to_files_and_headings() -> None:
     others = [ROOT / "tests" / name / "README.md" for name in ("bench", "integration")]
     for page in (*PAGES, *others, *ROOT.glob(".github/*.md")):
-        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
-            assert link.startswith(("https://", "../../security")) or (page.parent / link).exists(), (page, link)
+        for link, heading in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):
+            if link.startswith(("https://", "../../security")):
+                continue
+            target = page.parent / link if link else page
+            assert target.exists() and (not heading or heading in headings(target)), (page, link, heading)
 
 
 def test_the_first_page_is_short() -> None:
