@@ -230,7 +230,7 @@ def _cause(missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence
     if len(missing) > len(model) // 2:
         return "Likely another architecture, or the model stands under another --key"
     if reshaped and not missing and not unexpected and len(reshaped) <= 4:
-        return "Likely another number of classes: give it with --model-arg num_classes=N"
+        return "Likely another number of classes: give it with --model-arg num_classes=N (model_args)"
     if any(name.endswith(("weight_gain", "weight_shift")) for name in unexpected):
         return (
             "It seems to be converted already: load it with normswap.load(path, model=...); without a recipe in it, "
@@ -241,7 +241,7 @@ def _cause(missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence
             "It seems to be converted already, to norms without running statistics, and holds no recipe: save it with "
             "normswap.save(model, path, report=report), or load it into normswap.convert(model, target).model"
         )
-    return "Likely another version or another size of the architecture: see --model-arg"
+    return "Likely another version or another size of the architecture: see --model-arg (model_args)"
 
 
 def rebuild(state: _State, bindings: Sequence[Binding], states: Sequence[_State]) -> OrderedDict[str, Any]:

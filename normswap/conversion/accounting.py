@@ -80,12 +80,13 @@ def folds(target: Target) -> bool:
 
 
 def stays_in_folding(site: Site, options: Options) -> bool:
-    """Whether a norm is of a kind that is no business of folding: without running statistics by its nature, in torch's
-    own layers or a library's, and without data that would give it some.
+    """Whether a norm is of a kind that is no business of folding: a known class of torch's or a library's without
+    running statistics by its nature, and no data that would give it some.
     """
     own = isinstance(site.module, PositionNorm) or type(site.module) in ACTIVATED.values()  # normswap's
     has_some = site.is_batch_norm or any(True for _ in site.module.buffers())
-    return site.kind == "norm" and options.calibrate is None and not own and not has_some
+    known = site.kind == "norm" and site.base is not None
+    return known and options.calibrate is None and not own and not has_some
 
 
 def why_nothing_to_change(target: Target, sites: Iterable[Site], left: Sequence[Left], options: Options) -> str:

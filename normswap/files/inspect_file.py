@@ -8,17 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from normswap.checkpoints import contents, stored_recipes
+from normswap.checkpoints import contents
 from normswap.checkpoints.checkpoint import Checkpoint
 from normswap.checkpoints.steady_files import steady_files
 from normswap.conversion.pipeline import undisturbed
 from normswap.conversion.request import Progress
 from normswap.errors import OptionError
-from normswap.files import demonstration, model_for_state, model_specs, norms_by_keys, one_model
+from normswap.files import demonstration, model_for_state, model_specs, one_model
 from normswap.files.inputs import check_is_there, errors_name, read_input
+from normswap.files.inspect_tensors import examine_tensors
 from normswap.files.recognized import Recognized, recognized
 from normswap.inspection.examine import examine
-from normswap.report.inspection import Inspection, Layer
+from normswap.report.inspection import Inspection
 
 
 @undisturbed()
@@ -37,7 +38,7 @@ def inspect_file(
     """`normswap.inspect` on the model in a file or a folder, or on a model of a library.
 
     The arguments and the errors are those of `convert_file`. A file of tensors without their model is inspected as far
-    as its keys tell: the batch norms, and what has the shape of a convolution.
+    as its keys tell, and its recipe: the batch norms, what has the shape of a convolution, what was converted.
     """
     check_is_there(path)
     with steady_files(path) as check_input:
@@ -68,8 +69,8 @@ def _examine(
                 raise OptionError(f"--model is for files without their model; {path} holds a {type(value).__name__}")
             return _examine_module(value, input_shape, progress)
         told = recognized(value) if model is None and not arguments else Recognized()
-        if model is None and not arguments and told.network is None and stored_recipes.stored_recipe(value) is None:
-            return _as_told(_examine_tensors(value, progress), told)
+        if model is None and not arguments and told.network is None and model_for_state.spec_of_recipe(value) is None:
+            return _as_told(examine_tensors(value, given, progress), told)
         source, arguments = model_for_state.find_source(value, model, arguments, path)
         _, built = model_for_state.models_on_tensors(value, source, arguments, path)[0]
         return _as_told(_examine_module(built, input_shape, progress), told)
@@ -83,19 +84,3 @@ def _as_told(found: Inspection, told: Recognized) -> Inspection:
 def _examine_module(model: nn.Module, shape: Sequence[int] | None, progress: Progress) -> Inspection:
     noise, name = one_model.noise_for(model, shape)
     return examine(model, noise, name, probe_only=shape is None, progress=progress)
-
-
-def _examine_tensors(state: Mapping[str, Any], progress: Progress) -> Inspection:
-    """What the keys of a state dict tell: norms by their statistics, convolutions by the dimensions of their weight."""
-    norms = examine(norms_by_keys.module_of_norms(state, norms_by_keys.DEFAULT_EPS), progress=progress)
-    unknown = (None, None, None, None, "")
-    statistics = norms_by_keys.statistics_that_are_no_norm(state)
-    layers = [
-        *(Layer((path,), "norm", "statistics", "", *unknown, why) for path, why in statistics.items()),
-        *(Layer((path,), "weight", "convolution", "", *unknown, "") for path in norms_by_keys.convolution_paths(state)),
-    ]
-    parameters, buffers = norms_by_keys.count_elements_by_keys(state)
-    return replace(
-        norms, model="tensors without their model", parameters=parameters, buffers=buffers,
-        layers=(*norms.layers, *layers),
-    )  # fmt: skip

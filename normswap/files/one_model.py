@@ -1,5 +1,6 @@
 """One model in a file: converted as a module, as tensors whose model is known, or as tensors alone."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from normswap.files.recipe import check_plain_data, with_origin
 from normswap.files.recognized import recognized
 from normswap.files.tensors_alone import check_without_model, convert_tensors_alone
 from normswap.report.report import Left, Node, Report
-from normswap.targets.target import PLAIN_TARGET
+from normswap.targets.target import FOLD, PLAIN_TARGET
 
 _LARGE = 200_000_000  # parameters: a larger model is not run on noise without being asked to
 
@@ -49,8 +50,20 @@ def completed_request(entries: Sequence[contents.Entry], where: Path, request: F
     """
     request = _with_recognized_model(entries, request)
     if any(_goes_alone(entry, request) for entry in entries):
+        if request.target is FOLD:
+            raise OptionError(
+                f"{where}: holds tensors without their model, which fold needs; {_to_give(request, where)}"
+            )
         check_without_model(request, where)
     return request
+
+
+def _to_give(request: FileRequest, where: Path) -> str:
+    """Where the model of a file comes from that is to be folded."""
+    if request.recognized:
+        return f"the file {request.recognized}"
+    command = f"normswap fold {shlex.quote(str(where))} --model net.py:make_model"
+    return f"give it: {command}, a function in net.py that makes it, or torchvision:NAME, or timm:NAME"
 
 
 def _with_recognized_model(entries: Sequence[contents.Entry], request: FileRequest) -> FileRequest:

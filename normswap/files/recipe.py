@@ -168,16 +168,23 @@ def _by_own_paths(layers: Mapping[str, LayerRecipe], sites: Mapping[str, Site]) 
 
 def _check_architecture(layers: Mapping[str, LayerRecipe], sites: Mapping[str, Site], where: object) -> None:
     """Raise `FileError` where the model has other layers than the one that was converted."""
-    another = f"{where}: its recipe is for another architecture"
     missing = [path for path in layers if path not in sites]
     if missing:
-        raise FileError(f"{another}: the model has no {', '.join(repr(path) for path in missing[:_SHOWN])}")
+        raise _misfit(where, f"the model has no {', '.join(repr(path) for path in missing[:_SHOWN])}")
     for path, layer in layers.items():
         site = sites[path]
         if not (site.form or site.kind == "weight"):
-            raise FileError(f"{another}: {path} is a {site.name} already")
+            raise _misfit(where, f"{path} is a {site.name} already")
         if layer.groups is not None and site.channels % layer.groups:
-            raise FileError(f"{another}: {path} has {site.channels} channels, not a multiple of {layer.groups} groups")
+            raise _misfit(where, f"{path} has {site.channels} channels, not a multiple of {layer.groups} groups")
+
+
+def _misfit(where: object, what: str) -> FileError:
+    """The error for a model that is not the one whose conversion the recipe tells, for `what`."""
+    return FileError(
+        f"{where}: its recipe is for another architecture: {what}; give the model that was converted, with "
+        "the arguments that it was made with: --model-arg (model_args)"
+    )
 
 
 def _check_outcome(layers: Mapping[str, LayerRecipe], sites: Mapping[str, Site], report: Report, where: object) -> None:
@@ -188,7 +195,7 @@ def _check_outcome(layers: Mapping[str, LayerRecipe], sites: Mapping[str, Site],
         same_groups = change is not None and change.groups is not None and change.groups == layer.groups
         here = change.after if change else sites[path].name
         if not (same_groups or here == layer.to):
-            raise FileError(f"{where}: its recipe is for another architecture: {path} became {layer.to}, here {here}")
+            raise _misfit(where, f"{path} became {layer.to}, here {here}")
 
 
 def _stand_in_sizes(

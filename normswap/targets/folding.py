@@ -157,7 +157,7 @@ def _cannot_absorb(into: Site, norm: Site, context: Context, place: Place) -> st
     if shared is None and into.layer_kind == "linear":
         return (
             "may have its channels in another dimension than the norm takes: nothing shows how many dimensions there "
-            "are, which example_inputs or --input-shape do"
+            "are, which --input-shape (example_inputs) does"
         )
     return "has its channels in another dimension than the norm takes" if shared is False else ""
 

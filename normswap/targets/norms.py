@@ -118,7 +118,7 @@ def _without_processes(site: Site, context: Context) -> Swap | str:
     """A SyncBatchNorm as the batch norm of one process: the same tensors and the same function."""
     cls = BATCH_NORM_BY_DIMS.get(spatial_dims_of(site, context) or 0)
     if cls is None:
-        return "may read any number of dimensions, and nothing tells which of BatchNorm1d, 2d, 3d: give example_inputs"
+        return "may read any number of dimensions (BatchNorm1d, 2d or 3d): give --input-shape (example_inputs)"
     new = retyped(site.module, cls)
     vars(new).pop("process_group", None)
     return Swap(site, new, cls.__name__, "statistics of each process by itself", True)

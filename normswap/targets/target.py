@@ -160,7 +160,7 @@ def _misplaced(site: Site, context: Context) -> str:
     """Why a norm that takes several layouts cannot be exchanged for one that takes (N, C, *spatial)."""
     seen = context.seen.get(site.path)
     if site.form == "last" and seen is None and context.flow.ranks.get(site.path) != {2}:
-        return "normalizes the last dimension, of an input that may have others: give example_inputs if it is (N, C)"
+        return "normalizes the last of maybe several dimensions: if there are two, give --input-shape (example_inputs)"
     if site.form == "last" and seen is not None and seen.dims != 2:
         return f"normalizes the last of {seen.dims} dimensions, where channels are the second"
     dims = site.spatial_dims

@@ -422,6 +422,36 @@ def test_tensors_without_their_model(tmp_path: Path) -> None:
     assert "tensors without their model" in " ".join(shown.split())
 
 
+def test_tensors_alone_say_what_to_type_for_more(tmp_path: Path) -> None:
+    path = tmp_path / "a state.pt"
+    torch.save(Net().state_dict(), path)
+    found = json.loads(run("inspect", path, "--json").stdout)
+    assert found["advice"][-1]["choose"] == f"normswap inspect '{path}' --model net.py:make_model"
+    problems = {outcome["target"]: outcome["problem"] for outcome in found["outcomes"] if not outcome["norms"]}
+    assert dict.fromkeys(problems) == dict.fromkeys(["bn", "fold", "ws", "wn"])
+    assert set(problems.values()) == {"needs the model of the tensors (--model)"}
+
+
+@pytest.mark.parametrize("to", ["gn-ws", "est", "fold-wn", "bcn"])
+def test_a_converted_state_dict_tells_what_its_recipe_says(tmp_path: Path, to: str) -> None:
+    converted, report = normswap.convert(Net(), to)
+    normswap.save(converted, tmp_path / "net.pt", report=report)
+    result = run("inspect", tmp_path / "net.pt", "--json")
+    found = json.loads(result.stdout)
+    changed = {change.paths[0]: change.after.partition("(")[0] for change in report.changes}
+    shown = {layer["paths"][0]: layer["module"] for layer in found["layers"]}
+    assert result.exit_code == 0 and changed.items() <= shown.items() and len(shown) == len(found["layers"])
+    assert f"{len(report.recipe['layers'])} layers converted to {to} by normswap" in found["model"]
+    assert found["parameters"] == sum(p.numel() for p in converted.parameters())
+
+
+def test_folding_tensors_says_what_to_type_for_folding(tmp_path: Path) -> None:
+    torch.save(Net().state_dict(), tmp_path / "net.pt")
+    result = run("fold", tmp_path / "net.pt")
+    assert result.exit_code == 1 and f"normswap fold {tmp_path / 'net.pt'} --model net.py:make_model" in result.stderr
+    assert "normswap convert" not in result.stderr and "--to" not in result.stderr
+
+
 def test_tensors_alone_count_all_parameters(tmp_path: Path) -> None:
     model, state, training = Net(), tmp_path / "state.pt", tmp_path / "training.pt"
     torch.save(model.state_dict(), state)

@@ -146,7 +146,7 @@ def perceptron() -> nn.Sequential:
 
 def test_layer_norm_after_a_linear_layer() -> None:
     model, x = perceptron(), torch.randn(64, 6)
-    with pytest.raises(normswap.ModelError, match="give example_inputs"):  # it may be one of tokens, (N, T, C)
+    with pytest.raises(normswap.ModelError, match="give --input-shape"):  # it may be one of tokens, (N, T, C)
         normswap.convert(model, "gn")
     one, report = normswap.convert(model, "gn", groups=1, example_inputs=x)
     assert report.exact and isinstance(one[1], nn.GroupNorm)
@@ -200,7 +200,7 @@ def test_layer_norm_whose_layout_an_example_shows() -> None:
             return self.body(x.reshape(x.shape))
 
     model = Branches().eval()
-    with pytest.raises(normswap.ModelError, match="give example_inputs"):
+    with pytest.raises(normswap.ModelError, match="give --input-shape"):
         normswap.convert(model, "gn")
     assert normswap.convert(model, "gn", example_inputs=torch.randn(4, 6)).report.totals.norms_changed == 2
 

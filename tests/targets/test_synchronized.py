@@ -67,7 +67,7 @@ def test_what_nothing_tells_stays_until_inputs_do() -> None:
     model = randomize(nn.Sequential(nn.Linear(5, 6), sync(7), nn.Conv2d(7, 3, 1))).eval()
     lines = randomize(Forward(lambda self, x: self.norm(x.transpose(1, 2)), norm=sync(7))).eval()
     assert isinstance(normswap.convert(model, "bn").model[1], nn.BatchNorm2d)
-    with pytest.raises(normswap.ModelError, match="give example_inputs"):
+    with pytest.raises(normswap.ModelError, match="give --input-shape"):
         normswap.convert(lines, "bn")
     x = torch.randn(2, 4, 7)
     converted = normswap.convert(lines, "bn", example_inputs=x).model
