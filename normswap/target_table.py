@@ -59,6 +59,7 @@ class Form:
 
 
 _NEAR = 0.7  # how alike a name has to be to a target's, from 0 to 1, for this to be suggested
+_NEARER = 0.1  # by how much more alike a pair has to be than a single form
 _MATCHED = "approximate (matched)"
 _DATA = "approximate, needs data; exact from frozen, est, SyncBatchNorm"
 _LAYOUT = "less with contiguous tensors than with channels_last"
@@ -156,5 +157,12 @@ def nearest_target(text: str) -> str | None:
         for order in permutations([form.name, *form.spellings] for form in forms if form is not None):
             names |= {"".join(words): target for words in product(*order)}
     asked = re.sub(r"[123]d$|[^a-z]", "", re.sub("normali[sz]ation", "norm", text.lower().rpartition(".")[2]))
-    near = difflib.get_close_matches(asked, names, 1, _NEAR)
+    near = difflib.get_close_matches(asked, names, len(names), _NEAR)
+    single = [name for name in near if "-" not in names[name]]  # a pair is a guess at more, and has to be nearer
+    if single and _likeness(asked, single[0]) + _NEARER > _likeness(asked, near[0]):
+        return names[single[0]]
     return names[near[0]] if near else None
+
+
+def _likeness(text: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, other, text).ratio()

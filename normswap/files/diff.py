@@ -52,7 +52,7 @@ def _compared(old: Any, new: Any) -> Report:
     (parameters_before, buffers_before), (parameters_after, buffers_after) = map(_count_elements, (old, new))
     totals = Totals(0, 0, len(left), parameters_before, parameters_after, buffers_before, buffers_after)
     origins = (*_origin(old, "the first"), *_origin(new, "the second"))
-    return Report("diff", tuple(changes), left, totals, warnings=origins, modules=nodes)
+    return Report("diff", tuple(changes), left, totals, notes=origins, modules=nodes)
 
 
 def _opened(side: Side, key: str | None, trust: bool, allow: Iterable[str | type]) -> Any:

@@ -1,6 +1,7 @@
 """Model specs to models: `demo:digits`, `torchvision:NAME`, `timm:NAME`, `package.mod:factory`, `file.py:factory`."""
 
 import ast
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -45,7 +46,7 @@ def build(spec: str, weights: str | None = None, arguments: Mapping[str, Any] | 
     """
     library, _, name = spec.partition(":")
     if not name:
-        near = libraries.nearest_spec(spec)
+        near = _with_colon(spec) or libraries.nearest_spec(spec)
         forms = "write torchvision:NAME, timm:NAME, package.module:factory or file.py:factory"
         raise OptionError(f"{spec!r} is not a model; {f'did you mean {near}?' if near else forms}")
     makers = {"torchvision": _torchvision_maker, "timm": _timm_maker, "demo": _demo_maker}
@@ -67,6 +68,15 @@ def build(spec: str, weights: str | None = None, arguments: Mapping[str, Any] | 
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec}: returned a {type(model).__name__}, not a torch.nn.Module")
     return model.eval()
+
+
+def _with_colon(spec: str) -> str | None:
+    """`net:Net` for `net.Net`, and `net.py:Net` for `net.py.Net`, where there is such a file; else None."""
+    origin, _, name = spec.rpartition(".")
+    if name == "py":
+        return f"{spec}:make_model" if os.path.isfile(spec) else None
+    file = origin if origin.endswith(".py") else f"{origin.replace('.', os.sep)}.py"
+    return f"{origin}:{name}" if name.isidentifier() and os.path.isfile(file) else None
 
 
 def make_model(source: str | Callable[..., nn.Module], arguments: Mapping[str, Any] | None = None) -> nn.Module:
@@ -129,7 +139,9 @@ def _imported_factory(spec: str) -> Callable[..., Any]:
         found = getattr(found, part, None)
     if not callable(found):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise OptionError(f"{spec}: it has no function {name}; it has {', '.join(names[:8]) or 'none'}")
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {origin}:{near[0]}?" if near else f"it has {', '.join(names[:8]) or 'none'}"
+        raise OptionError(f"{spec}: it has no function {name}; {hint}")
     return found
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from normswap.printable import printable
+from normswap.report.python_views import as_text, in_frame, views
 
 INSPECTION_SCHEMA = 1
 """The version of the data that inspections are written as."""
@@ -77,7 +78,7 @@ class Advice:
     why: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """All that `normswap.inspect` found out."""
 
@@ -99,7 +100,18 @@ class Inspection:
         return {"schema": INSPECTION_SCHEMA, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
+        """The tables of the terminal."""
+        return as_text(self.__rich__())
+
+    def __rich__(self) -> Any:
+        return views("terminal_inspection").InspectionView(self, "model")
+
+    def __repr__(self) -> str:
+        """One short line: notebooks and debuggers show it within other values."""
         norms = sum(layer.kind == "norm" for layer in self.layers)
         counts = {"norm": norms, "weight layer": len(self.layers) - norms, "finding": len(self.findings)}
         counted = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
-        return f"{printable(self.model)}: {counted}"
+        return f"<Inspection {printable(self.model)}: {counted}>"
+
+    def _repr_html_(self) -> str:
+        return in_frame(self)

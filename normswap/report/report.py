@@ -1,19 +1,13 @@
 """What changed, as frozen plain data: the terminal, `--json` and every other view read this."""
 
 import dataclasses
-import html
-import importlib
-import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from normswap.errors import OptionError
-
-_TEXT_WIDTH = 100  # characters
+from normswap.report.python_views import as_text, in_frame, views
 
 REPORT_SCHEMA = 1
 """The version of the data that reports are written as. A reader of one version can read all that is added later."""
@@ -70,10 +64,10 @@ class LeftLayers(tuple[Left, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        return _as_text(self.__rich__())
+        return as_text(self.__rich__())
 
     def __rich__(self) -> Any:
-        return _views("terminal").left_table(self)
+        return views("terminal").left_table(self)
 
 
 @dataclass(frozen=True)
@@ -194,7 +188,7 @@ class Calibration:
     """How far the data are from what the model's norms have learnt, in standard deviations of a channel."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """All that a conversion did and did not do."""
 
@@ -239,7 +233,7 @@ class Report:
 
         Raises OptionError for another ending.
         """
-        path, formats = Path(path), _views("formats").REPORT_FORMATS
+        path, formats = Path(path), views("formats").REPORT_FORMATS
         if path.suffix.lower() not in formats:
             raise OptionError(f"{path}: give a name that ends in one of {', '.join(formats)}")
         path.write_text(formats[path.suffix.lower()](self, "model"), encoding="utf-8")
@@ -247,24 +241,14 @@ class Report:
 
     def __str__(self) -> str:
         """The table of the terminal."""
-        return _as_text(self.__rich__())
+        return as_text(self.__rich__())
 
     def __rich__(self) -> Any:
-        return _views("terminal").ReportView(self, "model")
+        return views("terminal").ReportView(self, "model")
+
+    def __repr__(self) -> str:
+        """One short line: notebooks and debuggers show it within other values."""
+        return f"<Report {self.target}: {views('wording').short_counts(self)}>"
 
     def _repr_html_(self) -> str:
-        """The page in a frame of its own, so that its style stays there."""
-        page = html.escape(_views("formats").REPORT_FORMATS[".html"](self, "model"))
-        return f'<iframe srcdoc="{page}" style="width: 100%; height: 40em; border: 0"></iframe>'
-
-
-def _views(name: str) -> Any:
-    """A module of this package that shows reports: all of them import this one."""
-    return importlib.import_module(f"normswap.report.{name}")
-
-
-def _as_text(view: Any) -> str:
-    console = Console(file=io.StringIO(), width=_TEXT_WIDTH)
-    with console.capture() as shown:
-        console.print(view)
-    return shown.get()
+        return in_frame(self)

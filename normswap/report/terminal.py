@@ -119,7 +119,9 @@ class ReportView:
             for line in lines:
                 count = "" if self.full else f"×{line.count}"
                 table.add_row(*map(terminal.text, (f"    {line.path}", line.what, count)))
-            yield from (terminal.text(f"  {reason}"), table)
+            if self.report.target != "diff":  # whose heading says it: the same
+                yield terminal.text(f"  {reason}")
+            yield table
 
 
 def _with_verdict(sentence: Text) -> Text:

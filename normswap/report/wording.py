@@ -193,6 +193,15 @@ def counts_sentence(report: Report) -> str:
     return f"{norms}, {weights} changed: {kept_word(report)}; {totals.left} left"
 
 
+def short_counts(report: Report) -> str:
+    """The same without how exact it is, in a few words."""
+    totals = report.totals
+    if report.target == "diff":
+        return f"{plural(len(report.changes), 'difference')}, {totals.left} the same"
+    norms, weights = plural(totals.norms_changed, "norm"), plural(totals.weights_changed, "weight")
+    return f"{norms}, {weights} changed, {totals.left} left"
+
+
 def sizes_sentence(totals: Totals) -> str:
     """How many parameters and buffer elements there were, and are."""
     return (

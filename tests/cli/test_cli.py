@@ -21,7 +21,7 @@ import normswap
 from normswap.cli import commands
 from normswap.cli import options as opt
 from normswap.layers.reparametrized import StandardizedConv2d
-from normswap.target_table import NORM_FORMS, RECURRENT_FORMS, WEIGHT_FORMS
+from normswap.target_table import NORM_FORMS, RECURRENT_FORMS, WEIGHT_FORMS, nearest_target
 
 
 @pytest.fixture
@@ -150,6 +150,30 @@ def test_a_model_for_tensors_that_is_unknown_gets_one_suggestion(tmp_path: Path,
     torch.save(resnet().state_dict(), tmp_path / "w.pt")
     result = run("convert", tmp_path / "w.pt", "--to", "gn", "--model", written)
     assert result.exit_code == 1 and result.stderr.endswith("; did you mean torchvision:resnet50?\n")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("one_net.Net", "one_net:Net"), ("one_net.py.Net", "one_net.py:Net"), ("one_net.py:Nett", "one_net.py:Net"),
+     ("one_net:net", "one_net:Net"), ("one_net.py", "one_net.py:make_model")],
+)  # fmt: skip
+def test_a_factory_that_is_written_wrongly_gets_one_suggestion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, meant: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("one_net.py").write_text("class Block: ...\nclass Net: ...\n")
+    torch.save(resnet().state_dict(), "w.pt")
+    result = run("convert", "w.pt", "--to", "gn", "--model", written)
+    assert result.exit_code == 1 and result.stderr.endswith(f"did you mean {meant}?\n")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("gnn", "gn"), ("lnn", "ln"), ("foldd", "fold"), ("frozenwss", "frozen-ws"), ("ws_gn", "gn-ws")],
+)
+def test_a_target_alone_is_meant_rather_than_a_pair(written: str, meant: str) -> None:
+    assert nearest_target(written) == meant
 
 
 def test_a_name_that_is_like_none_gets_no_suggestion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

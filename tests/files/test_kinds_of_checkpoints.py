@@ -1,6 +1,7 @@
 """Each kind of checkpoint, by the command line, read back by the libraries themselves, bit for bit."""
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -359,6 +360,15 @@ def test_diff_counts_and_finds_everything(tmp_path: Path) -> None:
     printed = json.loads(run("diff", tmp_path / "a.pt", tmp_path / "b.safetensors", "--json"))
     assert printed["changes"] == json.loads(json.dumps(report.to_dict()))["changes"]
     assert "1 removed" in run("diff", tmp_path / "a.pt", tmp_path / "b.safetensors")
+
+
+def test_diff_notes_what_normswap_made_and_says_the_same_once(tmp_path: Path) -> None:
+    model = resnet()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    torch.save(normswap.convert(model, "gn-ws").model.state_dict(), tmp_path / "b.pt")
+    shown = run("diff", tmp_path / "a.pt", tmp_path / "b.pt")
+    assert "the second was made by normswap: gn-ws" in shown and "warning" not in shown
+    assert "the same:" in shown and "  same\n" not in re.sub(" +\n", "\n", shown)
 
 
 def test_diff_of_models_names_modules_and_nothing_where_there_is_nothing(tmp_path: Path) -> None:

@@ -27,6 +27,22 @@ def test_a_notebook_shows_the_page(report: normswap.Report) -> None:
     assert report._repr_html_().startswith("<iframe srcdoc=") and "&lt;!doctype html" in report._repr_html_().lower()
 
 
+def test_an_inspection_prints_as_its_tables_and_shows_its_page() -> None:
+    found = normswap.inspect(randomize(conv_norm()))
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(found)
+    assert "what each target would do" in str(found) and shown.getvalue() == str(found)
+    assert found._repr_html_().startswith("<iframe srcdoc=")
+
+
+def test_what_stands_within_other_values_is_one_short_line(report: normswap.Report) -> None:
+    """`normswap.convert(...)` as the last line of a cell shows the pair that it gives."""
+    assert repr(report) == "<Report gn: 1 norm, 0 weights changed, 0 left>"
+    assert repr(normswap.diff(nn.ReLU(), nn.ReLU())) == "<Report diff: 0 differences, 0 the same>"
+    assert repr(normswap.inspect(nn.BatchNorm2d(3))) == "<Inspection BatchNorm2d: 1 norm, 0 weight layers, 1 finding>"
+    assert len(repr(normswap.convert(conv_norm(), "gn"))) < 500
+
+
 @pytest.mark.parametrize("ending", ["html", "md", "json", "svg"])
 def test_a_report_is_saved_by_its_ending(report: normswap.Report, tmp_path: Path, ending: str) -> None:
     assert "GroupNorm" in report.save(tmp_path / f"r.{ending}").read_text()
