@@ -90,10 +90,8 @@ def stays_in_folding(site: Site, options: Options) -> bool:
 
 
 def why_nothing_to_change(target: Target, sites: Iterable[Site], left: Sequence[Left], options: Options) -> str:
-    """The message where none of `sites` can be changed: why, and which options would change some."""
-    if not folds(target):
-        return why_nothing_to_convert(target, left, options) + unasked_layers(sites, options)
-    stay = [s for s in sites if stays_in_folding(s, options)]
+    """The message where none of `sites` can be changed, of which `left` are those that the target is for."""
+    stay = [site for site in sites if folds(target) and stays_in_folding(site, options)]
     without = [Left(path, "norm", site.name, NO_STATISTICS_TO_FOLD) for site in stay for path in site.paths]
     return why_nothing_to_convert(target, [*left, *without], options)
 

@@ -80,7 +80,8 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
     meant = {"norm": request.target.norm, "weight": request.target.weight}
     left += [layer for layer in survey.hidden if meant[layer.kind] is not None]
     if not swaps and not request.may_be_idle:
-        raise ModelError(why_nothing_to_change(request.target, sites, left, options))
+        unasked = "" if folds(request.target) else unasked_layers(sites, options)
+        raise ModelError(why_nothing_to_change(request.target, sites, left, options) + unasked)
     _check_groups(request.target, swaps, options.groups)
     notices = [*survey.notices, *_notices(survey, request, swaps, left)]
     if folds(request.target) and not swaps:

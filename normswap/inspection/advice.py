@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from normswap.report.inspection import Advice, Layer, Outcome
 from normswap.report.path_patterns import span
+from normswap.report.wording import plural
 
 _MANY_POINTS = 0.25  # the share of norms from which 1×1 maps shape a choice
 
@@ -36,8 +37,11 @@ def small_batches(facts: Facts) -> Advice | None:
 
 def deployment(facts: Facts) -> Advice | None:
     outcome = facts.outcomes["fold"]
-    if not outcome.norms:
+    if not outcome.norms and not outcome.weights:
         return None
+    if not outcome.norms:
+        why = f"exact and faster: {plural(outcome.weights, 'weight')} computed once, for torch's own layers"
+        return Advice("deployment", "fold", why)
     norms = sum(layer.kind == "norm" for layer in facts.layers)
     some = "all norms go" if outcome.norms == norms else f"{outcome.norms} of {norms} norms go"
     return Advice("deployment", "fold", f"exact and faster: {some} into the layers before them")

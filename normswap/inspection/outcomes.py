@@ -8,22 +8,31 @@ from torch import nn
 
 from normswap.analysis.other_ways import told_apart
 from normswap.analysis.sites import Site
+from normswap.conversion.accounting import why_nothing_to_change
 from normswap.conversion.planning import plan_sites
 from normswap.errors import NormswapError
 from normswap.inspection.kinds import Kinds, kinds_to_fold
+from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.report.inspection import Outcome
-from normswap.target_table import NORM_FORMS, WEIGHT_FORMS
+from normswap.target_table import NORM_FORMS, RECURRENT_FORMS, WEIGHT_FORMS
 from normswap.targets.context import Context
-from normswap.targets.target import TARGETS, Target
+from normswap.targets.target import RECURRENT_TARGETS, TARGETS, Target
 
 
 def outcomes_of(model: nn.Module, norms: Kinds, weights: Kinds, context: Context) -> Iterator[Outcome]:
-    """The outcome of each form of norms, then of weights; `norms` and `weights` are the layers of `model` by kind."""
+    """The outcome of each form of norms, of weights, and of recurrent layers where there are some.
+
+    `norms` and `weights` are the layers of `model` by kind.
+    """
     for form in NORM_FORMS.values():
         kinds = kinds_to_fold(norms, weights, context) if form.into_neighbours else norms
         yield _try_target(model, TARGETS[form.name], kinds, context)
     for name in WEIGHT_FORMS:
         yield _try_target(model, TARGETS[name], weights, context)
+    if any(site.base in LAYER_NORMALIZED for site in weights):
+        for name, inside in zip(RECURRENT_TARGETS, RECURRENT_FORMS, strict=True):
+            asked = replace(context, options=replace(context.options, recurrent=inside))
+            yield _try_target(model, RECURRENT_TARGETS[name], weights, asked)
 
 
 def _try_target(model: nn.Module, target: Target, kinds: Kinds, context: Context) -> Outcome:
@@ -47,7 +56,11 @@ def _try_target(model: nn.Module, target: Target, kinds: Kinds, context: Context
             reasons[entry.reason] += alike.get(entry.path, 1)  # functions that norm are no site
     exact = all(swap.exact for swap in swaps) if swaps else None
     most = tuple(reasons.most_common())
-    return Outcome(target.name, changed["norm"], changed["weight"], exact, reasons.total(), most)
+    problem = ""
+    if not swaps and not most:
+        stay = [entry for entry in left for _ in range(alike.get(entry.path, 1))]
+        problem = why_nothing_to_change(target, context.sites.values(), stay, context.options)
+    return Outcome(target.name, changed["norm"], changed["weight"], exact, reasons.total(), most, problem)
 
 
 def _split(kinds: Kinds, apart: Collection[Site]) -> Kinds:

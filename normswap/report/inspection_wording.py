@@ -1,7 +1,9 @@
 """The sentences and the small tables of an inspection, the same in every view of it."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 from normswap.report.inspection import Inspection, Layer
 from normswap.report.path_patterns import ROOT
@@ -9,6 +11,7 @@ from normswap.report.wording import plural, verdict
 from normswap.target_table import NORM_FORMS
 
 _MOST_REASONS = 3
+_NOTHING = re.compile("^nothing to (fold|convert to [a-z-]+): ")  # which a line of the table says already
 WHAT_IS_IN_IT = "what is in it"
 OUTCOMES = "what each target would do"
 FINDINGS = "what is wrong, or suspicious"
@@ -44,12 +47,27 @@ def outcome_lines(found: Inspection) -> list[OutcomeLine]:
     for outcome in found.outcomes:
         changes = [plural(n, w) for n, w in ((outcome.norms, "norm"), (outcome.weights, "weight")) if n]
         own = [reason for reason in outcome.reasons if outcome.target not in NORM_FORMS or reason not in common]
-        left = outcome.problem or _reasons(own)
-        lines.append(OutcomeLine(outcome.target, ", ".join(changes) or "nothing", outcome.exact, left))
+        left = _NOTHING.sub("", outcome.problem) or _reasons(own)
+        lines.append(OutcomeLine(_as_typed(outcome.target), ", ".join(changes) or "nothing", outcome.exact, left))
+    groups = groupby(lines, key=lambda line: line.left if line.changes == "nothing" else line)
+    lines = [_spanning(list(alike)) for _, alike in groups]
     if common:
         left = _reasons(sorted(common, key=lambda reason: -reason[1]))
         lines.append(OutcomeLine("all", "of gn to fold", None, left))
     return lines
+
+
+def _as_typed(target: str) -> str:
+    """A target as an option names it that is none of `--to`."""
+    option, _, form = target.partition("-")
+    return f"--{option} {form}" if option == "recurrent" else target
+
+
+def _spanning(alike: Sequence[OutcomeLine]) -> OutcomeLine:
+    """Targets that follow each other and change nothing for the same reason as one line; a single one as it is."""
+    names = [line.target for line in alike]
+    name = names[0] if len(names) == 1 else ", ".join(names) if len(names) == 2 else f"{names[0]} to {names[-1]}"
+    return replace(alike[0], target=name)
 
 
 def _reasons(reasons: Sequence[tuple[str, int]]) -> str:

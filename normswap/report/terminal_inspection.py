@@ -37,11 +37,11 @@ class InspectionView:
             probe = terminal.string(f" (maps: {found.probe})") if found.probe else ""
             title = Text.assemble((wording.WHAT_IS_IN_IT, "bold"), (probe, "dim"))
             yield Group(title, _layer_table(found.layers, self.full, terminal), Text())
-        yield Group(Text(wording.OUTCOMES, style="bold"), self._outcomes(terminal), Text())
+        yield Group(Text(wording.OUTCOMES, style="bold"), self._outcomes(terminal))
         if found.findings:
-            yield Group(Text(wording.FINDINGS, style="bold"), *self._findings(terminal), Text())
+            yield Group(Text(), Text(wording.FINDINGS, style="bold"), *self._findings(terminal))
         if found.advice:
-            yield Group(Text(wording.ADVICE, style="bold"), *self._advice(terminal))
+            yield Group(Text(), Text(wording.ADVICE, style="bold"), *self._advice(terminal))
 
     def _outcomes(self, terminal: Terminal) -> Table:
         table = plain_table("target", "changes", "exact", "left")

@@ -22,6 +22,7 @@ import normswap
 from normswap import Inspection, NormswapError
 from normswap.files import model_specs
 from normswap.inspection.findings import PROBLEM_RULES
+from normswap.report.inspection_wording import outcome_lines
 from normswap.report.module_tree import fold_tree
 from normswap.report.terminal_inspection import InspectionView
 from normswap.target_table import NORM_FORMS, WEIGHT_FORMS
@@ -52,18 +53,19 @@ def test_outcomes_are_what_conversions_do(name: str) -> None:
     with quiet():
         model = model_of(name)
         outcomes = {outcome.target: outcome for outcome in normswap.inspect(model).outcomes}
-        assert tuple(outcomes) == TARGETS
+        recurrent = {"recurrent-ln": {"recurrent": "ln"}}
+        assert tuple(outcomes) in (TARGETS, (*TARGETS, *recurrent))
         for target, outcome in outcomes.items():
             try:
-                report = normswap.convert(model, target).report
+                report = normswap.convert(model, **recurrent.get(target, {"to": target})).report
             except NormswapError as error:
                 assert not (outcome.norms or outcome.weights), target
                 assert outcome.exact is None
-                assert outcome.problem in ("", str(error))
+                assert str(error).startswith(outcome.problem)
                 continue
             done = report.totals.norms_changed, report.totals.weights_changed
             assert (outcome.norms, outcome.weights, outcome.exact) == (*done, report.exact), target
-            kind = "weight" if target in WEIGHT_FORMS else "norm"
+            kind = "norm" if target in NORM_FORMS else "weight"
             hidden = "is not registered"  # what an inspection names among its findings
             left = [entry for entry in report.left if entry.kind == kind and hidden not in entry.reason]
             assert outcome.left == len(left) == sum(count for _, count in outcome.reasons)
@@ -321,6 +323,29 @@ def test_advice() -> None:
     single = choices(normswap.inspect(Net(), example_inputs=torch.randn(2, 3, 1, 1)))
     assert single["many 1×1 maps"] == "ln, or gn --groups 1"
     assert choices(normswap.inspect(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)))) == {}
+
+
+def test_recurrent_layers_have_a_line_of_their_own() -> None:
+    found = normswap.inspect(nn.Sequential(nn.LSTM(4, 8)))
+    line = found.outcomes[-1]
+    assert (line.target, line.weights, line.exact) == ("recurrent-ln", 1, False)
+    shown = printed(found)
+    assert re.search(r"gn to frozen +nothing +the model has no normalization\n", shown)
+    assert re.search(r"ws, wn +nothing +the model has no convolution\n", shown)
+    assert re.search(r"--recurrent ln +1 weight +approximate", shown)
+
+
+def test_every_line_that_changes_nothing_says_why() -> None:
+    for model in (nn.ReLU(), nn.LSTM(4, 8), nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)), nn.Linear(3, 4)):
+        lines = outcome_lines(normswap.inspect(model))
+        assert all(line.left for line in lines if line.changes == "nothing")
+
+
+@pytest.mark.parametrize("to", ["gn-ws", "gn"])
+def test_a_converted_net_says_what_to_pick_and_ends_with_its_last_line(to: str) -> None:
+    found = normswap.inspect(normswap.convert(Net(), to).model)
+    assert choices(found) == ({"deployment": "fold"} if to == "gn-ws" else {})
+    assert not printed(found).endswith("\n\n")
 
 
 def test_groups_for_training_and_for_use() -> None:
