@@ -62,7 +62,7 @@ def test_a_batch_norm_that_cannot_go_into_a_layer_is_left_by_folding() -> None:
 
 
 def test_what_is_folded_already_has_nothing_to_fold() -> None:
-    folded = normswap.fold(normswap.convert(chain(), "fold-ws").model).model
+    folded = normswap.fold(normswap.convert(chain(8, 8), "fold-wn").model).model
     why = "nothing to fold: the model has no normalization and no standardized or normalized weights"
     with pytest.raises(normswap.ModelError, match=why):
         normswap.convert(folded, "fold")
