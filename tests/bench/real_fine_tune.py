@@ -60,9 +60,11 @@ STARTS: dict[str, dict[str, Any] | None] = {
     "gn 8": {"to": "gn", "groups": 8},
     "gn 16": {"to": "gn", "groups": 16},
     "gn 32": {"to": "gn", "groups": 32},
+    "gn for use": {"to": "gn", "purpose": "use"},
     "gn-ws auto": {"to": "gn-ws"},
     "gn-ws 1": {"to": "gn-ws", "groups": 1},
     "gn-ws 8": {"to": "gn-ws", "groups": 8},
+    "gn-ws for use": {"to": "gn-ws", "purpose": "use"},
     "bcn": {"to": "bcn"},
 }
 """By name: the options of the conversion; those without a word on it are matched."""
@@ -201,7 +203,7 @@ def _cell(asked: tuple[argparse.Namespace, str, str, str]) -> list[Row]:
     return rows
 
 
-SHOWN = ("bn", "frozen", "gn reset", "gn copied", "gn auto", "gn-ws auto", "bcn")
+SHOWN = ("bn", "frozen", "gn reset", "gn copied", "gn auto", "gn for use", "gn-ws auto", "gn-ws for use", "bcn")
 
 
 def picture(rows: list[Row]) -> str:
