@@ -47,7 +47,7 @@ def find_source(
         return found.network.spec, found.network.arguments
     hint = f". It {found.said}" if found.said else ""
     raise FileError(
-        f"{where}: holds tensors without their model; give what makes it: load(path, model=make_model){hint}"
+        f"{where}: holds tensors without their model; give the model: load(path, model=make_model){hint}"
     )
 
 
