@@ -6,12 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from normswap.analysis.sites import Site
-from normswap.layers.norms import ACTIVATED, PositionNorm
 from normswap.layers.recurrent import LAYER_NORMALIZED
 from normswap.layers.reparametrized import LAYERS, PLAIN
 from normswap.report.report import Change, Left
 from normswap.targets.context import Place, Swap
-from normswap.targets.folding import NO_STATISTICS_TO_FOLD
 from normswap.targets.options import Options
 from normswap.targets.target import FOLD, PLAIN_TARGET, Target
 
@@ -67,7 +65,7 @@ def class_names(model: nn.Module) -> dict[str, str]:
 def is_meant(site: Site, target: Target, options: Options) -> bool:
     """Whether `target`, with the options, is to change such a layer: one that stays is reported as left."""
     if site.kind == "norm":
-        return target.norm is not None and not (folds(target) and stays_in_folding(site, options))
+        return target.norm is not None
     if folds(target) and (site.base in PLAIN or site.base in LAYER_NORMALIZED.values()):
         return True
     inside = options.recurrent is not None and site.layer_kind == "rnn"
@@ -77,23 +75,6 @@ def is_meant(site: Site, target: Target, options: Options) -> bool:
 def folds(target: Target) -> bool:
     """Whether `target` is `fold`, or its second half alone: plain layers."""
     return target in (FOLD, PLAIN_TARGET)
-
-
-def stays_in_folding(site: Site, options: Options) -> bool:
-    """Whether a norm is of a kind that is no business of folding: a known class of torch's or a library's without
-    running statistics by its nature, and no data that would give it some.
-    """
-    own = isinstance(site.module, PositionNorm) or type(site.module) in ACTIVATED.values()  # normswap's
-    has_some = site.is_batch_norm or any(True for _ in site.module.buffers())
-    known = site.kind == "norm" and site.base is not None
-    return known and options.calibrate is None and not own and not has_some
-
-
-def why_nothing_to_change(target: Target, sites: Iterable[Site], left: Sequence[Left], options: Options) -> str:
-    """The message where none of `sites` can be changed, of which `left` are those that the target is for."""
-    stay = [site for site in sites if folds(target) and stays_in_folding(site, options)]
-    without = [Left(path, "norm", site.name, NO_STATISTICS_TO_FOLD) for site in stay for path in site.paths]
-    return why_nothing_to_convert(target, [*left, *without], options)
 
 
 def why_nothing_to_convert(target: Target, left: Sequence[Left], options: Options) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from normswap.analysis.other_ways import told_apart
 from normswap.analysis.sites import Site
 from normswap.analysis.statistics import is_untrained
-from normswap.conversion.accounting import changes_of, folds, is_meant, unasked_layers, why_nothing_to_change
+from normswap.conversion.accounting import changes_of, folds, is_meant, unasked_layers, why_nothing_to_convert
 from normswap.conversion.evidence import Evidence, Survey
 from normswap.conversion.request import Phase, Request
 from normswap.errors import ModelError, OptionError
@@ -81,11 +81,11 @@ def plan_conversion(survey: Survey, evidence: Evidence, request: Request) -> Pla
     left += [layer for layer in survey.hidden if meant[layer.kind] is not None]
     if not swaps and not request.may_be_idle:
         unasked = "" if folds(request.target) else unasked_layers(sites, options)
-        raise ModelError(why_nothing_to_change(request.target, sites, left, options) + unasked)
+        raise ModelError(why_nothing_to_convert(request.target, left, options) + unasked)
     _check_groups(request.target, swaps, options.groups)
     notices = [*survey.notices, *_notices(survey, request, swaps, left)]
     if folds(request.target) and not swaps:
-        notices.append(why_nothing_to_change(request.target, sites, left, options))
+        notices.append(why_nothing_to_convert(request.target, left, options))
     return Plan(swaps, changes, sorted(left, key=lambda entry: entry.path), notices, _is_untrained(survey))
 
 
@@ -122,8 +122,7 @@ def plan_sites(
             left += [Left(path, site.kind, site.name, notes.get(site, reason)) for path in site.paths]
     if target.norm is not None:
         unheld = "is a function call that no module holds"
-        calls = context.flow.functional.items()
-        left += [Left(at, "norm", name, unheld) for at, name in calls if name == "batch_norm" or not folds(target)]
+        left += [Left(where, "norm", name, unheld) for where, name in context.flow.functional.items()]
     return swaps, changes_of(swaps, notes), left
 
 
@@ -215,8 +214,10 @@ def _notices(survey: Survey, request: Request, swaps: Sequence[Swap], left: Sequ
     """What a user should know though it is no error: half of the target found nothing, an option has no effect."""
     target, options, notices = request.target, request.options, []
     kinds = {swap.site.kind for swap in swaps}
-    lacking = any(entry.kind == "norm" for entry in left) or not folds(target)
-    if target.norm and target is not PLAIN_TARGET and swaps and "norm" not in kinds and lacking:
+    stay = {entry.path for entry in left}
+    # Folding is for batch norms: where there are none, nobody misses them.
+    missed = not folds(target) or any(site.is_batch_norm and site.path in stay for site in survey.sites)
+    if target.norm and target is not PLAIN_TARGET and swaps and "norm" not in kinds and missed:
         notices.append(
             f"no norm was changed: the model has none that {target.norm.name} can replace; see what was left"
         )

@@ -46,9 +46,7 @@ def find_source(
     if found.network is not None:
         return found.network.spec, found.network.arguments
     hint = f". It {found.said}" if found.said else ""
-    raise FileError(
-        f"{where}: holds tensors without their model; give the model: load(path, model=make_model){hint}"
-    )
+    raise FileError(f"{where}: holds tensors without their model; give the model: load(path, model=make_model){hint}")
 
 
 def spec_of_recipe(state: Any) -> str | None:

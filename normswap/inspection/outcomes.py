@@ -8,7 +8,7 @@ from torch import nn
 
 from normswap.analysis.other_ways import told_apart
 from normswap.analysis.sites import Site
-from normswap.conversion.accounting import why_nothing_to_change
+from normswap.conversion.accounting import why_nothing_to_convert
 from normswap.conversion.planning import plan_sites
 from normswap.errors import NormswapError
 from normswap.inspection.kinds import Kinds, kinds_to_fold
@@ -59,7 +59,7 @@ def _try_target(model: nn.Module, target: Target, kinds: Kinds, context: Context
     problem = ""
     if not swaps and not most:
         stay = [entry for entry in left for _ in range(alike.get(entry.path, 1))]
-        problem = why_nothing_to_change(target, context.sites.values(), stay, context.options)
+        problem = why_nothing_to_convert(target, stay, context.options)
     return Outcome(target.name, changed["norm"], changed["weight"], exact, reasons.total(), most, problem)
 
 

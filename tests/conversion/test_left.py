@@ -44,21 +44,21 @@ SAMPLE_NORMS = (nn.GroupNorm(2, 8), nn.InstanceNorm2d(8), nn.LayerNorm((8, 6, 6)
 
 
 @pytest.mark.parametrize("norm", SAMPLE_NORMS)
-def test_a_norm_without_statistics_is_not_left_by_folding(norm: nn.Module) -> None:
-    """It can never go into a layer, so nobody asks for that: what can be baked in is all that folding is for."""
+def test_a_norm_without_statistics_is_no_reason_to_warn_of_when_weights_are_baked_in(norm: nn.Module) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), norm)
     standardized = normswap.convert(model, "ws").model
     for report in (normswap.fold(standardized).report, normswap.convert(standardized, "fold").report):
-        assert report.totals.weights_changed == 1 and report.left == () and report.warnings == ()
-    with pytest.raises(normswap.ModelError, match=f"nothing to fold: 1 {type(norm).__name__}: has no running") as told:
+        assert report.totals.weights_changed == 1 and report.warnings == ()
+        assert [entry.path for entry in report.left] == ["1"]
+    with pytest.raises(normswap.ModelError, match=f"nothing to fold: 1 {type(norm).__name__}: ") as told:
         normswap.convert(model, "fold")
     assert "calibrate" not in str(told.value)
 
 
-def test_a_batch_norm_that_cannot_go_into_a_layer_is_left_by_folding() -> None:
+def test_a_batch_norm_that_cannot_go_into_a_layer_is_warned_of_by_folding() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8))
     report = normswap.fold(normswap.convert(model, "ws").model).report
-    assert [entry.path for entry in report.left] == ["0"] and "no norm was changed" in report.warnings[0]
+    assert [entry.path for entry in report.left] == ["0", "3"] and "no norm was changed" in report.warnings[0]
 
 
 def test_what_is_folded_already_has_nothing_to_fold() -> None:
