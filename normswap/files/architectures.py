@@ -6,10 +6,11 @@
 import json
 import lzma
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +70,24 @@ def recognize(state: Mapping[str, Any]) -> list[Architecture]:
     """
     shapes = {without_wrappers(key): shape for key, shape in told_shapes(state).items()}
     first: list[Architecture] = []
-    rest = shapes
-    for prefix in _prefixes(shapes):
-        part = {key.removeprefix(prefix): shape for key, shape in rest.items() if key.startswith(prefix)}
-        found = _networks_of(part)
+    rest = dict(shapes)
+    for prefix, keys in _keys_by_prefix(shapes).items():
+        found = _networks_of({key.removeprefix(prefix): rest[key] for key in keys if key in rest})
         if found and (not first or found == first):
-            first, rest = found, {key: shape for key, shape in rest.items() if not key.startswith(prefix)}
+            first = found
+            for key in keys:
+                rest.pop(key, None)
     has_layers = any(len(shape) > 2 or key.endswith("running_mean") for key, shape in rest.items())
     return [] if has_layers else first
 
 
-def _prefixes(shapes: Shapes) -> Iterator[str]:
-    """What may stand before the keys of a model: nothing, or up to three names."""
-    ends = (list(re.finditer(r"\.", key))[:_DEEPEST] for key in shapes)
-    found = {key[: dot.end()] for key, dots in zip(shapes, ends, strict=True) for dot in dots}
-    return iter(["", *sorted(found, key=lambda prefix: (prefix.count("."), prefix))])
+def _keys_by_prefix(shapes: Shapes) -> dict[str, list[str]]:
+    """The keys behind whatever may stand before those of a model, the shortest first: nothing, or up to three names."""
+    found: dict[str, list[str]] = {"": list(shapes)}
+    for key in shapes:
+        for dot in islice(re.finditer(r"\.", key), _DEEPEST):
+            found.setdefault(key[: dot.end()], []).append(key)
+    return dict(sorted(found.items(), key=lambda entry: (entry[0].count("."), entry[0])))
 
 
 def _networks_of(shapes: Shapes) -> list[Architecture]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,18 @@ def test_options_that_no_key_shows_are_listed() -> None:
     with torch.device("meta"):
         found = architectures.recognize(network("torchvision:googlenet").state_dict())
     assert [network.arguments for network in found] == [{}, {"transform_input": True}]
+
+
+def test_every_key_is_looked_at_a_few_times_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = 0
+    real = architectures.fingerprint
+
+    def counting(lines: Iterable[str]) -> str:
+        nonlocal looked_at
+        lines = list(lines)
+        looked_at += len(lines)
+        return real(lines)
+
+    monkeypatch.setattr(architectures, "fingerprint", counting)
+    state = {f"{number}.{name}": torch.zeros(4) for number in range(500) for name in ("weight", "running_mean")}
+    assert architectures.recognize(state) == [] and looked_at <= 5 * len(state)
