@@ -213,10 +213,11 @@ def _mismatch(plain: Mapping[str, str], state: _State, model: _State, prefix: st
     missing = [name for name in model if name not in here and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in here if name not in model and not name.endswith(NO_WEIGHTS)]
     shared = {name: here[name] for name in model if name in here}
-    reshaped = [
-        f"{name} is {tuple(state[here[name]].shape)}, the model's {tuple(model[name].shape)}"
-        for name in _reshaped(shared, state, model)
-    ]
+    names = _reshaped(shared, state, model)
+    reads_others = any(model[n].dim() > 2 and state[here[n]].shape[:1] == model[n].shape[:1] for n in names)
+    reshaped = [f"{name} is {tuple(state[here[name]].shape)}, the model's {tuple(model[name].shape)}" for name in names]
+    if reads_others and not missing and not unexpected and len(names) == 1:
+        return f"does not fit the model: {reshaped[0]}. Likely other input channels: see --model-arg (model_args)"
     parts = [
         f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))

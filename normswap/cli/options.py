@@ -166,8 +166,18 @@ Device = Annotated[str | None, _option(DATA, "Where the model is run and fitted:
 InputSize = Annotated[
     str | None, _option(DATA, "Size of the pictures, if the model's own is not known.", metavar="N|H,W")
 ]
-Mean = Annotated[str | None, _option(DATA, "Mean of the pictures' channels, values from 0 to 1.", metavar="R,G,B")]
-Std = Annotated[str | None, _option(DATA, "Standard deviation of the pictures' channels.", metavar="R,G,B")]
+Mean = Annotated[
+    str | None,
+    _option(
+        DATA,
+        "Mean of the pictures' channels, values from 0 to 1. Default: the model's own, or ImageNet's.",
+        metavar="R,G,B",
+    ),
+]
+Std = Annotated[
+    str | None,
+    _option(DATA, "Standard deviation of the same; --mean 0 --std 1 leaves the values from 0 to 1.", metavar="R,G,B"),
+]
 
 # ---- what is written and shown ----
 

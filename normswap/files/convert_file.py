@@ -24,7 +24,7 @@ from normswap.files.file_request import ConvertedEntry, FileRequest
 from normswap.files.load_line import load_line
 from normswap.report.report import Change, Cost, Report, Written
 from normswap.targets.options import Options
-from normswap.targets.target import Target, check_options, parse_target
+from normswap.targets.target import FOLD, Target, check_options, parse_target
 from normswap.training import optimizer_states, optimizers, parameter_numbers
 
 
@@ -156,9 +156,20 @@ def _convert_models(
         first.report,
         changes=(*first.report.changes, *copies, *inside, *beside),
         warnings=(*first.report.warnings, *lost_inside, *lost_beside, *about_models),
-        notes=(*first.report.notes, *([entries[0].note] if entries[0].note else [])),
+        notes=(*first.report.notes, *_notes(entries[0], first, request)),
     )
     return replace(found, content=content, optimizers=states), report
+
+
+def _notes(entry: contents.Entry, done: ConvertedEntry, request: FileRequest) -> list[str]:
+    """Which entry is taken for the model, how data were read, and how a folded model comes to do without normswap."""
+    notes = [*([entry.note] if entry.note else []), *request.notes]
+    if not isinstance(done.value, nn.Module) and (request.fold or request.target is FOLD):
+        notes.append(
+            "the tensors of a folded model fit no model as it was: load them with normswap, and "
+            "torch.save(model, path) writes one that opens without it"
+        )
+    return notes
 
 
 def _convert_each(entries: Sequence[contents.Entry], found: Checkpoint, request: FileRequest) -> list[ConvertedEntry]:

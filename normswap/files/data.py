@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from normswap.calibration.batches import (
     input_batches,
     read_samples,
 )  # fmt: skip
+from normswap.calibration.pictures import PICTURES
 from normswap.errors import OptionError
 from normswap.files import demonstration, model_specs
 from normswap.files.file_request import FileRequest
@@ -54,7 +56,16 @@ class Given:
 def with_data(request: FileRequest, given: Given) -> FileRequest:
     """`request` with the data read."""
     options = replace(request.options, calibrate=_read_calibration(given, request))
-    return replace(request, options=options, examples=_read_examples(given, request))
+    return replace(request, options=options, examples=_read_examples(given, request), notes=_about_pictures(given))
+
+
+def _about_pictures(given: Given) -> tuple[str, ...]:
+    """How pictures were normalized, where nobody has said how that is to be done."""
+    paths = [Path(data) for data in (given.calibrate, given.examples) if isinstance(data, str | os.PathLike)]
+    pictures = [path for path in paths if path.is_dir() or path.suffix.lower() in PICTURES]
+    if not pictures or given.mean is not None or given.preparation()["spec"] is not None:
+        return ()
+    return ("pictures are normalized by ImageNet's mean and std: give --mean and --std, or 0 and 1 for none",)
 
 
 def _read_calibration(given: Given, request: FileRequest) -> list[Any] | None:

@@ -37,6 +37,8 @@ class FileRequest:
     fold: bool = False
     """Leave plain torch layers."""
     progress: Progress = lambda phase: None
+    notes: tuple[str, ...] = ()
+    """What is good to know of how its data were read."""
     recognized: str = ""
     """What keys and shapes tell of the network, where no model was given: which it is, or what to give."""
 

@@ -15,10 +15,10 @@ def load_line(
     source: str | os.PathLike[str], content: Any, out: Path, *, model: object, model_args: Mapping[str, Any] | None,
     key: str | None, trust: bool, allow: Iterable[str | type],
 ) -> str:  # fmt: skip
-    """A call of `normswap.load` that gives the model in `out`, a checkpoint with this content.
+    """A call of `normswap.load` that gives the model in `out`, ready to use, a checkpoint with this content.
 
     `source` is what was converted; the rest are the options that it was read with. A model that no file and no option
-    names is written as `YourModel`. A comment says in which mode the model is.
+    names is written as `YourModel`.
     """
     allow = [allow] if isinstance(allow, str) else allow
     value = contents.find_entries(content, key, source)[0].value
@@ -35,14 +35,7 @@ def load_line(
         arguments.append(f"allow={names!r}")
     if trust:
         arguments.append("trust=True")
-    return f"normswap.load({', '.join(arguments)})  # {_mode(value)}"
-
-
-def _mode(value: Any) -> str:
-    """Which mode the loaded model is in; what to do where that is up to the user's factory."""
-    if isinstance(value, nn.Module):
-        return "in training mode" if value.training else "in eval mode"
-    return "in eval mode" if _names_its_model(value) else "call .eval() to use it"
+    return f"normswap.load({', '.join(arguments)}).eval()"
 
 
 def _names_its_model(state: Any) -> bool:

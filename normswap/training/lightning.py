@@ -13,7 +13,7 @@ except ImportError:  # the package by its older name
     from pytorch_lightning import Callback  # type: ignore[assignment]
 
 import normswap
-from normswap.checkpoints.stored_recipes import stored_recipe
+from normswap.checkpoints.stored_recipes import recipe_into_metadata, stored_recipe
 from normswap.report.report import Report
 
 
@@ -42,6 +42,11 @@ class SwapNorms(Callback):  # type: ignore[misc]  # Lightning need not be instal
         model = pl_module.get_submodule(self.module)
         if stored_recipe(model) is None:
             self.report = normswap.convert(model, self.to, inplace=True, **self.options).report
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """The recipe of a folded model, which puts none into its state dict."""
+        state, model = checkpoint["state_dict"], pl_module.get_submodule(self.module)
+        recipe_into_metadata(model, state, "", state._metadata.setdefault(self.module, {}))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Fold, if that was asked for."""

@@ -175,6 +175,7 @@ def test_grey_pictures_are_read_for_a_model_of_one_channel(whole: bool, tmp_path
         tmp_path / "m.pt", "gn", dry_run=True, examples=tmp_path / "pictures", input_size=8, **options
     )
     assert report.drift is not None and report.drift.probe == "3 examples"
+    assert any("ImageNet's mean and std" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("slash", ["/", ""])

@@ -95,10 +95,14 @@ def test_lightning_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 
 
 def test_lightning_folds_when_the_fit_is_over(tmp_path: Path) -> None:
-    module, _ = fit(tmp_path, 1, fold=True)
+    module, trainer = fit(tmp_path, 1, fold=True)
     assert type(module.net[0]) is nn.Conv2d and not hasattr(module.net[0], "weight_gain")
     trained = normswap.load(tmp_path / "last.ckpt", model=make_net).eval()
     torch.testing.assert_close(module.net.eval()(IMAGES), trained(IMAGES))
+    trainer.save_checkpoint(tmp_path / "folded.ckpt")
+    folded = normswap.load(tmp_path / "folded.ckpt", model=make_net).eval()
+    assert type(folded[0]) is nn.Conv2d  # type: ignore[index]
+    torch.testing.assert_close(folded(IMAGES), trained(IMAGES))
     normswap.save(module.net, tmp_path / "folded.pt")
     torch.testing.assert_close(normswap.load(tmp_path / "folded.pt").eval()(IMAGES), trained(IMAGES))
 
