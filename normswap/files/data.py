@@ -63,7 +63,8 @@ def _about_pictures(given: Given) -> tuple[str, ...]:
     """How pictures were normalized, where nobody has said how that is to be done."""
     paths = [Path(data) for data in (given.calibrate, given.examples) if isinstance(data, str | os.PathLike)]
     pictures = [path for path in paths if path.is_dir() or path.suffix.lower() in PICTURES]
-    if not pictures or given.mean is not None or given.preparation()["spec"] is not None:
+    of_library = str(given.preparation()["spec"]).startswith(("torchvision:", "timm:"))
+    if not pictures or given.mean is not None or of_library:
         return ()
     return ("pictures are normalized by ImageNet's mean and std: give --mean and --std, or 0 and 1 for none",)
 
