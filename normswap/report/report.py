@@ -20,6 +20,10 @@ another copy of the model; "module" and "tensor": in what `normswap.diff` return
 """
 
 
+CARRIED_OVER = "carried over"
+"""What becomes of the state that an optimizer has of a parameter which still exists."""
+
+
 @dataclass(frozen=True)
 class Change:
     """What happened at one place of the model."""

@@ -8,7 +8,18 @@ from typing import TypeVar
 
 from normswap.report import charts
 from normswap.report.path_patterns import NUMBER, ROOT, fold_items, fold_paths, span, summarize_paths
-from normswap.report.report import Accuracy, Calibration, Change, Cost, Drift, Left, Report, Totals, Written
+from normswap.report.report import (
+    CARRIED_OVER,
+    Accuracy,
+    Calibration,
+    Change,
+    Cost,
+    Drift,
+    Left,
+    Report,
+    Totals,
+    Written,
+)
 from normswap.target_table import describe_slowdown
 
 Item = TypeVar("Item")
@@ -111,6 +122,9 @@ def change_lines(changes: Sequence[Change], full: bool = False) -> list[Line]:
     lines = []
     alike = _grouped(changes, lambda change: (change.before, change.after.partition("(")[0]))
     for (before, after), members in alike.items():
+        if after == CARRIED_OVER:  # nobody looks for one of them: those that are dropped are named
+            lines.append(Line("parameters", f"{before} → {after}", len(members)))
+            continue
         for pattern, those in fold_items(members, _first_path):
             groups = [int(found[1]) for change in those if (found := re.search(rf"\(({NUMBER})\)", change.after))]
             what = f"{before} → {after}{f'({span(groups)})' if groups else ''}"

@@ -10,7 +10,7 @@ from torch import nn
 
 from normswap.analysis.sites import classify
 from normswap.errors import OptionError
-from normswap.report.report import Change
+from normswap.report.report import CARRIED_OVER, Change
 from normswap.training.optimizer_states import RemappedState, remap_state
 from normswap.training.parameter_numbers import Parameter
 
@@ -86,7 +86,7 @@ def state_changes(optimizer: str, remapped: RemappedState) -> list[Change]:
         why = f"{optimizer}: state of parameters that {which}"
         return Change((parameter,), "optimizer", "state", fate, why, True)
 
-    kept = [change(parameter, "carried over", "still exist") for parameter in remapped.kept]
+    kept = [change(parameter, CARRIED_OVER, "still exist") for parameter in remapped.kept]
     return kept + [change(parameter, "dropped", "no longer exist") for parameter in remapped.dropped]
 
 
