@@ -31,7 +31,7 @@ def small_batches(facts: Facts) -> Advice | None:
         return None
     choose, why = "gn", "its statistics come from one sample, so the size of the batch does not matter"
     if facts.outcomes["ws"].weights:
-        choose, why = "gn-ws", "best when fine-tuned at batch 1 to 4, as measured; bcn is as good"
+        choose, why = "gn-ws", "best when fine-tuned at batch 1 to 4, as measured; briefly, with --for use"
     return Advice("small batches (1 to 8)", choose, why)
 
 
@@ -81,7 +81,7 @@ def without_training(facts: Facts) -> Advice | None:
     if not groups or not facts.batch_norms:
         return None
     training, use = (span([numbers[purpose] for numbers in groups]) for purpose in ("training", "use"))
-    why = f"groups per norm: {use} keeps most without training, {training} trains best"
+    why = f"groups per norm: {use} keeps most without training, {training} to train on"
     depthwise = [c for c in facts.layers if c.kind == "weight" and (c.groups or 0) > 1 and c.groups == c.channels]
     if depthwise:
         why = f"{why}; {len(depthwise)} depthwise layers: several groups keep less there, and --ws strict little"

@@ -356,7 +356,7 @@ def test_groups_for_training_and_for_use() -> None:
         {"training": 8, "use": 1}, {"training": 2, "use": 1}
     ]  # fmt: skip
     (why,) = [advice.why for advice in found.advice if "gn --for use" in advice.choose]
-    assert "groups per norm: 1 keeps most without training, 2-8 trains best" in why
+    assert "groups per norm: 1 keeps most without training, 2-8 to train on" in why
     kept = normswap.inspect(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)))
     assert all(layer.auto_groups == {} for layer in kept.layers)
 
