@@ -11,7 +11,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,10 @@ def steady_files(*paths: object) -> Iterator[Callable[[], None]]:
             if any(now.get(file, state) != state for file, state in states.items()):
                 raise FileError(f"{path}: was changed by another program while it was read; run again when it is whole")
 
-    with _zeros_for_lost_pages():
+    with ExitStack() as held, _zeros_for_lost_pages():
+        for path in before:  # open, a file keeps its inode: none that takes its name gets that
+            with suppress(OSError, ValueError):
+                held.enter_context(path.open("rb") if path.is_file() else nullcontext())
         try:
             yield check
         except (Exception, SystemExit):
