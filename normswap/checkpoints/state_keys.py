@@ -213,23 +213,29 @@ def _mismatch(plain: Mapping[str, str], state: _State, model: _State, prefix: st
     missing = [name for name in model if name not in here and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in here if name not in model and not name.endswith(NO_WEIGHTS)]
     shared = {name: here[name] for name in model if name in here}
-    names = _reshaped(shared, state, model)
-    reads_others = any(model[n].dim() > 2 and state[here[n]].shape[:1] == model[n].shape[:1] for n in names)
-    reshaped = [f"{name} is {tuple(state[here[name]].shape)}, the model's {tuple(model[name].shape)}" for name in names]
-    if reads_others and not missing and not unexpected and len(names) == 1:
-        return f"does not fit the model: {reshaped[0]}. Likely other input channels: see --model-arg (model_args)"
+    differing = _reshaped(shared, state, model)
+    reads_others = any(model[n].dim() > 2 and state[here[n]].shape[:1] == model[n].shape[:1] for n in differing)
+    reshaped = [
+        f"{name} is {tuple(state[here[name]].shape)}, the model's {tuple(model[name].shape)}" for name in differing
+    ]
     parts = [
         f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
         if names
     ]
     under = f" under the prefix {prefix!r}" if prefix else ""
-    return f"does not fit the model{under}; {'; '.join(parts)}. {_cause(missing, unexpected, reshaped, model)}"
+    cause = _cause(missing, unexpected, reshaped, model, reads_others)
+    return f"does not fit the model{under}; {'; '.join(parts)}. {cause}"
 
 
-def _cause(missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence[str], model: _State) -> str:
+def _cause(
+    missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence[str], model: _State, reads_others: bool
+) -> str:
+    """The likely cause; `reads_others`: a convolution takes another number of channels, and gives as many."""
     if len(missing) > len(model) // 2:
         return "Likely another architecture, or the model stands under another --key"
+    if reads_others and not missing and not unexpected and len(reshaped) == 1:
+        return "Likely other input channels: see --model-arg (model_args)"
     if reshaped and not missing and not unexpected and len(reshaped) <= 4:
         return "Likely another number of classes: give it with --model-arg num_classes=N (model_args)"
     if any(name.endswith(("weight_gain", "weight_shift")) for name in unexpected):
