@@ -86,13 +86,7 @@ def convert_file(
             trust=trust, allow=allow, scratch=None if dry_run else output.resolve().parent
         )  # fmt: skip
         _check_kind(found, outputs)
-        with inputs.errors_name(path):
-            entries = contents.find_entries(found.content, key, path)
-            request = one_model.completed_request(entries, found.path, request)
-        request = data.with_data(request, replace(given, sources=(path, request.model), model=entries[0].value))
-        with inputs.errors_name(path):
-            converted, report = _convert_models(found, entries, request)
-            report = demonstration.with_accuracy(report, path, converted.content, request)
+        converted, report = _convert_found(path, found, key, request, given)
         return _write(_in_format(converted, format, key), report, outputs, check_inputs, started, progress)
 
 
@@ -133,6 +127,19 @@ def _check_kind(found: Checkpoint, outputs: Outputs) -> None:
 
 
 # ---- the models in a checkpoint, and their optimizers ----
+
+
+def _convert_found(
+    path: str | os.PathLike[str], found: Checkpoint, key: str | None, request: FileRequest, given: data.Given
+) -> tuple[Checkpoint, Report]:
+    """What was read from `path`, converted as is asked, with the data that are given; and the report."""
+    with inputs.errors_name(path):
+        entries = contents.find_entries(found.content, key, path)
+        request = one_model.completed_request(entries, found.path, request)
+    request = data.with_data(request, replace(given, sources=(path, request.model), model=entries[0].value))
+    with inputs.errors_name(path):
+        converted, report = _convert_models(found, entries, request)
+        return converted, demonstration.with_accuracy(report, path, converted.content, request)
 
 
 def _convert_models(

@@ -44,11 +44,16 @@ class Given:
         if self.calibrate is None and self.examples is None and any((self.input_size, self.mean, self.std)):
             raise OptionError("--input-size, --mean and --std are for the pictures of --calibrate and --examples")
 
+    @property
+    def spec(self) -> str | None:
+        """What names the model, where a spec does."""
+        specs = (source for source in self.sources if isinstance(source, str) and model_specs.is_spec(source))
+        return next(specs, None)
+
     def preparation(self) -> AsPictures:
         """How pictures become inputs, for `read_samples`."""
-        specs = (source for source in self.sources if isinstance(source, str) and model_specs.is_spec(source))
         return AsPictures(
-            spec=next(specs, None), weights=self.weights, input_size=self.input_size, mean=self.mean, std=self.std,
+            spec=self.spec, weights=self.weights, input_size=self.input_size, mean=self.mean, std=self.std,
             channels=_picture_channels(self.model),
         )  # fmt: skip
 
@@ -63,7 +68,7 @@ def _about_pictures(given: Given) -> tuple[str, ...]:
     """How pictures were normalized, where nobody has said how that is to be done."""
     paths = [Path(data) for data in (given.calibrate, given.examples) if isinstance(data, str | os.PathLike)]
     pictures = [path for path in paths if path.is_dir() or path.suffix.lower() in PICTURES]
-    of_library = str(given.preparation()["spec"]).startswith(("torchvision:", "timm:"))
+    of_library = (given.spec or "").startswith(("torchvision:", "timm:"))
     if not pictures or given.mean is not None or of_library:
         return ()
     return ("pictures are normalized by ImageNet's mean and std: give --mean and --std, or 0 and 1 for none",)
